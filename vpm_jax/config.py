@@ -1,0 +1,112 @@
+"""Every key of an experiment, its default (the paper's recipe) and its meaning; loading and checking.
+
+A file under `configs/` starts from `default()` and sets what differs. Recipes are values: no code asks
+which recipe it runs.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def stage(**changes) -> ConfigDict:
+    """One training stage. Momentum starts from zero in each, so a stage is a fine-tuning of the last."""
+    values = dict(
+        epochs=0,
+        steps_per_epoch=0,  # 0: images // batch (plain), identities // stage.identities (pk)
+        sampling="pk",  # "pk": `identities` x `images_per_identity`; "plain": a shuffled epoch
+        identities=8,
+        images_per_identity=8,
+        triplet_weight=0.0,
+        triplet_start=0.0,  # epochs of this stage before the triplet loss joins
+        learning_rate=0.1,
+        schedule="step",  # "step": times `decay` after each of decay_epochs; "cosine": to zero
+        decay=0.1,
+        decay_epochs=(30,),
+        warmup_epochs=0.0,  # linear from zero
+    )
+    unknown = set(changes) - set(values)
+    assert not unknown, unknown
+    return ConfigDict(values | changes)
+
+
+def default() -> ConfigDict:
+    """The paper's recipe; where the paper is silent, the authors' released code."""
+    c = ConfigDict()
+    c.recipe = "paper"  # the name that reports carry; nothing branches on it
+    c.seed = 0
+    c.pretrained = "keras"  # "none", or KIND:PATH ("keras:FOLDER"); "keras" alone looks under the data root
+
+    c.data = ConfigDict()
+    c.data.name = "market1501"  # market1501 | dukemtmc | synthetic
+    c.data.root = ""  # the dataset's folder or zip, or a folder that holds it; "" is $VPM_DATA, else ./data
+    c.data.height = 384
+    c.data.width = 128
+    c.data.crop = "top"  # what a training crop keeps: see vpm_jax.regions.CROPS
+    c.data.gamma = (0.5, 1.0)  # kept area ratio ~ min(1, U(low, high))
+    c.data.flip = 0.5
+    c.data.resize = "linear"  # "linear" | "area" | "cubic" (OpenCV), "pil_bilinear" | "pil_bicubic" (Pillow)
+    c.data.holdout_identities = 0  # training identities kept aside, for choosing things without a test set
+    c.data.workers = 0  # loader processes; 0 loads in threads of this one
+    c.data.threads = 2
+    c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    c.data.std = (0.229, 0.224, 0.225)
+    # The synthetic pedestrians (rendered on first use).
+    c.data.synthetic = ConfigDict(dict(seed=0, train_identities=200, test_identities=200, images_per_camera=2, cameras=4))
+
+    c.model = ConfigDict()
+    c.model.name = "vpm"
+    c.model.depth = 50  # 18 | 34 | 50 | 101
+    c.model.width = 64  # channels of the first stage's 3x3 convolutions
+    c.model.stem = "7x7"  # "7x7": stride 2 and max pooling; "3x3": stride 2, no pooling
+    c.model.last_stride = 1
+    c.model.stride_on = "3x3"  # "3x3" (torchvision) or "1x1" (Caffe, Keras); pretrained weights set it
+    c.model.bn_epsilon = 1e-5  # pretrained weights set it
+    c.model.grid = (6, 1)
+    c.model.locator = "pixel"  # "pixel" (Eq. 1) | "row"
+    c.model.locator_dropout = 0.0
+    c.model.locator_groups = 1  # channels averaged in groups of this many before the row locator
+    c.model.pool_gradient = True  # identity and triplet gradients flow through the probability maps
+    c.model.head_dim = 256
+    c.model.head_dropout = 0.5
+    c.model.head_bn_visible_only = True
+    c.model.global_head = False  # one more identity head, on the global average
+    c.model.dummy_classes = 0  # identity classes that no image has
+    c.model.num_identities = 0  # set from the training set
+    c.model.dtype = "auto"  # "float32" | "bfloat16"; auto: bfloat16 on GPU and TPU
+
+    c.loss = ConfigDict()
+    c.loss.region_weight = 1.0
+    c.loss.identity_weight = 1.0
+    c.loss.identity_reduction = "image"  # "image": sum over visible regions, mean over images;
+    #                                      "region": mean over the images that show a region, sum over regions
+    c.loss.identity_regions = "visible"  # "visible" | "all" (MVPM-3)
+    c.loss.triplet_pairs = "visible"  # "visible" (Eq. 7) | "all" (MVPM-2) | "soft" (released)
+    c.loss.margin = 1.0
+    c.loss.min_cells = 1  # a region spanning fewer cells is invisible
+    c.loss.label_smoothing = 0.0
+
+    c.optim = ConfigDict()
+    c.optim.momentum = 0.9
+    c.optim.nesterov = True
+    c.optim.weight_decay = 5e-4  # coupled, on every parameter
+    c.optim.backbone_multiplier = 0.1
+
+    c.stage1 = stage(epochs=50, steps_per_epoch=202, sampling="plain")
+    c.stage2 = stage(epochs=80, triplet_weight=1.0)
+
+    c.match = ConfigDict()
+    c.match.squared = False
+    c.match.visibility = "soft"  # "soft" (Eq. 4) | "uniform" (MVPM-1) | "binary"
+
+    c.eval = ConfigDict()
+    c.eval.gammas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    c.eval.crop = "top"
+    c.eval.batch = 128
+
+    c.log_every = 10  # steps
+    c.checkpoint_every = 1  # epochs
+    c.keep_checkpoints = 2
+    c.tensorboard = False
+    c.parallel = "jit"  # "jit" over a data mesh | "pmap"
+    return c

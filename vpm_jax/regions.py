@@ -1,0 +1,129 @@
+"""Region grids, crops, and the self-supervision of the paper's Section 3.3 (NumPy only).
+
+A region grid divides the *holistic* image into rows x cols rectangles. A crop of that image is
+resized to the network's input, and the regions are projected onto the feature map: every cell gets
+the label of the region it belongs to, and the regions that are left form the visible set.
+
+All boxes are fractions of the holistic image, origin top-left; regions are numbered row-major from 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+CROPS = ("top", "bottom", "bilateral", "left", "right", "horizontal", "any", "none")
+
+
+class RegionGrid(NamedTuple):
+    """rows x cols equal rectangles (the paper's p = m x n; its main setting is 6 x 1)."""
+
+    rows: int
+    cols: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.cols
+
+
+class Crop(NamedTuple):
+    """The box cut from the holistic image, as fractions in [0, 1]."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    @property
+    def gamma(self) -> float:
+        """The kept share of the image's area."""
+        return self.height * self.width
+
+
+WHOLE = Crop(0.0, 0.0, 1.0, 1.0)
+
+
+def pixel_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
+    """The crop in whole pixels of a height x width image: (top, left, bottom, right), never empty."""
+    top = min(int(np.rint(crop.top * height)), height - 1)
+    left = min(int(np.rint(crop.left * width)), width - 1)
+    bottom = max(int(np.rint((crop.top + crop.height) * height)), top + 1)
+    right = max(int(np.rint((crop.left + crop.width) * width)), left + 1)
+    return top, left, min(bottom, height), min(right, width)
+
+
+def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -> Crop:
+    """The crop of area ratio gamma that `strategy` cuts, from three uniform numbers in [0, 1).
+
+    `top` keeps the top of the image, `bottom` its bottom, `left` and `right` likewise; `bilateral` is
+    top or bottom and `horizontal` left or right, half each; `any` is a box anywhere, its height
+    log-uniform between gamma and 1; `none` keeps everything (gamma is ignored).
+
+    Raises:
+      ValueError: for an unknown strategy, or gamma outside (0, 1].
+    """
+    if strategy not in CROPS:
+        raise ValueError(f"crop strategy {strategy!r} is not one of {', '.join(CROPS)}")
+    if strategy == "none":
+        return WHOLE
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma}, expected a kept area ratio in (0, 1]")
+    if strategy == "bilateral":
+        strategy = "top" if random[0] < 0.5 else "bottom"
+    elif strategy == "horizontal":
+        strategy = "left" if random[0] < 0.5 else "right"
+    if strategy == "any":
+        height = gamma ** random[0]
+        width = gamma / height
+        return Crop(random[1] * (1 - height), random[2] * (1 - width), height, width)
+    return {
+        "top": Crop(0.0, 0.0, gamma, 1.0),
+        "bottom": Crop(1 - gamma, 0.0, gamma, 1.0),
+        "left": Crop(0.0, 0.0, 1.0, gamma),
+        "right": Crop(0.0, 1 - gamma, 1.0, gamma),
+    }[strategy]
+
+
+def _axis_labels(start: float, size: float, parts: int, cells: int, min_cells: int):
+    """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts]."""
+    edges = np.rint((np.arange(parts + 1) / parts - start) / size * cells)  # np.rint rounds half to even
+    edges = np.clip(edges, 0, cells).astype(np.int32)
+    labels = np.searchsorted(edges[1:], np.arange(cells), side="right").astype(np.int32)
+    spans = np.diff(edges)
+    return labels, (spans > 0) & (spans >= min(min_cells, cells))
+
+
+def project_regions(
+    crop: Crop, grid: RegionGrid, feature_shape: tuple[int, int], min_cells: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """ROI projection of the regions onto the feature map of a cropped, resized image (Section 3.3).
+
+    Args:
+      crop: the box that was cut, as fractions of the holistic image.
+      grid: the regions defined on the holistic image.
+      feature_shape: (h, w) of the feature map; a row locator uses (h, 1).
+      min_cells: a region is visible when it spans at least this many cells along each axis (or the
+        whole axis, where the map is smaller), and never when it spans none.
+
+    Returns:
+      labels: int32 [h, w], the region of every cell.
+      visible: bool [P], the visible set.
+
+    Raises:
+      ValueError: for a crop outside the image, an empty one, or an empty map.
+    """
+    crop, (rows, cols), (h, w) = Crop(*crop), grid, feature_shape
+    if not (
+        crop.height > 0
+        and crop.width > 0
+        and min(crop.top, crop.left) >= -1e-9
+        and max(crop.top + crop.height, crop.left + crop.width) <= 1 + 1e-9
+    ):
+        raise ValueError(f"{crop} is not a box inside the image, expected fractions in [0, 1]")
+    if min(rows, cols, h, w) < 1:
+        raise ValueError(f"grid {rows} x {cols} on a {h} x {w} feature map, expected at least 1 of each")
+    row_labels, row_visible = _axis_labels(crop.top, crop.height, rows, h, min_cells)
+    col_labels, col_visible = _axis_labels(crop.left, crop.width, cols, w, min_cells)
+    labels = row_labels[:, None] * cols + col_labels[None, :]
+    return labels, (row_visible[:, None] & col_visible[None, :]).reshape(-1)
