@@ -1,0 +1,120 @@
+"""ResNet-18/34/50/101 that returns every stage (He et al., CVPR 2016), as re-ID uses it.
+
+The last stage may keep its resolution (`last_stride=1`), any width is allowed, and the stride of a
+bottleneck sits on its 3x3 convolution (torchvision) or on its first 1x1 (Caffe, Keras).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
+
+# He et al., ICCV 2015, mode fan-out: what torchvision's ResNet and the released code use.
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions, or the bottleneck 1x1, 3x3, 1x1 with four times the width."""
+
+    width: int
+    stride: int
+    bottleneck: bool
+    stride_on: str
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        out = 4 * self.width if self.bottleneck else self.width
+        if self.bottleneck:
+            first, second = (self.stride, 1) if self.stride_on == "1x1" else (1, self.stride)
+            layers = [(self.width, 1, first), (self.width, 3, second), (out, 1, 1)]
+        else:
+            layers = [(self.width, 3, self.stride), (out, 3, 1)]
+        y = x
+        for i, (channels, size, stride) in enumerate(layers, 1):
+            y = self.conv(channels, (size, size), stride, padding=size // 2, name=f"conv{i}")(y)
+            y = self.norm(name=f"bn{i}")(y)
+            if i < len(layers):
+                y = nn.relu(y)
+        if x.shape != y.shape:
+            x = self.conv(out, (1, 1), self.stride, padding=0, name="conv_shortcut")(x)
+            x = self.norm(name="bn_shortcut")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The convolutional layers of a ResNet.
+
+    Called with images [B, H, W, 3] (normalised, RGB), returns a dict of feature maps: "stem" and
+    "stage1" ... "stage4", each [B, h, w, C] in `dtype`. H and W need not be multiples of the stride.
+    """
+
+    depth: int = 50
+    width: int = 64
+    stem: str = "7x7"
+    last_stride: int = 1
+    stride_on: str = "3x3"
+    bn_epsilon: float = 1e-5
+    bn_momentum: float = 0.9
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False) -> dict[str, Any]:
+        conv = partial(
+            nn.Conv, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=kaiming_fan_out
+        )
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where the mean is large
+        )
+        stages = {}
+        x = x.astype(self.dtype)
+        if self.stem == "7x7":
+            x = conv(self.width, (7, 7), 2, padding=3, name="conv_stem")(x)
+        else:
+            x = conv(self.width, (3, 3), 2, padding=1, name="conv_stem")(x)
+        x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
+        if self.stem == "7x7":
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        strides: Sequence[int] = (1, 2, 2, self.last_stride)
+        for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides), 1):
+            for b in range(blocks):
+                x = Block(
+                    width=self.width * 2 ** (s - 1),
+                    stride=stage_stride if b == 0 else 1,
+                    bottleneck=BOTTLENECK[self.depth],
+                    stride_on=self.stride_on,
+                    conv=conv,
+                    norm=norm,
+                    name=f"stage{s}_block{b + 1}",
+                )(x)
+            stages[f"stage{s}"] = x
+        return stages
+
+
+def feature_shape(height: int, width: int, stem: str = "7x7", last_stride: int = 1) -> tuple[int, int]:
+    """(h, w) of the last stage for an H x W image."""
+
+    def halve(n):
+        return (n + 1) // 2
+
+    halvings = (2 if stem == "7x7" else 1) + 2 + (1 if last_stride == 2 else 0)
+    for _ in range(halvings):
+        height, width = halve(height), halve(width)
+    return height, width
