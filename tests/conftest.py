@@ -1,0 +1,44 @@
+"""What every test shares: two virtual CPU devices, the XLA:CPU workaround, and the real data where they lie.
+
+This file is imported before any test module, hence before JAX starts a backend and reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+
+def _append_xla_flag(name: str, value: str) -> None:
+    """Adds a flag to XLA_FLAGS, unless whoever started the tests already chose its value."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not any(flag.partition("=")[0] == name for flag in flags.split()):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
+
+
+def _jaxlib_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", metadata.version("jaxlib"))[:3])
+
+
+# The same tests everywhere; JAX_PLATFORMS=cuda runs them on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_append_xla_flag("--xla_force_host_platform_device_count", "2")
+# XLA:CPU can miscompute some jitted reductions (jax#39103). An unknown flag aborts the process, so it is
+# set only for the versions known to parse it.
+if (0, 10, 2) <= _jaxlib_version() < (0, 13):
+    _append_xla_flag("--xla_cpu_experimental_ynn_fusion_type", "-reduce")
+
+
+@pytest.fixture(scope="session")
+def market() -> Path:
+    """The real Market-1501: its folder (or zip), in $VPM_DATA or ./data. Skips where it is absent."""
+    root = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")
+    candidates = [root] if root.name.startswith("Market-1501") else sorted(root.glob("Market-1501*"))
+    found = sorted((path for path in candidates if path.exists()), key=lambda path: not path.is_dir())
+    if not found:
+        pytest.skip(f"needs the real Market-1501; there is no Market-1501* in {root} ($VPM_DATA, else ./data)")
+    return found[0]
