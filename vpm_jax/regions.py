@@ -89,6 +89,7 @@ def _axis_labels(start: float, size: float, parts: int, cells: int, min_cells: i
     """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts]."""
     edges = np.rint((np.arange(parts + 1) / parts - start) / size * cells)  # np.rint rounds half to even
     edges = np.clip(edges, 0, cells).astype(np.int32)
+    edges[0], edges[-1] = 0, cells  # so already, but for rounding errors in a very thin crop at the border
     labels = np.searchsorted(edges[1:], np.arange(cells), side="right").astype(np.int32)
     spans = np.diff(edges)
     return labels, (spans > 0) & (spans >= min(min_cells, cells))
@@ -117,8 +118,10 @@ def project_regions(
     if not (
         crop.height > 0
         and crop.width > 0
-        and min(crop.top, crop.left) >= -1e-9
-        and max(crop.top + crop.height, crop.left + crop.width) <= 1 + 1e-9
+        and crop.top >= -1e-9
+        and crop.left >= -1e-9
+        and crop.top + crop.height <= 1 + 1e-9
+        and crop.left + crop.width <= 1 + 1e-9
     ):
         raise ValueError(f"{crop} is not a box inside the image, expected fractions in [0, 1]")
     if min(rows, cols, h, w) < 1:
