@@ -52,7 +52,9 @@ def default() -> ConfigDict:
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
     # The synthetic pedestrians (rendered on first use).
-    c.data.synthetic = ConfigDict(dict(seed=0, train_identities=200, test_identities=200, images_per_camera=2, cameras=4))
+    c.data.synthetic = ConfigDict(
+        dict(seed=0, train_identities=200, test_identities=200, images_per_camera=2, cameras=4)
+    )
 
     c.model = ConfigDict()
     c.model.name = "vpm"
@@ -63,9 +65,10 @@ def default() -> ConfigDict:
     c.model.stride_on = "3x3"  # "3x3" (torchvision) or "1x1" (Caffe, Keras); pretrained weights set it
     c.model.bn_epsilon = 1e-5  # pretrained weights set it
     c.model.grid = (6, 1)
-    c.model.locator = "pixel"  # "pixel" (Eq. 1) | "row"
+    c.model.locator = "pixel"  # "pixel" (Eq. 1) | "row" | "stripes" (PCB's fixed partition)
     c.model.locator_dropout = 0.0
     c.model.locator_groups = 1  # channels averaged in groups of this many before the row locator
+    c.model.locator_init_std = 0.0  # 0: Kaiming fan-out
     c.model.pool_gradient = True  # identity and triplet gradients flow through the probability maps
     c.model.head_dim = 256
     c.model.head_dropout = 0.5

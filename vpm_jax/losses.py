@@ -1,0 +1,164 @@
+"""The masked losses of Section 3.3. Each returns a total and a count: across devices sum both, then divide.
+
+Everything is computed in float32 (float64 if given float64). Visible sets come as arrays from the host.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _cross_entropy(logits, labels, smoothing=0.0):
+    log_probability = jax.nn.log_softmax(_wide(logits))
+    picked = jnp.take_along_axis(log_probability, labels[..., None], axis=-1)[..., 0]
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * jnp.mean(log_probability, axis=-1)
+    return -picked
+
+
+def region_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Eq. 5: cross entropy of the region locator, summed over every cell of every image.
+
+    Args:
+      logits: [B, h, w, P] of the locator.
+      labels: int [B, h, w] from `regions.project_regions`.
+
+    Returns:
+      (total, count): scalars; count = B * h * w.
+
+    Raises:
+      ValueError: for shapes that do not fit together.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape}, expected [B, h, w, P] and [B, h, w]")
+    losses = _cross_entropy(logits, labels)
+    return jnp.sum(losses), jnp.asarray(labels.size, losses.dtype)
+
+
+def identity_loss(logits: Array, identity: Array, visible: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
+    """Eq. 6: cross entropy of each region's identity head over the images that show the region.
+
+    The paper's loss is sum(total) / B, the released code's sum(total / max(count, 1)).
+
+    Args:
+      logits: [B, P, K].
+      identity: int [B], in 0 .. K-1.
+      visible: bool [B, P], the visible set.
+      smoothing: label smoothing, 0 in the paper.
+
+    Returns:
+      (total [P], count [P]).
+
+    Raises:
+      ValueError: for shapes that do not fit together.
+    """
+    if logits.shape[:-1] != visible.shape or identity.shape != visible.shape[:1]:
+        raise ValueError(
+            f"logits {logits.shape}, identity {identity.shape}, visible {visible.shape}, "
+            "expected [B, P, K], [B] and [B, P]"
+        )
+    losses = _cross_entropy(logits, jnp.broadcast_to(identity[:, None], visible.shape), smoothing)
+    total = jnp.sum(jnp.where(visible, losses, 0), axis=0)
+    return total, jnp.sum(visible, axis=0).astype(total.dtype)
+
+
+def pair_weights(
+    visible: Array,
+    other_visible: Array,
+    pairs: str = "visible",
+    visibility: Array | None = None,
+    other_visibility: Array | None = None,
+) -> Array:
+    """How much each region counts in each pair: [B, M, P], summing to 1 over P, or all 0 without a shared region.
+
+    "visible": the shared regions alike (Eq. 7); "all": every region alike (MVPM-2); "soft": by the product
+    of the predicted visibility scores, without gradient (the released code).
+
+    Raises:
+      ValueError: for another value of pairs, or "soft" without visibility scores.
+    """
+    if pairs == "visible":
+        weights = (visible[:, None] & other_visible[None]).astype(jnp.float32)
+    elif pairs == "all":
+        weights = jnp.ones((len(visible), *other_visible.shape), jnp.float32)
+    elif pairs == "soft":
+        if visibility is None or other_visibility is None:
+            raise ValueError('pairs="soft" weighs regions by predicted visibility: pass visibility [B, P]')
+        weights = lax.stop_gradient(_wide(visibility)[:, None] * _wide(other_visibility)[None])
+    else:
+        raise ValueError(f'pairs is {pairs!r}, expected "visible", "all" or "soft"')
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def triplet_loss(
+    features: Array,
+    identity: Array,
+    visible: Array,
+    margin: float = 1.0,
+    *,
+    pairs: str = "visible",
+    visibility: Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[Array, Array]:
+    """Eq. 7: region-selective triplet loss with batch-hard mining (Hermans et al., 2017).
+
+    D_ab is the mean euclidean distance over the regions that a and b share. Pairs that share none are not
+    comparable and never mined. Features are used as given (the step L2-normalises them). Gradients are
+    finite for identical features and exactly zero for invisible regions.
+
+    Args:
+      features: [B, P, C].
+      identity: int [B].
+      visible: bool [B, P].
+      margin: alpha.
+      pairs: "visible", "all" or "soft": see `pair_weights`.
+      visibility: [B, P] predicted scores, for "soft".
+      axis_name: mine over the batch of every device on this mapped axis.
+
+    Returns:
+      (total, count): scalars; count = anchors with a comparable positive other than themselves and a
+      comparable negative.
+
+    Raises:
+      ValueError: for shapes that do not fit together, and as `pair_weights`.
+    """
+    if features.shape[:-1] != visible.shape or identity.shape != visible.shape[:1]:
+        raise ValueError(
+            f"features {features.shape}, identity {identity.shape}, visible {visible.shape}, "
+            "expected [B, P, C], [B] and [B, P]"
+        )
+    features = _wide(features)
+    batch = len(features)
+    index = jnp.arange(batch)
+    others = (features, identity, visible, index, visibility)
+    if axis_name is not None:
+        index = index + lax.axis_index(axis_name) * batch
+        others = (features, identity, visible, index, visibility)
+        others = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), others)
+    other_features, other_identity, other_visible, other_index, other_visibility = others
+
+    # |a - b|^2 expanded; in full precision, as matrix units would lose the small distances.
+    product = jnp.einsum("apc,bpc->abp", features, other_features, precision=lax.Precision.HIGHEST)
+    norms, other_norms = (jnp.sum(jnp.square(f), axis=-1) for f in (features, other_features))
+    squared = norms[:, None] + other_norms[None] - 2 * product
+    apart = squared > 0
+    local = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)  # sqrt has no gradient at 0
+
+    weights = pair_weights(visible, other_visible, pairs, visibility, other_visibility).astype(local.dtype)
+    distance = jnp.sum(weights * local, axis=-1)
+    comparable = jnp.sum(weights, axis=-1) > 0
+    same = identity[:, None] == other_identity[None]
+    positive = same & comparable & (index[:, None] != other_index[None])
+    negative = ~same & comparable
+    hardest_positive = jnp.max(jnp.where(positive, distance, -jnp.inf), axis=1)
+    hardest_negative = jnp.min(jnp.where(negative, distance, jnp.inf), axis=1)
+    mined = jnp.any(positive, axis=1) & jnp.any(negative, axis=1)
+    gap = jnp.where(mined, hardest_positive - hardest_negative + margin, 0)
+    return jnp.sum(jax.nn.relu(gap)), jnp.sum(mined).astype(gap.dtype)

@@ -1,0 +1,64 @@
+"""Models: `create(config)` builds the Linen module that a configuration describes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vpm_jax.models.resnet import ResNet, feature_shape
+from vpm_jax.models.vpm import VPM
+
+__all__ = ["VPM", "ResNet", "create", "map_shape"]
+
+
+def compute_dtype(name: str):
+    """config.model.dtype as a dtype; "auto" is bfloat16 where matrix units have it (GPU, TPU)."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
+    """The model of config.model; `axis_name` is the mapped axis of a pmapped step.
+
+    Its `apply(variables, image, train=...)` returns (x, out): see `VPM`.
+    """
+    m = config.model
+    dtype = compute_dtype(m.dtype)
+    param_dtype = jnp.promote_types(dtype, jnp.float32)  # parameters, statistics and heads
+    backbone = ResNet(
+        depth=m.depth,
+        width=m.width,
+        stem=m.stem,
+        last_stride=m.last_stride,
+        stride_on=m.stride_on,
+        bn_epsilon=m.bn_epsilon,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        axis_name=axis_name,
+    )
+    return VPM(
+        backbone=backbone,
+        grid=tuple(m.grid),
+        classes=m.num_identities + m.dummy_classes,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        locator=m.locator,
+        locator_dropout=m.locator_dropout,
+        locator_groups=m.locator_groups,
+        locator_init_std=m.locator_init_std,
+        pool_gradient=m.pool_gradient,
+        head_dim=m.head_dim,
+        head_dropout=m.head_dropout,
+        head_bn_visible_only=m.head_bn_visible_only,
+        global_head=m.global_head,
+        axis_name=axis_name,
+        param_dtype=param_dtype,
+    )
+
+
+def map_shape(config: ConfigDict) -> tuple[int, int]:
+    """(h, w) of the feature map, (h, 1) for a row locator: what region labels are projected onto."""
+    h, w = feature_shape(config.data.height, config.data.width, config.model.stem, config.model.last_stride)
+    return (h, 1) if config.model.locator == "row" else (h, w)

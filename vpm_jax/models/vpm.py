@@ -1,0 +1,205 @@
+"""The Visibility-aware Part Model: region locator, visibility scores, region features, identity heads.
+
+Section 3.1 of the paper. What the recipes do differently are fields, so the compared models are values
+too: grid (1, 1) is the global feature, locator "stripes" is PCB's uniform partition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vpm_jax.models.resnet import ResNet, kaiming_fan_out
+
+
+class ExampleDropout(nn.Module):
+    """Dropout whose mask depends on the step's key and the example's index in the global batch alone.
+
+    Placement of the batch over devices therefore changes nothing.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        if not train or self.rate == 0:
+            return x
+        first = lax.axis_index(self.axis_name) * len(x) if self.axis_name else 0
+        key = self.make_rng("dropout")
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(len(x)))
+        keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch norm of x [B, P, D] per region and channel, over the examples where `mask` [B, P] is true.
+
+    Totals and counts are summed over devices before dividing, so devices may hold different numbers of
+    visible examples. A region that nobody shows keeps its running statistics.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask, train: bool):
+        shape = x.shape[1:]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, self.param_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, self.param_dtype)
+        if not train:
+            mean, var = running_mean.value, running_var.value
+        else:
+
+            def total(values):
+                values = jnp.sum(values, axis=0)
+                return lax.psum(values, self.axis_name) if self.axis_name else values
+
+            weight = mask[..., None].astype(x.dtype)
+            count = total(weight)
+            mean = total(weight * x) / jnp.maximum(count, 1)
+            var = total(weight * jnp.square(x - mean)) / jnp.maximum(count, 1)
+            if not self.is_initializing():
+                for running, value in ((running_mean, mean), (running_var, var)):
+                    mixed = self.momentum * running.value + (1 - self.momentum) * value
+                    running.value = jnp.where(count > 0, mixed, running.value)
+        return (x - mean) * lax.rsqrt(var + self.epsilon) * scale + bias
+
+
+class IdentityHeads(nn.Module):
+    """IP_i of Eq. 6, one head per region: dropout, dense (no bias), batch norm, dense to the identities."""
+
+    classes: int
+    dim: int
+    dropout: float
+    visible_only: bool
+    axis_name: str | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features, visible, train: bool):
+        """features [B, P, C], visible [B, P] -> logits [B, P, classes]."""
+        _, regions, channels = features.shape
+        reducer_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal", batch_axis=(0,))
+        reducer = self.param("reducer", reducer_init, (regions, channels, self.dim), self.param_dtype)
+        x = ExampleDropout(self.dropout, self.axis_name, name="dropout")(features, train)
+        x = jnp.einsum("bpc,pcd->bpd", x, reducer)
+        mask = visible if self.visible_only else jnp.ones_like(visible)
+        x = MaskedBatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn")(x, mask, train)
+        classifier_init = nn.initializers.normal(0.001)
+        classifier = self.param("classifier", classifier_init, (regions, self.dim, self.classes), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (regions, self.classes), self.param_dtype)
+        return jnp.einsum("bpd,pdk->bpk", x, classifier) + bias
+
+
+class VPM(nn.Module):
+    """VPM on a ResNet.
+
+    Call with image [B, H, W, 3]: uint8 RGB, normalised here with `mean` and `std`, or floats that are
+    normalised already. `visible` bool [B, P] is the visible set, used in training alone (default: all).
+    Training needs the "dropout" key and, to keep statistics, `mutable=["batch_stats"]`.
+
+    Returns (logits [B, P, K], out) with out holding, in float32 unless said:
+      feature_map [B, h, w, C]     T, in the compute dtype
+      locator_logits [B, h, w, P]  before the softmax of Eq. 1; [B, h, 1, P] for a row locator
+      probability [B, h, w, P]     Eq. 1 (P of a row locator: [B, h, 1, P])
+      visibility [B, P]            Eq. 2, in cells
+      region_features [B, P, C]    Eq. 3
+      logits [B, P, K], and global_logits [B, K] with a global head
+      stem, stage1 ... stage4      the backbone's feature maps, in the compute dtype
+    """
+
+    backbone: ResNet
+    grid: tuple[int, int]
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    locator: str = "pixel"
+    locator_dropout: float = 0.0
+    locator_groups: int = 1
+    locator_init_std: float = 0.0
+    pool_gradient: bool = True
+    head_dim: int = 256
+    head_dropout: float = 0.5
+    head_bn_visible_only: bool = True
+    global_head: bool = False
+    axis_name: str | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image, train: bool = False, visible=None):
+        regions = self.grid[0] * self.grid[1]
+        if visible is None:
+            visible = jnp.ones((len(image), regions), bool)
+        if image.dtype == jnp.uint8:
+            mean, std = (jnp.asarray(v, self.param_dtype) for v in (self.mean, self.std))
+            image = (image.astype(self.param_dtype) / 255 - mean) / std
+        stages = self.backbone(image, train)
+        feature_map = stages["stage4"].astype(self.param_dtype)
+
+        locator_logits = self.locate(feature_map, train)
+        probability = nn.softmax(locator_logits)
+        visibility = jnp.sum(probability, axis=(1, 2))
+        weights = probability
+        if not self.pool_gradient:
+            weights, visibility = lax.stop_gradient((weights, visibility))
+        # Eq. 3. The sum over the map is C_i itself; a row's weight applies to the sum over its cells.
+        sums = jnp.einsum("bhwp,bhwc->bpc", jnp.broadcast_to(weights, (*feature_map.shape[:3], regions)), feature_map)
+        region_features = sums / jnp.sum(weights, axis=(1, 2))[..., None]
+
+        features, shown = region_features, visible
+        if self.global_head:
+            pooled = jnp.mean(feature_map, axis=(1, 2))[:, None]
+            features = jnp.concatenate([features, pooled], axis=1)
+            shown = jnp.concatenate([shown, jnp.ones_like(shown[:, :1])], axis=1)
+        heads = IdentityHeads(
+            self.classes,
+            self.head_dim,
+            self.head_dropout,
+            self.head_bn_visible_only,
+            self.axis_name,
+            self.param_dtype,
+            name="heads",
+        )
+        logits = heads(features, shown, train)
+        out = {
+            "feature_map": stages["stage4"],
+            "locator_logits": locator_logits,
+            "probability": probability,
+            "visibility": visibility,
+            "region_features": region_features,
+            "logits": logits[:, :regions],
+            **stages,
+        }
+        if self.global_head:
+            out["global_logits"] = logits[:, regions]
+        return out["logits"], out
+
+    def locate(self, feature_map, train: bool):
+        """The region locator's logits [B, h, w, P], or [B, h, 1, P] by row."""
+        batch, h, w, channels = feature_map.shape
+        rows, cols = self.grid
+        regions = rows * cols
+        if self.locator == "stripes":
+            # PCB: the uniform partition, whatever the image shows; 50 in the logits is a one-hot softmax.
+            row = jnp.arange(h) * rows // h
+            col = jnp.arange(w) * cols // w
+            onehot = nn.one_hot(row[:, None] * cols + col, regions, dtype=feature_map.dtype)
+            return jnp.broadcast_to(50 * onehot, (batch, h, w, regions))
+        init = nn.initializers.normal(self.locator_init_std) if self.locator_init_std else kaiming_fan_out
+        x = ExampleDropout(self.locator_dropout, self.axis_name, name="locator_dropout")(feature_map, train)
+        if self.locator == "row":
+            x = x.reshape(batch, h, w, channels // self.locator_groups, self.locator_groups).mean((2, 4))[:, :, None]
+        kernel = self.param("locator_kernel", init, (x.shape[-1], regions), self.param_dtype)
+        logits = x @ kernel
+        if self.locator == "row":
+            logits += self.param("locator_bias", nn.initializers.zeros, (regions,), self.param_dtype)
+        return logits
