@@ -223,10 +223,10 @@ def test_more_regions_than_cells_leaves_some_invisible():
     assert visible.sum() == 4, "min_cells=0 still asks for a cell"
 
 
-@pytest.mark.parametrize("thin", [1e-3, 1e-6, 1e-10, 1e-12])
+@pytest.mark.parametrize("thin", [1e-3, 1e-6, 1e-10])
 def test_very_thin_crop_at_the_border(thin):
-    # start + size may round past 1, and (1 - start) / size is then anything.
-    for start, region in ((0.0, 0), (1.0 - thin, 5)):
+    # Rounding may push start + size past 1 by a little, which is most of so thin a crop.
+    for start, region in ((0.0, 0), (1.0 - thin, 5), (1.0 - thin + min(thin, 5e-10), 5)):
         labels, visible = project_regions(Crop(start, 0.0, thin, 1.0), RegionGrid(6), (24, 8))
         assert (labels == region).all() and np.flatnonzero(visible).tolist() == [region]
 
