@@ -6,7 +6,13 @@ which recipe it runs.
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from vpm_jax.errors import UserError
+from vpm_jax.regions import CROPS
 
 
 def stage(**changes) -> ConfigDict:
@@ -25,8 +31,8 @@ def stage(**changes) -> ConfigDict:
         decay_epochs=(30,),
         warmup_epochs=0.0,  # linear from zero
     )
-    unknown = set(changes) - set(values)
-    assert not unknown, unknown
+    if unknown := set(changes) - set(values):
+        raise UserError(f"A stage has no key {', '.join(sorted(unknown))}: it has {', '.join(values)}.")
     return ConfigDict(values | changes)
 
 
@@ -112,4 +118,158 @@ def default() -> ConfigDict:
     c.keep_checkpoints = 2
     c.tensorboard = False
     c.parallel = "jit"  # "jit" over a data mesh | "pmap"
-    return c
+    return c.lock()
+
+
+_CHOICES: dict[str, tuple] = {
+    "data.name": ("market1501", "dukemtmc", "synthetic"),
+    "data.crop": CROPS,
+    "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
+    "eval.crop": CROPS,
+    "model.name": ("vpm",),
+    "model.depth": (18, 34, 50, 101),
+    "model.stem": ("7x7", "3x3"),
+    "model.last_stride": (1, 2),
+    "model.stride_on": ("3x3", "1x1"),
+    "model.locator": ("pixel", "row", "stripes"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float64"),
+    "loss.identity_reduction": ("image", "region"),
+    "loss.identity_regions": ("visible", "all"),
+    "loss.triplet_pairs": ("visible", "all", "soft"),
+    "match.visibility": ("soft", "uniform", "binary"),
+    "parallel": ("jit", "pmap"),
+} | {
+    f"stage{n}.{k}": v for n in (1, 2) for k, v in {"sampling": ("pk", "plain"), "schedule": ("step", "cosine")}.items()
+}
+
+_POSITIVE = ("data.height", "data.width", "data.threads", "model.width", "model.head_dim", "model.locator_groups")
+_POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
+_POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
+
+# What may differ from the run that a workdir holds; the number of epochs may grow (see `changed_keys`).
+RESUMABLE = (
+    "recipe",
+    "data.root",
+    "data.workers",
+    "data.threads",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "parallel",
+    "eval.",
+    "match.",
+)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"data.height": 384, ...}: every leaf by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """config.a.b = value for the key "a.b"."""
+    *path, last = key.split(".")
+    for part in path:
+        config = config[part]
+    with config.ignore_type():  # an int where a float stood
+        config[last] = value
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no part can use.
+
+    Raises:
+      UserError: that names the key, the value and what was expected.
+    """
+    leaves = flatten(config)
+    expected = flatten(default())
+    for key in sorted(set(leaves) ^ set(expected)):
+        raise UserError(
+            f"Config key {key!r} is {'unknown' if key in leaves else 'missing'}: vpm_jax/config.py lists all."
+        )
+    for key, value in leaves.items():
+        kind = type(expected[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"Config key {key} is {value!r} ({type(value).__name__}), expected {kind.__name__}.")
+    for key, choices in _CHOICES.items():
+        if leaves[key] not in choices:
+            raise UserError(f"Config key {key} is {leaves[key]!r}, expected one of {', '.join(map(str, choices))}.")
+    for key in _POSITIVE:
+        if leaves[key] < 1:
+            raise UserError(f"Config key {key} is {leaves[key]}, expected at least 1.")
+    ranges = {
+        "data.flip": (0, 1),
+        "model.head_dropout": (0, 0.99),
+        "model.locator_dropout": (0, 0.99),
+        "loss.label_smoothing": (0, 0.99),
+        "optim.momentum": (0, 0.9999),
+    }
+    for key, (low, high) in ranges.items():
+        if not low <= leaves[key] <= high:
+            raise UserError(f"Config key {key} is {leaves[key]}, expected a number from {low} to {high}.")
+    if len(config.data.gamma) != 2 or not 0 < config.data.gamma[0] <= config.data.gamma[1]:
+        raise UserError(f"Config key data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high.")
+    if not config.eval.gammas or not all(0 < g <= 1 for g in config.eval.gammas):
+        raise UserError(f"Config key eval.gammas is {config.eval.gammas}, expected kept area ratios in (0, 1].")
+    if len(config.model.grid) != 2 or not all(type(n) is int and n > 0 for n in config.model.grid):
+        raise UserError(f"Config key model.grid is {config.model.grid}, expected (rows, cols), at least 1 each.")
+    if config.stage1.epochs + config.stage2.epochs < 1 or min(config.stage1.epochs, config.stage2.epochs) < 0:
+        raise UserError(
+            f"stage1.epochs is {config.stage1.epochs} and stage2.epochs {config.stage2.epochs}: nothing to train."
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text, one key a line in the order of `default`."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str, source: str) -> ConfigDict:
+    """The config that `to_json` wrote; keys added since take their defaults.
+
+    Raises:
+      UserError: if `source` (a file's name) does not hold a config of this program.
+    """
+    try:
+        saved = json.loads(text)
+        config = default()
+
+        def fill(target, values):
+            for key, value in values.items():
+                if isinstance(value, dict):
+                    fill(target[key], value)
+                else:
+                    with target.ignore_type():
+                        target[key] = tuple(value) if isinstance(value, list) else value
+
+        fill(config, saved)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{source} is not a config that this version reads ({error}): choose another workdir."
+        ) from error
+    check(config)
+    return config
+
+
+def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:
+    """Keys by which `now` may not continue the run of `saved`, as "key: old -> new".
+
+    The last stage may get more epochs where its schedule does not depend on their number.
+    """
+    old, new = flatten(saved), flatten(now)
+    last = "stage2" if saved.stage2.epochs else "stage1"
+    changed = []
+    for key, value in new.items():
+        if old[key] == value or key.startswith(RESUMABLE):
+            continue
+        if key == f"{last}.epochs" and value > old[key] and saved[last].schedule == "step":
+            continue
+        changed.append(f"{key}: {old[key]} -> {value}")
+    return changed

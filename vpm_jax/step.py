@@ -1,0 +1,142 @@
+"""The training and feature steps: pure functions of (state, batch), whatever maps them over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from ml_collections import ConfigDict
+
+from vpm_jax import losses, models, optim
+
+
+@flax.struct.dataclass
+class State:
+    """Everything training needs to go on; the data are a function of `step`."""
+
+    step: jax.Array  # int32, finished steps
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def init_state(config: ConfigDict) -> State:
+    """A new state from config.seed (random backbone: pretrained weights are put in by `pretrained`)."""
+    model = models.create(config)
+    image = jnp.zeros((2, config.data.height, config.data.width, 3), jnp.uint8)
+    variables = jax.jit(lambda key: model.init(key, image))(jax.random.key(config.seed))
+    return new_state(config, variables)
+
+
+def new_state(config: ConfigDict, variables) -> State:
+    """The state of step 0 around the variables {"params", "batch_stats"}."""
+    params = variables["params"]
+    return State(jnp.zeros([], jnp.int32), params, variables["batch_stats"], optim.optimizer(config).init(params))
+
+
+def l2_normalize(features):
+    """features [..., C] to unit length; a zero feature stays zero, with a finite gradient."""
+    squared = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    return features * lax.rsqrt(jnp.maximum(squared, 1e-24))
+
+
+def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[State, dict], tuple[State, dict]]:
+    """The training step of a resolved config: (state, batch) -> (state, metrics).
+
+    A batch holds image uint8 [B, H, W, 3], identity int [B], labels int [B, h, w], visible bool [B, P].
+    Under jit, B is the global batch. Under a mapped axis `axis_name` it is one device's share: totals and
+    counts are summed over the axis and the hardest pairs are found in all of it.
+
+    Metrics are float32 scalars (accuracy_identity is [P]); see `train` for their meaning.
+    """
+    model = models.create(config, axis_name)
+    tx = optim.optimizer(config)
+    rate, triplet_weight = optim.learning_rate(config), optim.triplet_weight(config)
+    weights = config.loss
+
+    def psum(x):
+        return lax.psum(x, axis_name) if axis_name else x
+
+    def loss_fn(params, state: State, batch, key):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        identity, visible = batch["identity"], batch["visible"]
+        shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
+        (logits, out), updates = model.apply(
+            variables, batch["image"], train=True, visible=shown, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
+        images = psum(jnp.float32(len(identity)))
+
+        # Each total is this device's; each count is everybody's and carries no gradient, so that summing
+        # the devices' gradients gives the gradient of the global mean.
+        region, cells = losses.region_loss(out["locator_logits"], batch["labels"])
+        region = region / psum(cells)
+
+        if config.model.global_head:
+            logits = jnp.concatenate([logits, out["global_logits"][:, None]], axis=1)
+            shown = jnp.concatenate([shown, jnp.ones_like(shown[:, :1])], axis=1)
+        per_head, head_count = losses.identity_loss(logits, identity, shown, weights.label_smoothing)
+        head_count = psum(head_count)
+        if weights.identity_reduction == "image":
+            identity_term = jnp.sum(per_head) / images
+        else:
+            identity_term = jnp.sum(per_head / jnp.maximum(head_count, 1))
+
+        triplet, anchors = losses.triplet_loss(
+            l2_normalize(out["region_features"]),
+            identity,
+            visible,
+            weights.margin,
+            pairs=weights.triplet_pairs,
+            visibility=out["visibility"],
+            axis_name=axis_name,
+        )
+        anchors = psum(anchors)
+        triplet = triplet / jnp.maximum(anchors, 1)
+
+        loss = (
+            weights.region_weight * region
+            + weights.identity_weight * identity_term
+            + triplet_weight(state.step) * triplet
+        )
+        right = (jnp.argmax(logits, axis=-1) == identity[:, None]) & shown
+        located = jnp.argmax(out["locator_logits"], axis=-1) == batch["labels"]
+        metrics = {
+            "loss": psum(loss),
+            "loss_region": psum(region),
+            "loss_identity": psum(identity_term),
+            "loss_triplet": psum(triplet),
+            "accuracy_identity": psum(jnp.sum(right, axis=0)) / jnp.maximum(head_count, 1),
+            "accuracy_locator": psum(jnp.sum(located)) / psum(cells),
+            "comparable": anchors / images,
+        }
+        return loss, (metrics, updates["batch_stats"])
+
+    def step(state: State, batch: dict) -> tuple[State, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key)
+        grads = psum(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate(state.step)}
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return step
+
+
+def make_feature_step(config: ConfigDict) -> Callable[[dict, Any], dict]:
+    """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32."""
+    model = models.create(config)
+
+    def features(variables, image) -> dict:
+        _, out = model.apply(variables, image, train=False)
+        return {
+            "features": l2_normalize(out["region_features"]).astype(jnp.float32),
+            "visibility": out["visibility"].astype(jnp.float32),
+        }
+
+    return features
