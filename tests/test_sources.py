@@ -1,0 +1,357 @@
+"""Folder, zip and ArrayRecord are one dataset; what is missing is said in one sentence."""
+
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpm_jax.config import default
+from vpm_jax.data.sources import Dataset, Split, load_dataset
+from vpm_jax.errors import UserError
+
+FILES = {
+    "bounding_box_train": [
+        "0007_c1s1_000001_01.jpg",
+        "0007_c2s1_000001_01.jpg",
+        "0007_c2s1_000002_01.jpg",
+        "0002_c3s2_000001_00.jpg.jpg",
+        "0002_c1s1_000001_00.jpg",
+        "0011_c1s1_000001_00.jpg",
+        "0011_c1s1_000002_00.jpg",
+        "0030_c6s1_000001_00.jpg",
+        "0030_c6s1_000002_00.jpg",
+        "Thumbs.db",
+    ],
+    "query": ["0001_c1s1_000001_00.jpg", "0003_c2s1_000001_00.jpg"],
+    "bounding_box_test": [
+        "0001_c2s1_000001_00.jpg",
+        "0000_c1s1_000001_00.jpg",
+        "-1_c5s1_000001_00.jpg",
+        "0003_c4s1_000001_00.jpg",
+        "readme.txt",
+        "someone.jpg",
+    ],
+}
+TRAIN = sorted(FILES["bounding_box_train"][:-1])
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 4, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_folder(root: Path) -> Path:
+    """A tiny dataset in the official layout, with the quirks of real copies; every image differs."""
+    seed = 0
+    for folder, names in FILES.items():
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            seed += 1
+            (root / folder / name).write_bytes(jpeg(seed))
+    return root
+
+
+def make_zip(folder: Path, path: Path, inside: str = "Market-1501-v15.09.15/") -> Path:
+    """The folder as an official zip that went through a Mac; entries in no order."""
+    files = sorted(folder.rglob("*"), reverse=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            name = inside + file.relative_to(folder).as_posix()
+            archive.write(file, name)
+            if file.is_file():
+                archive.writestr(f"__MACOSX/{name.rpartition('/')[0]}/._{file.name}", b"junk")
+        archive.writestr(f"{inside}bounding_box_train/.DS_Store", b"junk")
+        archive.writestr(f"{inside}gt_bbox/0001_c1s1_000001_00.jpg", b"another folder")
+    return path
+
+
+def config(root: Path | str, name: str = "market1501", holdout: int = 0):
+    data = default().data
+    data.name, data.root, data.holdout_identities = name, str(root), holdout
+    return data
+
+
+def content(dataset: Dataset) -> dict:
+    """All that two forms of one dataset must share."""
+    return {
+        split.name: [
+            (n, int(i), int(c), split.read(k))
+            for k, (n, i, c) in enumerate(zip(split.names, split.identity, split.camera, strict=True))
+        ]
+        for split in (dataset.train, dataset.query, dataset.gallery)
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_folder(tmp_path / "images")
+
+
+def fails(data, *parts: str) -> None:
+    """Loading ends in one sentence that holds all the parts."""
+    with pytest.raises(UserError) as error:
+        load_dataset(data)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_folder_is_parsed_and_sorted(folder):
+    data = load_dataset(config(folder))
+    assert data.train.names == tuple(f"bounding_box_train/{name}" for name in TRAIN)
+    assert data.train.identity.tolist() == [2, 2, 7, 7, 7, 11, 11, 30, 30]
+    assert data.train.camera.tolist() == [1, 3, 1, 2, 2, 1, 1, 6, 6]
+    assert data.train.labels().tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert data.train.num_identities == 4
+    assert data.gallery.identity.tolist() == [-1, 0, 1, 3] and data.gallery.camera.tolist() == [5, 1, 2, 4]
+    assert data.query.identity.dtype == data.query.camera.dtype == data.train.labels().dtype == np.int32
+    for i, name in enumerate(data.train.names):
+        assert data.train.read(i) == (folder / name).read_bytes()
+
+
+def test_notes_say_what_is_ignored_and_missing(folder):
+    notes = " ".join(load_dataset(config(folder)).notes)
+    assert (
+        "9 training images of 4 identities, 2 query images of 2 identities, 3 gallery images of 2 identities" in notes
+    )
+    assert "1 more are junk" in notes
+    assert "Ignored 3 files" in notes and "Thumbs.db" in notes and "readme.txt" in notes and "someone.jpg" in notes
+    assert "it has 9 images of 4 identities, Market-1501 12,936 of 751" in notes
+    assert "19,732 of 750" in notes and "in both the training and the test set" not in notes
+
+
+def test_training_images_of_nobody_are_left_out(folder):
+    for name in ("-1_c1s1_000001_01.jpg", "0000_c1s1_000001_01.jpg"):
+        (folder / "bounding_box_train" / name).write_bytes(jpeg(99))
+    data = load_dataset(config(folder))
+    assert data.train.names == tuple(f"bounding_box_train/{name}" for name in TRAIN)
+    assert "Left out 2 training images of identity -1 or 0, which stand for nobody." in data.notes
+    assert data.train.read(0) == (folder / data.train.names[0]).read_bytes()
+
+
+def test_identities_in_both_sets_are_noted(folder):
+    (folder / "bounding_box_train" / "0001_c1s1_000009_01.jpg").write_bytes(jpeg(99))
+    (folder / "bounding_box_test" / "0003_c4s1_000001_00.jpg").unlink()
+    notes = load_dataset(config(folder)).notes
+    assert "1 identity is in both the training and the test set." in notes
+    assert "1 query identity has no image in the gallery." in notes
+
+
+@pytest.mark.parametrize("inside", ["Market-1501-v15.09.15/", "", "some/where/else/"])
+def test_zip_equals_folder(folder, tmp_path, inside):
+    path = make_zip(folder, tmp_path / "any name.zip", inside)
+    assert content(load_dataset(config(path))) == content(load_dataset(config(folder)))
+
+
+def test_duke_names(tmp_path):
+    root = tmp_path / "DukeMTMC-reID"
+    names = {
+        "bounding_box_train": ["0005_c2_f0046985.jpg", "0001_c8_f0046182.jpg"],
+        "query": ["7140_c4_f0117106.jpg"],
+        "bounding_box_test": ["7140_c5_f0117106.jpg"],
+    }
+    for name, files in names.items():
+        (root / name).mkdir(parents=True)
+        for file in files:
+            (root / name / file).write_bytes(jpeg(1))
+    data = load_dataset(config(tmp_path, "dukemtmc"))  # found under its usual name
+    assert data.train.identity.tolist() == [1, 5] and data.train.camera.tolist() == [8, 2]
+    assert data.query.identity.tolist() == [7140]
+    assert any("16,522 of 702" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("where", ["Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "Market1501"])
+def test_found_below_a_parent(folder, tmp_path, where, monkeypatch):
+    root = tmp_path / "data"
+    (root / "something else" / "query").mkdir(parents=True)
+    shutil.copytree(folder, root / where)
+    expected = content(load_dataset(config(folder)))
+    assert content(load_dataset(config(root))) == expected
+    monkeypatch.setenv("VPM_DATA", str(root))
+    assert content(load_dataset(config(""))) == expected
+    monkeypatch.delenv("VPM_DATA")
+    monkeypatch.chdir(tmp_path)
+    data = load_dataset(config(""))  # ./data
+    monkeypatch.chdir("/")  # a relative root is held to what it meant
+    assert content(data) == expected
+
+
+def test_zip_found_below_a_parent(folder, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    make_zip(folder, root / "Market-1501-v15.09.15.zip")
+    (root / "weights.zip").write_bytes(b"no zip")
+    assert content(load_dataset(config(root))) == content(load_dataset(config(folder)))
+
+
+def test_zip_with_two_datasets_takes_the_named_one(folder, tmp_path):
+    path = make_zip(folder, tmp_path / "all.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in FILES:
+            archive.writestr(f"DukeMTMC-reID/{name}/0005_c2_f0046985.jpg", b"duke")
+    assert len(load_dataset(config(path)).train) == len(TRAIN)
+    assert load_dataset(config(path, "dukemtmc")).train.read(0) == b"duke"
+
+
+def test_take(folder):
+    train = load_dataset(config(folder)).train
+    some = train.take([5, 0, 5]).take([1, 0])
+    assert some.names == (train.names[0], train.names[5])
+    assert some.identity.tolist() == [2, 11] and some.read(1) == train.read(5)
+    mask = train.camera == 1
+    assert train.take(mask).names == tuple(n for n, m in zip(train.names, mask, strict=True) if m)
+    assert len(train.take([])) == 0
+
+
+def read_all(split: Split) -> list[bytes]:
+    return [split.read(i) for i in range(len(split))]
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "prepared"])
+def test_splits_travel_to_threads_and_processes(folder, tmp_path, form):
+    root = folder
+    if form == "zip":
+        root = make_zip(folder, tmp_path / "market.zip")
+    elif form == "prepared":
+        from vpm_jax.data import arrayrecord
+
+        root = arrayrecord.write(load_dataset(config(folder)), tmp_path / "out")
+    train = load_dataset(config(root)).train
+    expected = [(folder / name).read_bytes() for name in train.names]
+    assert read_all(train) == expected  # the parent's handle is open from here on
+    assert read_all(pickle.loads(pickle.dumps(train))) == expected
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(train.read, list(range(len(train))) * 20)) == expected * 20
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(read_all, train).result() == expected
+    if form == "zip":
+        with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+            assert list(pool.map(read_all, [train] * 4)) == [expected] * 4
+
+
+def test_holdout(folder):
+    full = load_dataset(config(folder))
+    data = load_dataset(config(folder, holdout=2))
+    assert np.unique(data.train.identity).tolist() == [2, 11]  # evenly spaced: the 2nd and 4th of 2, 7, 11, 30 leave
+    # One query per identity and camera, the first by name; the rest is the gallery.
+    assert [name.split("/")[1] for name in data.query.names] == [
+        "0007_c1s1_000001_01.jpg",
+        "0007_c2s1_000001_01.jpg",
+        "0030_c6s1_000001_00.jpg",
+    ]
+    assert [name.split("/")[1] for name in data.gallery.names] == ["0007_c2s1_000002_01.jpg", "0030_c6s1_000002_00.jpg"]
+    assert (data.train.name, data.query.name, data.gallery.name) == ("train", "query", "gallery")
+    assert data.train.labels().tolist() == [0, 0, 1, 1]
+    everything = {**{n: b for rows in content(data).values() for n, _, _, b in rows}}
+    assert everything == {n: b for n, _, _, b in content(full)["train"]}
+    assert "Held out 2 of 4 training identities" in data.notes[-1] and "the test set is not used" in data.notes[-1]
+
+
+def test_bad_holdout(folder):
+    fails(config(folder, holdout=3), "holdout_identities is 3", "between 0 and 2", "has 4 identities")
+    fails(config(folder, holdout=-1), "holdout_identities is -1")
+    (folder / "bounding_box_train" / "0011_c1s1_000002_00.jpg").unlink()
+    fails(config(folder, holdout=1), "leaves the gallery empty")
+
+
+def test_nothing_there(tmp_path, monkeypatch):
+    fails(config(tmp_path / "nowhere"), "nowhere does not exist", "set config.data.root", "config.data.name=synthetic")
+    fails(config(tmp_path), "is empty", "Market-1501")
+    (tmp_path / "file.txt").write_text("")
+    fails(config(tmp_path), "holds no Market-1501", "bounding_box_train, query, bounding_box_test")
+    fails(config(tmp_path / "file.txt"), "file.txt is not a whole zip")
+    fails(config(tmp_path, "market"), "config.data.name is 'market'", "market1501, dukemtmc, synthetic")
+    monkeypatch.setenv("VPM_DATA", str(tmp_path / "unset"))
+    fails(config(""), "unset ($VPM_DATA, for config.data.root is not set) does not exist")
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_incomplete(folder, tmp_path, form):
+    def root():
+        return folder if form == "folder" else make_zip(folder, tmp_path / "market.zip")
+
+    shutil.rmtree(folder / "query")
+    fails(config(root()), "has bounding_box_train, bounding_box_test but no query", str(root()))
+    (folder / "query").mkdir()
+    fails(config(root()), "has no file in query", "IDENTITY_cCAMERA")
+    (folder / "query" / "holiday.jpg").write_bytes(jpeg(0))
+    fails(config(root()), "has no image among 1 file in query")
+    (folder / "query" / "0001_c1.jpg").write_bytes(jpeg(0))
+    for name in TRAIN:
+        (folder / "bounding_box_train" / name).unlink()
+    (folder / "bounding_box_train" / "-1_c1.jpg").write_bytes(jpeg(0))
+    fails(config(root()), "no training image of an identity above 0")
+
+
+def test_bad_zips(folder, tmp_path):
+    path = make_zip(folder, tmp_path / "market.zip")
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:size])
+        fails(config(path), "market.zip is not a whole zip", "get it again")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("holiday.jpg", b"")
+        archive.writestr("x/query/0001_c1.jpg", b"")
+    fails(config(path), "holds no folder bounding_box_train")
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside in ("a", "b"):
+            archive.writestr(f"{inside}/bounding_box_train/0001_c1.jpg", b"")
+    fails(config(path), "holds several datasets (a/, b/)")
+
+
+def test_unreadable_images_are_named(folder, tmp_path):
+    path = make_zip(folder, tmp_path / "market.zip")
+    data, zipped = load_dataset(config(folder)), load_dataset(config(path))
+    (folder / data.train.names[3]).unlink()
+    with pytest.raises(UserError, match=f"{re.escape(data.train.names[3])} cannot be read: No such file"):
+        data.train.read(3)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("Market-1501-v15.09.15/" + data.train.names[3]).header_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[start + 120 : start + 400] = bytes(280)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=f"{re.escape(data.train.names[3])} in the zip .* cannot be read"):
+        zipped.train.read(3)
+
+
+def test_synthetic_root_may_be_a_dataset_itself(folder, tmp_path):
+    assert content(load_dataset(config(folder, "synthetic"))) == content(load_dataset(config(folder)))
+
+
+def test_synthetic_is_rendered_and_read(tmp_path):
+    data = config(tmp_path / "new", "synthetic")
+    data.synthetic.update(train_identities=2, test_identities=2, cameras=2)
+    loaded = load_dataset(data)
+    assert loaded.train.num_identities == 2 and len(loaded.train) == 8
+    assert set(loaded.query.identity.tolist()) <= set(loaded.gallery.identity.tolist())
+    assert Image.open(BytesIO(loaded.query.read(0))).size == (64, 128)
+
+
+def test_real_market():
+    root = Path(os.environ.get("VPM_DATA") or "data")
+    try:
+        data = load_dataset(config(root))
+    except UserError as error:
+        pytest.skip(f"no real Market-1501: {error}")
+    if any("not the official one" in note for note in data.notes):
+        pytest.skip("only a part of Market-1501")
+    assert [len(s) for s in (data.train, data.query, data.gallery)] == [12936, 3368, 19732]
+    assert data.train.num_identities == 751 and data.train.labels().max() == 750
+    assert (data.gallery.identity != -1).sum() == 15913 and (data.gallery.identity == 0).sum() == 2798
+    assert set(data.train.camera) == set(data.query.camera) == {1, 2, 3, 4, 5, 6}
+    held = load_dataset(config(root, holdout=100))
+    assert held.train.num_identities == 651 and len(np.unique(held.query.identity)) == 100
+    assert len(held.train) + len(held.query) + len(held.gallery) == 12936
+    image = Image.open(BytesIO(held.query.read(0)))
+    assert image.size == (64, 128)
