@@ -1,0 +1,73 @@
+"""Turns a dataset's folder or official zip into ArrayRecord: a few large files instead of tens of thousands.
+
+    python -m vpm_jax.prepare market1501 --source Market-1501-v15.09.15.zip --output data
+
+writes `data/market1501/1.0.0/`, which `config.data.root` may name, or find below `data`. The images stay the bytes
+they are. The folder appears whole or not at all, and is left alone if it exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from vpm_jax.config import default
+from vpm_jax.data.folders import TITLES
+from vpm_jax.data.sources import Dataset, data_root, load_dataset
+from vpm_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpm_jax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", help=", ".join(TITLES))
+    parser.add_argument(
+        "--source",
+        default="",
+        metavar="PATH",
+        help="folder or zip, or a folder that holds it; default $VPM_DATA or ./data",
+    )
+    parser.add_argument(
+        "--output", default="", metavar="DIR", help="gets DATASET/VERSION/ inside; default $VPM_DATA or ./data"
+    )
+    args = parser.parse_args(argv)
+    if args.dataset not in TITLES:
+        raise UserError(f"The dataset is {args.dataset!r}, but the known ones are {', '.join(TITLES)}.")
+
+    from tqdm import tqdm
+
+    from vpm_jax.data import arrayrecord
+
+    output = data_root(args.output)
+    folder = arrayrecord.folder_of(output, args.dataset)
+    if folder.exists():
+        dataset = _load(args.dataset, str(folder))
+        print(f"Already prepared: {folder} ({_sizes(dataset)}). To prepare it again, delete that folder first.")
+        return
+
+    dataset = _load(args.dataset, args.source)
+    print(*dataset.notes, sep="\n")
+    start = time.monotonic()
+    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"))
+    print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
+    print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}")
+    for left in sorted(folder.parent.glob("incomplete.*")):
+        print(f"{left} was left by a run that was killed, and may be deleted.")
+
+
+def _load(name: str, root: str) -> Dataset:
+    config = default().data
+    config.name, config.root = name, root
+    return load_dataset(config)
+
+
+def _sizes(dataset: Dataset) -> str:
+    return f"{len(dataset.train):,} training, {len(dataset.query):,} query and {len(dataset.gallery):,} gallery images"
+
+
+if __name__ == "__main__":
+    from vpm_jax.cli import run
+
+    run(main)
