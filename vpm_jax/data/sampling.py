@@ -1,0 +1,228 @@
+"""Which images a training step sees, how they are flipped and cropped: pure functions of (seed, step).
+
+The whole global batch is drawn as numbers before any image is read, so it depends neither on how many
+hosts and workers load it nor on the step at which a run was resumed. The numbers come from the raw
+stream of Philox, which NumPy keeps from version to version (the methods of its Generator may change).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax.errors import UserError
+from vpm_jax.regions import CROPS, Crop, draw_crop
+
+SAMPLINGS = ("plain", "pk")
+
+# What a stream of random numbers is for: one word of its key.
+_ORDER, _PICK, _AUGMENT = range(3)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training stage with its length resolved; steps [first_step, first_step + steps) of the run."""
+
+    name: str  # "stage1" | "stage2", its key in the config
+    index: int  # 1 | 2
+    sampling: str  # "plain" | "pk"
+    identities: int  # P and K of a batch
+    images_per_identity: int
+    epochs: int
+    steps_per_epoch: int
+    first_step: int
+
+    @property
+    def batch(self) -> int:
+        return self.identities * self.images_per_identity
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.steps
+
+
+class Plan(NamedTuple):
+    """A global batch as numbers."""
+
+    indices: np.ndarray  # int64 [B], into the split
+    flips: np.ndarray  # bool [B], mirrored before the crop
+    crops: tuple[Crop, ...]  # B boxes, fractions of the (flipped) image
+
+
+def uniform(key: tuple[int, ...], count: int) -> np.ndarray:
+    """float64 [count] in [0, 1), a function of `key` (non-negative integers) alone, in any NumPy version."""
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def _shuffled(key: tuple[int, ...], count: int) -> np.ndarray:
+    return np.argsort(uniform(key, count), kind="stable")
+
+
+@lru_cache(maxsize=8)  # a batch needs one pass, rarely two; loader threads may be some steps apart
+def _pass_order(seed: int, stage: int, number: int, count: int) -> np.ndarray:
+    """The order of one pass over `count` images or identities, int64 [count]."""
+    order = _shuffled((seed, stage, _ORDER, number), count)
+    order.flags.writeable = False
+    return order
+
+
+def schedule(config: ConfigDict, num_images: int, num_identities: int) -> tuple[Stage, ...]:
+    """The stages that have epochs, in order, with the steps of an epoch resolved.
+
+    Where `steps_per_epoch` is 0 an epoch is one pass: images // batch steps of a "plain" stage,
+    identities // stage.identities of a "pk" stage (751 // 8 = 93), at least one.
+
+    Raises:
+      UserError: if a value is out of range, the batches of the stages differ, no stage has an epoch,
+        or a "pk" stage wants more identities than there are.
+    """
+    stages: list[Stage] = []
+    first_step = 0
+    for index, name in enumerate(("stage1", "stage2"), start=1):
+        values = config[name]
+        if values.epochs < 0 or values.steps_per_epoch < 0:
+            raise UserError(
+                f"config.{name} has {values.epochs} epochs of {values.steps_per_epoch} steps, expected none below 0."
+            )
+        if not values.epochs:
+            continue
+        if values.sampling not in SAMPLINGS:
+            raise UserError(f"config.{name}.sampling is {values.sampling!r}, expected one of {', '.join(SAMPLINGS)}.")
+        if values.identities < 1 or values.images_per_identity < 1:
+            raise UserError(
+                f"config.{name} has batches of {values.identities} x {values.images_per_identity} images, "
+                "expected at least 1 x 1."
+            )
+        if values.sampling == "pk" and values.identities > num_identities:
+            raise UserError(
+                f"config.{name}.identities is {values.identities}, but the training set has {num_identities}: "
+                "lower it or use more data."
+            )
+        batch = values.identities * values.images_per_identity
+        one_pass = num_images // batch if values.sampling == "plain" else num_identities // values.identities
+        stage = Stage(
+            name=name,
+            index=index,
+            sampling=values.sampling,
+            identities=values.identities,
+            images_per_identity=values.images_per_identity,
+            epochs=values.epochs,
+            steps_per_epoch=values.steps_per_epoch or max(1, one_pass),
+            first_step=first_step,
+        )
+        first_step = stage.end_step
+        stages.append(stage)
+    if not stages:
+        raise UserError("config.stage1.epochs and config.stage2.epochs are both 0: there is nothing to train.")
+    if len({stage.batch for stage in stages}) > 1:
+        sizes = " and ".join(f"{s.identities} x {s.images_per_identity} images in {s.name}" for s in stages)
+        raise UserError(f"A batch has {sizes}, expected the same number in both: the step is compiled for one size.")
+    return tuple(stages)
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage of global step `step`.
+
+    Raises:
+      ValueError: if no stage has that step.
+    """
+    for stage in stages:
+        if stage.first_step <= step < stage.end_step:
+            return stage
+    raise ValueError(f"step {step} is outside the schedule's {stages[-1].end_step} steps")
+
+
+class Sampler:
+    """Plans batches of a split; stateless: `plan(step)` is a function of the configuration and the step.
+
+    A "plain" stage goes through the images in a new order each pass, without replacement, across the
+    bounds of epochs. A "pk" stage goes through the identities in a new order each pass (what does not
+    fill a batch is left out of that pass), and takes `images_per_identity` images of each without
+    replacement; an identity with fewer repeats each equally often, but for a remainder.
+
+    Args:
+      config: the experiment's.
+      labels: int [N], the identities of the split's images, 0..K-1.
+
+    Raises:
+      UserError: see `schedule`; also for crop, gamma, flip or seed out of range.
+    """
+
+    def __init__(self, config: ConfigDict, labels: np.ndarray):
+        labels = np.asarray(labels)
+        if not len(labels):
+            raise UserError("The training set has no images: check config.data.root.")
+        # Sorted by identity, and where each identity ends: its images without a loop over them.
+        self._images = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+        self._num_images = len(labels)
+        self.stages = schedule(config, self._num_images, len(self._images))
+        self._seed, self._flip, self._crop = int(config.seed), float(config.data.flip), config.data.crop
+        self._low, self._high = (float(bound) for bound in config.data.gamma)
+        if self._seed < 0:
+            raise UserError(f"config.seed is {self._seed}, expected 0 or more.")
+        if self._crop not in CROPS:
+            raise UserError(f"config.data.crop is {self._crop!r}, expected one of {', '.join(CROPS)}.")
+        if not 0 < self._low <= self._high:
+            raise UserError(f"config.data.gamma is ({self._low}, {self._high}), expected 0 < low <= high.")
+        if not 0 <= self._flip <= 1:
+            raise UserError(f"config.data.flip is {self._flip}, expected a probability in [0, 1].")
+
+    @property
+    def batch(self) -> int:
+        return self.stages[0].batch
+
+    def plan(self, step: int) -> Plan:
+        """The global batch of a step: images, flips (before the crop) and crops, gamma = min(1, U(low, high)).
+
+        Raises:
+          ValueError: for a step outside the schedule.
+        """
+        stage = stage_at(self.stages, step)
+        step -= stage.first_step
+        indices = self._plain(stage, step) if stage.sampling == "plain" else self._balanced(stage, step)
+        draws = uniform((self._seed, stage.index, _AUGMENT, step), 5 * stage.batch).reshape(stage.batch, 5)
+        gammas = np.minimum(1.0, self._low + (self._high - self._low) * draws[:, 1])
+        crops = tuple(
+            draw_crop(self._crop, gamma, (a, b, c))
+            for gamma, (a, b, c) in zip(gammas.tolist(), draws[:, 2:].tolist(), strict=True)
+        )
+        return Plan(indices, draws[:, 0] < self._flip, crops)
+
+    def _plain(self, stage: Stage, step: int) -> np.ndarray:
+        """Positions [step * B, (step + 1) * B) of the passes laid end to end."""
+        first, last = step * stage.batch, (step + 1) * stage.batch
+        pieces = []
+        while first < last:
+            number, start = divmod(first, self._num_images)
+            stop = min(self._num_images, start + last - first)
+            pieces.append(_pass_order(self._seed, stage.index, number, self._num_images)[start:stop])
+            first += stop - start
+        return np.concatenate(pieces)
+
+    def _balanced(self, stage: Stage, step: int) -> np.ndarray:
+        """P identities of the pass, K images of each, identity by identity."""
+        number, position = divmod(step, len(self._images) // stage.identities)
+        order = _pass_order(self._seed, stage.index, number, len(self._images))
+        chosen = order[position * stage.identities : (position + 1) * stage.identities]
+        key = (self._seed, stage.index, _PICK, step)
+        picked = []
+        for slot, identity in enumerate(chosen.tolist()):
+            images, wanted = self._images[identity], stage.images_per_identity
+            rounds = -(-wanted // len(images))
+            draws = uniform((*key, slot), rounds * len(images)).reshape(rounds, -1)
+            picked.append(images[np.argsort(draws, axis=1, kind="stable").reshape(-1)[:wanted]])
+        return np.concatenate(picked)
+
+
+def plan(config: ConfigDict, labels: np.ndarray, step: int) -> Plan:
+    """One step's `Sampler(config, labels).plan(step)`; a Sampler is quicker for many."""
+    return Sampler(config, labels).plan(step)
