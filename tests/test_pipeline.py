@@ -1,0 +1,221 @@
+"""The grain pipelines: batches as a function of the step, pixels that agree with their labels, padding, errors."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpm_jax.config import default
+from vpm_jax.data.decode import resize
+from vpm_jax.data.pipeline import cut, eval_batches, train_batches
+from vpm_jax.data.sampling import plan
+from vpm_jax.data.sources import Split
+from vpm_jax.errors import UserError
+from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
+
+
+@dataclass(frozen=True)
+class Memory:
+    data: tuple[bytes, ...]
+
+    def read(self, name, position):
+        return self.data[position]
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split_of(images):
+    """Four images of an identity; lossless, so that pixels can be compared."""
+    n = len(images)
+    data = tuple(image if isinstance(image, bytes) else png(image) for image in images)
+    identity = (np.arange(n) // 4 * 3 + 2).astype(np.int32)
+    return Split(
+        "train", tuple(f"{i:04d}.png" for i in range(n)), identity, np.arange(n, dtype=np.int32) % 6, Memory(data)
+    )
+
+
+def noise(n, height=40, width=20):
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), np.uint8)
+
+
+def small_config(**data):
+    """24 x 12 pixels, batches of 2 x 4."""
+    config = default()
+    for stage in (config.stage1, config.stage2):
+        stage.update(identities=2, images_per_identity=4, epochs=2, steps_per_epoch=5)
+    config.data.update(height=24, width=12, **data)
+    config.model.grid = (3, 1)
+    return config
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert type(one[key]) is type(other[key]) is np.ndarray
+            assert one[key].dtype == other[key].dtype and np.array_equal(one[key], other[key]), key
+
+
+def test_a_batch_is_a_function_of_the_step():
+    split, shape = split_of(noise(20)), (6, 3)
+    config = small_config(threads=0)
+    batches = list(train_batches(config, split, shape, 0, 20))
+    assert len(batches) == 20  # both stages
+    assert len({batch["image"].tobytes() for batch in batches}) == 20
+    assert_equal(list(train_batches(config, split, shape, 13, 20)), batches[13:])
+    assert list(train_batches(config, split, shape, 20, 20)) == []
+    hosts = [list(train_batches(config, split, shape, 5, 15, host, 4)) for host in range(4)]
+    joined = [{key: np.concatenate([h[key] for h in batch]) for key in batch[0]} for batch in zip(*hosts, strict=True)]
+    assert_equal(joined, batches[5:15])
+    config.data.threads = 3
+    assert_equal(list(train_batches(config, split, shape, 0, 20)), batches)
+
+
+def test_worker_processes_change_nothing():
+    split, config = split_of(noise(20)), small_config()
+    batches = list(train_batches(config, split, (6, 3), 7, 12))
+    config.data.workers = 2
+    assert_equal(list(train_batches(config, split, (6, 3), 7, 12)), batches)
+
+
+def test_what_a_batch_holds():
+    config = small_config(crop="any", flip=0.5)
+    config.model.grid, config.loss.min_cells = (3, 2), 2
+    images = noise(20, 41, 23)
+    split = split_of(images)
+    for step, batch in enumerate(train_batches(config, split, (12, 6), 0, 20)):
+        expected = plan(config, split.labels(), step)
+        assert batch["image"].shape == (8, 24, 12, 3) and batch["image"].dtype == np.uint8
+        assert batch["labels"].shape == (8, 12, 6) and batch["labels"].dtype == np.int32
+        assert batch["visible"].shape == (8, 6) and batch["visible"].dtype == bool
+        assert batch["identity"].dtype == batch["camera"].dtype == np.int32
+        assert np.array_equal(batch["identity"], expected.indices // 4)
+        assert np.array_equal(batch["camera"], expected.indices % 6)
+        for row, (index, flip, crop) in enumerate(zip(*expected, strict=True)):
+            image = images[index][:, ::-1] if flip else images[index]
+            top, left, bottom, right = pixel_box(crop, 41, 23)
+            pixels = resize(np.ascontiguousarray(image[top:bottom, left:right]), (24, 12))
+            assert np.array_equal(batch["image"][row], pixels)
+            actual = Crop(top / 41, left / 23, (bottom - top) / 41, (right - left) / 23)
+            labels, visible = project_regions(actual, RegionGrid(3, 2), (12, 6), 2)
+            assert np.array_equal(batch["labels"][row], labels) and np.array_equal(batch["visible"][row], visible)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("grid", [(6, 1), (3, 2)])
+def test_pixels_agree_with_their_labels(crop, grid):
+    """Images painted with the number of the region: the middle of a cell shows what its label says."""
+    rows, cols = grid
+    height, width, h, w = 96, 48, 24, 8
+    painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
+    config = small_config(crop=crop)
+    config.data.height, config.data.width, config.model.grid = 16 * h, 16 * w, grid
+    split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
+    sure = wrong = 0
+    for step, batch in enumerate(train_batches(config, split, (h, w), 0, 4)):
+        flips = plan(config, split.labels(), step).flips
+        row, col = np.divmod(batch["labels"], cols)
+        expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
+        cells = batch["image"][..., 0].reshape(8, h, 16, w, 16)[:, :, 6:10, :, 6:10]
+        low, high = cells.min((2, 4)), cells.max((2, 4))
+        flat = low == high  # not on the blur between two regions
+        sure, wrong = sure + flat.sum(), wrong + (flat & (low != expected)).sum()
+        # The visible set is the regions that some cell belongs to.
+        for labels, visible in zip(batch["labels"], batch["visible"], strict=True):
+            assert np.array_equal(np.unique(labels), np.flatnonzero(visible))
+    assert sure > 0.7 * 4 * 8 * h * w and wrong == 0
+
+
+def test_a_row_locator_has_one_column():
+    config = small_config()
+    batch = next(train_batches(config, split_of(noise(20)), (6, 1), 0, 1))
+    assert batch["labels"].shape == (8, 6, 1)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 40, 20), (3, 5, 17, 6), (10, 0, 40, 13)])
+def test_flip_comes_before_the_crop(box):
+    image, (top, left, bottom, right) = noise(1)[0], box
+    assert np.array_equal(cut(image, box, True), image[:, ::-1][top:bottom, left:right])
+    assert np.array_equal(cut(image, box, False), image[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_sees_every_image_once_in_order(hosts):
+    config, images = small_config(), noise(21, 24, 12)  # of the network's size: pixels pass unchanged
+    config.eval.batch = 8
+    split = split_of(images)
+    parts = [list(eval_batches(config, split, host_index=host, host_count=hosts)) for host in range(hosts)]
+    batches = [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
+    assert len(batches) == 3
+    whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    assert np.array_equal(whole["valid"], np.arange(24) < 21)
+    assert np.array_equal(whole["image"][:21], images) and not whole["image"][21:].any()
+    assert np.array_equal(whole["identity"], [*split.identity, -1, -1, -1])
+    assert np.array_equal(whole["camera"], [*split.camera, -1, -1, -1])
+
+
+def test_evaluation_crops_at_a_fixed_gamma():
+    config, images = small_config(), noise(10)
+    batch = next(eval_batches(config, split_of(images), "bottom", 0.7))
+    expected = [resize(np.ascontiguousarray(image[12:]), (24, 12)) for image in images]
+    assert np.array_equal(batch["image"][:10], expected)
+
+
+def test_evaluation_with_a_drawn_crop():
+    config, images = small_config(), noise(40)
+    first = next(eval_batches(config, split_of(images), "bilateral", 0.5))
+    config.seed = 7
+    assert_equal([next(eval_batches(config, split_of(images), "bilateral", 0.5))], [first])
+    tops, bottoms = (
+        next(eval_batches(config, split_of(images), crop, 0.5))["image"][:40] for crop in ("top", "bottom")
+    )
+    is_top, is_bottom = ((first["image"][:40] == other).all((1, 2, 3)) for other in (tops, bottoms))
+    assert (is_top ^ is_bottom).all() and 8 < is_top.sum() < 32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_sentence(workers):
+    images = [png(image) for image in noise(20)]
+    images[9] = images[9][:300]
+    config = small_config(workers=workers)
+    with pytest.raises(UserError, match=r"0009\.png is a damaged image") as caught:
+        list(train_batches(config, split_of(images), (6, 3), 0, 20))
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda c: c.data.update(resize="best"), "config.data.resize is 'best'"),
+        (lambda c: c.data.update(threads=-1), "-1 threads"),
+        (lambda c: c.data.update(height=0), "0 x 12"),
+        (lambda c: c.eval.update(batch=9), "9 images cannot be divided among 2 hosts"),
+        (lambda c: c.eval.update(batch=0), "config.eval.batch is 0"),
+        (lambda c: c.eval.update(crop="middle"), "'middle'"),
+        (lambda c: c.eval.update(gammas=(1.5,)), "Gamma is 1.5"),
+    ],
+)
+def test_values_out_of_range(change, found):
+    config = small_config()
+    change(config)
+    with pytest.raises(UserError, match=found):
+        eval_batches(config, split_of(noise(2)), config.eval.crop, config.eval.gammas[0], 0, 2)
+
+
+def test_steps_outside_the_schedule():
+    with pytest.raises(ValueError, match="0 to 20"):
+        train_batches(small_config(), split_of(noise(20)), (6, 3), 0, 21)
+
+
+def test_drawn_crops_are_inside():  # what the pipeline relies on
+    for crop in CROPS:
+        for draw in np.random.default_rng(0).random((50, 3)).tolist():
+            top, left, bottom, right = pixel_box(draw_crop(crop, 0.3, draw), 41, 23)
+            assert 0 <= top < bottom <= 41 and 0 <= left < right <= 23

@@ -1,0 +1,277 @@
+"""From numbers to batches: grain pipelines that decode, flip, crop, resize and label images on the host.
+
+An element is a host's whole batch, so that grain's cost per element vanishes; its threads and worker
+processes work on different steps. Loading has no randomness of its own: a batch is a function of the
+configuration and the step (see `sampling`), whatever the number of threads, workers and hosts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import weakref
+from collections.abc import Generator
+from functools import lru_cache
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from vpm_jax.data.decode import FILTERS, decode, resize
+from vpm_jax.data.sampling import Sampler, uniform
+from vpm_jax.data.sources import Split
+from vpm_jax.errors import UserError
+from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
+
+Batch = dict[str, np.ndarray]
+
+# The threads and processes here already fill the cores: OpenCV's own would fight them.
+cv2.setNumThreads(0)
+
+
+@lru_cache(maxsize=16384)  # boxes in whole pixels repeat; projecting costs as much as decoding
+def _project_axis(start: int, stop: int, length: int, parts: int, cells: int, min_cells: int):
+    """Labels [cells] and visible parts [parts] along one axis, of pixels [start, stop) of `length`."""
+    crop = Crop(start / length, 0.0, (stop - start) / length, 1.0)
+    labels, visible = project_regions(crop, RegionGrid(parts), (cells, 1), min_cells)
+    return labels[:, 0], visible
+
+
+def cut(image: np.ndarray, box: tuple[int, int, int, int], flip: bool) -> np.ndarray:
+    """The box (top, left, bottom, right) of the image, or of its mirror image if `flip`: uint8 [h, w, 3]."""
+    top, left, bottom, right = box
+    if not flip:
+        return image[top:bottom, left:right]
+    # Flip before the crop: the mirrored box, mirrored, is the same pixels and less work.
+    width = image.shape[1]
+    return cv2.flip(image[top:bottom, width - right : width - left], 1)
+
+
+class _Loader:
+    """What both kinds of batches share: pixels of rows [first, last) of a global batch."""
+
+    def __init__(self, config: ConfigDict, split: Split, batch: int, host_index: int, host_count: int):
+        if not 0 <= host_index < host_count:
+            raise ValueError(f"host {host_index} of {host_count}")
+        if batch % host_count:
+            raise UserError(
+                f"A batch of {batch} images cannot be divided among {host_count} hosts: "
+                "use a batch that is a multiple of the hosts."
+            )
+        self._split, self._names = split, split.names
+        self._height, self._width, self._filter = int(config.data.height), int(config.data.width), config.data.resize
+        if min(self._height, self._width) < 1:
+            raise UserError(f"config.data is {self._height} x {self._width} pixels, expected at least 1 x 1.")
+        if self._filter not in FILTERS:
+            raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
+        self._batch, self._count = batch, batch // host_count
+        self._first, self._last = host_index * self._count, (host_index + 1) * self._count
+
+    def _load(self, index: int, crop: Crop, flip: bool, out: np.ndarray) -> tuple[tuple[int, int, int, int], int, int]:
+        """Fills `out` with one image; the box it was cut at, and the decoded image's height and width."""
+        image = decode(self._split.read(index), self._names[index])
+        height, width = image.shape[:2]
+        box = pixel_box(crop, height, width)
+        resize(cut(image, box, flip), (self._height, self._width), self._filter, out)
+        return box, height, width
+
+    def _pixels(self) -> np.ndarray:
+        # Fresh for every batch: JAX on CPU may keep using the memory of an array it was given.
+        return np.empty((self._count, self._height, self._width, 3), np.uint8)
+
+
+class _TrainLoader(_Loader):
+    def __init__(
+        self, config: ConfigDict, split: Split, feature_shape: tuple[int, int], host_index: int, host_count: int
+    ):
+        self._identity, self._camera = np.asarray(split.labels(), np.int32), np.asarray(split.camera, np.int32)
+        self._sampler = Sampler(config, self._identity)
+        super().__init__(config, split, self._sampler.batch, host_index, host_count)
+        self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
+        self._shape = (int(feature_shape[0]), int(feature_shape[1]))
+
+    def __call__(self, step: int) -> Batch:
+        plan = self._sampler.plan(int(step))
+        mine = slice(self._first, self._last)
+        indices, pixels = plan.indices[mine], self._pixels()
+        rows, columns = [], []
+        for image, index, flip, crop in zip(
+            pixels, indices.tolist(), plan.flips[mine].tolist(), plan.crops[mine], strict=True
+        ):
+            (top, left, bottom, right), height, width = self._load(index, crop, flip, image)
+            rows.append(_project_axis(top, bottom, height, self._grid.rows, self._shape[0], self._min_cells))
+            columns.append(_project_axis(left, right, width, self._grid.cols, self._shape[1], self._min_cells))
+        # The projection is separable: the rows' and the columns' make the whole batch's in one go.
+        (row_labels, row_visible), (column_labels, column_visible) = (
+            (np.stack([labels for labels, _ in axis]), np.stack([visible for _, visible in axis]))
+            for axis in (rows, columns)
+        )
+        labels = row_labels[:, :, None] * np.int32(self._grid.cols) + column_labels[:, None, :]
+        visible = row_visible[:, :, None] & column_visible[:, None, :]
+        return {
+            "image": pixels,
+            "identity": self._identity[indices],
+            "camera": self._camera[indices],
+            "labels": labels,
+            "visible": visible.reshape(self._count, -1),
+        }
+
+
+class _EvalLoader(_Loader):
+    def __init__(
+        self, config: ConfigDict, split: Split, crop: str, gamma: float, batch: int, host_index: int, host_count: int
+    ):
+        super().__init__(config, split, batch, host_index, host_count)
+        self._identity, self._camera = np.asarray(split.identity, np.int32), np.asarray(split.camera, np.int32)
+        if crop in ("bilateral", "horizontal", "any"):
+            # The protocol's own stream, not the training seed's: every run is asked the same question.
+            draws = uniform((0, 0, 3), 3 * len(split)).reshape(-1, 3).tolist()
+            self._crops = [draw_crop(crop, gamma, (a, b, c)) for a, b, c in draws]
+        else:
+            self._crops = [draw_crop(crop, gamma, (0.0, 0.0, 0.0))] * len(split)
+
+    def __call__(self, number: int) -> Batch:
+        first = int(number) * self._batch + self._first
+        count = max(0, min(self._count, len(self._split) - first))
+        pixels = self._pixels()
+        identity, camera = np.full(self._count, -1, np.int32), np.full(self._count, -1, np.int32)
+        for row in range(count):
+            self._load(first + row, self._crops[first + row], False, pixels[row])
+        pixels[count:] = 0
+        identity[:count] = self._identity[first : first + count]
+        camera[:count] = self._camera[first : first + count]
+        return {"image": pixels, "identity": identity, "camera": camera, "valid": np.arange(self._count) < count}
+
+
+def train_batches(
+    config: ConfigDict,
+    split: Split,
+    feature_shape: tuple[int, int],
+    start_step: int,
+    total_steps: int,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Generator[Batch]:
+    """This host's rows of the training batches of steps [start_step, total_steps) (Sections 3.3 and 3.4).
+
+    Each image is flipped with probability config.data.flip, cropped (config.data.crop and .gamma), and
+    the box is resized to config.data.height x width. Labels and visible set are projected from the box
+    of whole pixels that was cut.
+
+    Args:
+      config: the experiment's.
+      split: the training images.
+      feature_shape: (h, w) of the feature map that labels are for; (h, 1) for a row locator.
+      start_step: the first step; the batches are those a run from step 0 gives.
+      total_steps: the step to stop before, at most that of the schedule's end.
+      host_index: this host; it loads its contiguous rows of the global batch of B images.
+      host_count: the number of hosts, a divisor of B.
+
+    Returns:
+      An iterator (`close()` ends its threads and processes) of dicts, b = B / host_count:
+      image uint8 [b, H, W, 3] RGB; identity int32 [b], 0..K-1; camera int32 [b];
+      labels int32 [b, h, w]; visible bool [b, P].
+
+    Raises:
+      UserError: at once for values out of range; while iterating for an image that cannot be read.
+      ValueError: for steps outside the schedule.
+    """
+    loader = _TrainLoader(config, split, feature_shape, host_index, host_count)
+    end = loader._sampler.stages[-1].end_step
+    if not 0 <= start_step <= total_steps <= end:
+        raise ValueError(f"steps {start_step} to {total_steps} are not within the schedule's 0 to {end}")
+    return _run(config, loader, start_step, total_steps)
+
+
+def eval_batches(
+    config: ConfigDict,
+    split: Split,
+    crop: str = "none",
+    gamma: float = 1.0,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Generator[Batch]:
+    """Every image of the split once and in order, in batches of config.eval.batch, the last one padded.
+
+    Queries of the paper's Table 1 are cropped with `crop=config.eval.crop` at a fixed `gamma`; nothing is
+    flipped. A strategy that draws ("bilateral", "horizontal", "any") draws the same for an image at every
+    gamma and in every run.
+
+    Args:
+      config: the experiment's.
+      split: query or gallery.
+      crop: one of vpm_jax.regions.CROPS; the default keeps the image whole.
+      gamma: the kept area ratio, in (0, 1].
+      host_index: this host; it loads its contiguous rows of every batch.
+      host_count: the number of hosts, a divisor of config.eval.batch.
+
+    Returns:
+      An iterator (`close()` ends its threads and processes) of dicts, b = config.eval.batch / host_count:
+      image uint8 [b, H, W, 3] RGB; identity and camera int32 [b], as in the dataset, -1 in padding;
+      valid bool [b], False in padding. Every host gets the same number of batches.
+
+    Raises:
+      UserError: at once for values out of range; while iterating for an image that cannot be read.
+    """
+    batch = int(config.eval.batch)
+    if batch < 1:
+        raise UserError(f"config.eval.batch is {batch}, expected at least 1.")
+    if crop not in CROPS:
+        raise UserError(f"config.eval.crop is {crop!r}, expected one of {', '.join(CROPS)}.")
+    if not 0 < gamma <= 1:
+        raise UserError(f"Gamma is {gamma}, expected a kept area ratio in (0, 1]: check config.eval.gammas.")
+    loader = _EvalLoader(config, split, crop, gamma, batch, host_index, host_count)
+    return _run(config, loader, 0, -(-len(split) // batch))
+
+
+def _ignore_interrupt(worker_index: int, worker_count: int) -> None:
+    """Ctrl-C reaches the whole process group, but it is for the main process to end its loaders."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Batch]:
+    """loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
+    threads, workers = int(config.data.threads), int(config.data.workers)
+    if threads < 0 or workers < 0:
+        raise UserError(f"config.data has {threads} threads and {workers} workers, expected none below 0.")
+    dataset = (
+        grain.MapDataset.range(start, stop)
+        .map(loader)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    )
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts processes
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_ignore_interrupt,
+        )
+    batches = _iterate(dataset, copy=workers > 0)
+    _running.add(batches)
+    return batches
+
+
+def _iterate(dataset: grain.IterDataset, copy: bool) -> Generator[Batch]:
+    iterator = iter(dataset)
+    try:
+        for batch in iterator:
+            # Plain arrays, not views of the shared memory that a worker process sent.
+            yield {key: np.array(value) for key, value in batch.items()} if copy else batch
+    except UserError as error:
+        raise UserError(str(error)) from None  # without the notes and frames that grain adds
+    finally:
+        iterator.close()
+
+
+_running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the processes of iterators nobody closed while the interpreter still can do so quietly."""
+    for batches in list(_running):
+        with contextlib.suppress(ValueError):  # another thread is inside it
+            batches.close()
