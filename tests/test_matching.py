@@ -1,0 +1,206 @@
+"""Eq. 4 against float64 NumPy, written out with the [Q, G, P] array that the module never makes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpm_jax import matching
+from vpm_jax.matching import match_visibility, region_distance
+
+
+def reference(q, q_weight, g, g_weight, squared=False):
+    """Eq. 4 in float64, written out. A pair without weight is +inf."""
+    local = ((q.astype(np.float64)[:, None] - g.astype(np.float64)[None]) ** 2).sum(-1)
+    if not squared:
+        local = np.sqrt(local)
+    weight = q_weight.astype(np.float64)[:, None] * g_weight.astype(np.float64)[None]
+    total = weight.sum(-1)
+    return np.where(total > 0, (weight * local).sum(-1) / np.where(total > 0, total, 1), np.inf)
+
+
+def example(queries=7, gallery=23, regions=5, channels=64, seed=0):
+    random = np.random.default_rng(seed)
+
+    def features(n):
+        x = random.standard_normal((n, regions, channels)).astype(np.float32)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def weight(n):
+        return (random.random((n, regions)) * (random.random((n, regions)) > 0.3)).astype(np.float32) * 30
+
+    return features(queries), weight(queries), features(gallery), weight(gallery)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("images_per_chunk", [1, 4, 10, 1000])
+def test_equals_float64_for_any_chunking(monkeypatch, squared, images_per_chunk):
+    data = example()
+    monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * images_per_chunk * data[0][0].size)
+    found = region_distance(*data, squared=squared)
+    assert found.dtype == np.float32 and found.shape == (7, 23)
+    # Unit features: a squared distance of order 1 is off by a few float32 units of the norms' sum.
+    np.testing.assert_allclose(found, reference(*data, squared=squared), atol=3e-6)
+
+
+def test_by_hand():
+    q = np.array([[[0.0, 0.0], [1.0, 0.0]]], np.float32)
+    g = np.array([[[3.0, 4.0], [1.0, 2.0]], [[0.0, 0.0], [1.0, 0.0]]], np.float32)
+    q_weight, g_weight = np.array([[2.0, 1.0]], np.float32), np.array([[1.0, 3.0], [0.0, 1.0]], np.float32)
+    # Local distances 5 and 2, weights 2 x 1 and 1 x 3; then only the second region, which is the same.
+    np.testing.assert_allclose(region_distance(q, q_weight, g, g_weight), [[16 / 5, 0]], rtol=1e-6)
+    np.testing.assert_allclose(region_distance(q, q_weight, g, g_weight, squared=True), [[62 / 5, 0]], rtol=1e-6)
+
+
+def test_pairs_without_a_shared_region_are_infinite():
+    q, q_weight, g, g_weight = example(regions=4)
+    q_weight[2] = [1, 1, 0, 0]
+    g_weight[5] = [0, 0, 1, 1]
+    g_weight[6] = 0
+    found = region_distance(q, q_weight, g, g_weight)
+    assert np.isposinf(found[2, 5]) and np.isposinf(found[:, 6]).all() and not np.isnan(found).any()
+    assert np.isfinite(found[3, 0])
+
+
+def test_identical_features_without_a_shared_region_are_infinite(monkeypatch):
+    """As when invisible regions hold zeros; where a weight is zero, nothing needs to be computed again."""
+    monkeypatch.delattr(matching, "_recompute")
+    random = np.random.default_rng(0)
+    x, weight = random.standard_normal((6, 4, 16)).astype(np.float32), np.zeros((6, 4), np.float32)
+    weight[:3, :2] = weight[3:, 2:] = 1
+    x[weight == 0] = 0
+    assert np.isposinf(region_distance(x[:3], weight[:3], x[3:], weight[3:])).all()
+    assert np.isposinf(region_distance(x[:3], weight[:3], x[:3], 0 * weight[:3])).all()
+
+
+def test_weights_that_underflow_never_look_near():
+    q, _, g, _ = example(regions=2)
+    for tiny in (1e-19, 1e-21, 1e-23, 1e-30):  # products from normal floats down to nothing
+        weights = [np.full((len(x), 2), tiny, np.float32) for x in (q, g)]
+        found = region_distance(q, weights[0], g, weights[1])
+        exact = reference(q, np.ones((len(q), 2)), g, np.ones((len(g), 2)))
+        assert np.all(np.isposinf(found) | (np.abs(found - exact) < 0.05 * exact)), tiny
+
+
+def test_identical_features_are_at_distance_zero():
+    """Though |q|^2 + |g|^2 - 2 q.g alone leaves the root of a rounding error, about 1e-2 for these norms."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((40, 3, 2048)).astype(np.float32)
+    weight = np.ones((40, 3), np.float32)
+    for squared in (False, True):
+        found = region_distance(x, weight, x, weight, squared)
+        assert np.all(np.diag(found) == 0)
+        np.testing.assert_allclose(found, reference(x, weight, x, weight, squared), rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2, 2e-2, 5e-2, 1e-1])
+def test_near_duplicates_keep_their_digits(distance):
+    random = np.random.default_rng(1)
+    q, weight, others, _ = example(30, 30, 6, 2048)
+    offset = random.standard_normal(q.shape)
+    g = (q + distance * offset / np.linalg.norm(offset, axis=-1, keepdims=True)).astype(np.float32)
+    g, weight = np.concatenate([g, others]), np.ones((30, 6), np.float32)
+    found = region_distance(q, weight, g, np.ones((60, 6), np.float32))
+    np.testing.assert_allclose(found, reference(q, weight, g, np.ones((60, 6))), rtol=1e-4, atol=3e-6)
+
+
+def test_what_all_features_share_costs_no_digits(monkeypatch):
+    """A collapsed network: features far from the origin, and near one another. Nothing is computed twice for it."""
+    monkeypatch.delattr(matching, "_recompute")
+    q, q_weight, g, g_weight = example()
+    q_weight, g_weight = q_weight + 1, g_weight + 1
+    q, g = (0.01 * q + 10).astype(np.float32), (0.01 * g + 10).astype(np.float32)
+    np.testing.assert_allclose(
+        region_distance(q, q_weight, g, g_weight), reference(q, q_weight, g, g_weight), rtol=1e-5
+    )
+
+
+def test_takes_every_kind_of_array(tmp_path, monkeypatch):
+    q, q_weight, g, g_weight = example()
+    expected = region_distance(q, q_weight, g, g_weight)
+    monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * 10 * q[0].size)
+    np.save(tmp_path / "gallery.npy", g)
+    mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
+    np.testing.assert_allclose(region_distance(q, q_weight, mapped, g_weight), expected, atol=1e-6)
+    on_device = [jnp.asarray(x) for x in (q, q_weight, g, g_weight)]
+    np.testing.assert_allclose(region_distance(*on_device), expected, atol=1e-6)
+    wide = [x.astype(np.float64) for x in (q, q_weight, g, g_weight)]
+    with jax.enable_x64(True):
+        found = region_distance(*wide)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    half = jnp.asarray(q, jnp.bfloat16), q_weight, jnp.asarray(g, jnp.bfloat16), g_weight
+    exact = reference(np.asarray(half[0], np.float32), q_weight, np.asarray(half[2], np.float32), g_weight)
+    np.testing.assert_allclose(region_distance(*half), exact, atol=3e-6)
+
+
+class Store:
+    """Features that can only be read by slices, and that keep account of it."""
+
+    def __init__(self, features):
+        self.features, self.shape, self.read = features, features.shape, []
+
+    def __getitem__(self, rows):
+        found = self.features[rows]
+        self.read.append(len(found))
+        return found
+
+
+def test_streams_the_gallery_once_through_one_program(monkeypatch):
+    q, q_weight, g, g_weight = example(queries=5, gallery=103, regions=3, channels=24)
+    g[50] = q[1]  # a pair that is computed again reads nothing again
+    store = Store(g)
+    monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * 10 * q[0].size)
+    programs = matching._block._cache_size()
+    found = region_distance(q, q_weight, store, g_weight)
+    assert sum(store.read) == 103 and max(store.read) <= 10
+    assert matching._block._cache_size() == programs + 1
+    np.testing.assert_allclose(found, reference(q, q_weight, g, g_weight), atol=3e-6)
+
+
+def test_memory_does_not_grow_with_the_regions():
+    """The compiled block keeps a few [q, g] arrays, never one for each region."""
+
+    def temporary_bytes(regions):
+        side = jnp.zeros((regions, 256, 8)), jnp.zeros((regions, 256)), jnp.zeros((regions, 256))
+        return matching._block.lower(side, side, squared=False).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(32) - temporary_bytes(4) < 8 * 4 * 256 * 256
+
+
+def test_empty_sides():
+    q, q_weight, g, g_weight = example()
+    assert region_distance(q[:0], q_weight[:0], g, g_weight).shape == (0, 23)
+    assert region_distance(q, q_weight, g[:0], g_weight[:0]).shape == (7, 0)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_shapes_that_do_not_fit_are_named(which):
+    data = list(example())
+    data[which] = data[which][:, :3]
+    with pytest.raises(ValueError, match=r"query features \(7, .*expected \[Q, P, C\]"):
+        region_distance(*data)
+
+
+def test_bad_numbers_are_named():
+    q, q_weight, g, g_weight = example()
+    broken = g.copy()
+    broken[11, 2, 3] = np.nan
+    with pytest.raises(ValueError, match="gallery image 11 are not finite"):
+        region_distance(q, q_weight, broken, g_weight)
+    broken = q_weight.copy()
+    for value in (-0.5, np.nan, np.inf):
+        broken[4, 1] = value
+        with pytest.raises(ValueError, match="visibility of query image 4"):
+            region_distance(q, broken, g, g_weight)
+
+
+def test_match_visibility():
+    scores = np.array([[12.5, 1.0, 0.99, 0.0]])
+    np.testing.assert_array_equal(match_visibility(scores, "soft"), scores.astype(np.float32))
+    np.testing.assert_array_equal(match_visibility(scores, "uniform"), [[1, 1, 1, 1]])
+    np.testing.assert_array_equal(match_visibility(scores, "binary"), [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(match_visibility(scores, "binary", cells=8), [[1, 0, 0, 0]])
+    assert match_visibility(scores, "soft").dtype == np.float32
+    with pytest.raises(ValueError, match="'hard' is not one of soft"):
+        match_visibility(scores, "hard")
