@@ -1,0 +1,114 @@
+"""The pictures are drawn, hold what they were given, and take what real runs hold."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vpm_jax import plots
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved, to look inside."""
+    saved, save = [], Figure.savefig
+
+    def record(self, *arguments, **options):
+        saved.append(self)
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved
+
+
+def panel(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title() == title)
+
+
+def curves(axes):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+def test_gamma_curves(tmp_path, figures):
+    results = {
+        "VPM": {1.0: {"rank-1": 0.7, "mAP": 0.5}, 0.5: {"rank-1": 0.2, "mAP": 0.1}},
+        "global": {0.5: {"rank-1": 0.1, "mAP": 0.05}},
+    }
+    plots.gamma_curves(tmp_path / "gamma.png", results, "a recipe", chance=0.01)
+    assert curves(panel(figures[0], "rank-1"))["VPM"] == ([0.5, 1.0], [0.2, 0.7])
+    assert curves(panel(figures[0], "mAP"))["VPM"] == ([0.5, 1.0], [0.1, 0.5])
+    assert "chance (1 %)" in curves(panel(figures[0], "rank-1"))
+    assert "chance (1 %)" not in curves(panel(figures[0], "mAP"))
+    assert Image.open(tmp_path / "gamma.png").size == (1280, 576)
+    plots.gamma_curves(tmp_path / "gamma.svg", results, "a recipe")
+    assert "<svg" in (tmp_path / "gamma.svg").read_text()[:2000]
+
+
+def line(step, **changes):
+    values = dict(step=step, stage=1, loss=9.0 - step / 10, loss_region=1.0, loss_identity=8.0, learning_rate=0.1)
+    values |= dict(grad_norm=3.0, accuracy_locator=0.5, accuracy_identity=[0.1, 0.2, 0.6], images_per_second=40.0)
+    return json.dumps(values | changes) + "\n"
+
+
+def test_training_curves(tmp_path, figures):
+    path = tmp_path / "metrics.jsonl"
+    # A run that resumed at step 2 and was killed while writing step 4.
+    path.write_text(line(1) + line(2, loss=99.0) + line(2) + line(3, stage=2, loss_triplet=0.4) + line(4)[:30])
+    plots.training_curves(tmp_path / "training.png", path)
+    loss = curves(panel(figures[0], "loss"))
+    np.testing.assert_allclose(loss["total"], [[1, 2, 3], [8.9, 8.8, 8.7]])
+    assert loss["triplet"] == ([3], [0.4])
+    accuracy = panel(figures[0], "accuracy and shares")
+    np.testing.assert_allclose(curves(accuracy)["identity, mean"], [[1, 2, 3], [0.3] * 3])
+    band = accuracy.collections[0].get_datalim(accuracy.transData)
+    assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
+    assert "comparable anchors" not in curves(accuracy)
+    assert "3 steps, 40 images/s" in figures[0].get_suptitle()
+    assert Image.open(tmp_path / "training.png").size == (1400, 896)
+
+
+def test_training_curves_of_little(tmp_path, figures):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5, "loss": 2.0, "accuracy_identity": 0.5, "learning_rate": 0.0, "note": "x"}\n')
+    plots.training_curves(tmp_path / "training.png", path)
+    assert curves(panel(figures[0], "accuracy and shares"))["identity, mean"] == ([5], [0.5])
+    path.write_text("nothing\n[1]\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no line with a step"):
+        plots.training_curves(tmp_path / "training.png", path)
+
+
+def test_running_mean():
+    values = np.random.default_rng(0).random(30)
+    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(30)]
+    np.testing.assert_allclose(plots._running_mean(values, 5), expected)
+
+
+@pytest.mark.parametrize(("count", "regions"), [(1, 3), (6, 4), (2, 14)])
+def test_region_maps(tmp_path, figures, count, regions):
+    prob = np.random.default_rng(0).dirichlet(np.ones(regions), (count, 8, 2))
+    images = np.full((count, 32, 16, 3), 128, np.uint8)
+    plots.region_maps(tmp_path / "regions.png", images, prob, prob.sum((1, 2)))
+    drawn = [axes for axes in figures[0].axes if axes.axison]
+    assert len(drawn) == count
+    np.testing.assert_allclose([bar.get_width() for bar in drawn[-1].patches], prob[-1].sum((0, 1)))
+    # The overlay shows each cell in the colour of its most probable region's bar.
+    overlays = [axes.images[1].get_array() for axes in figures[0].axes if len(axes.images) == 2]
+    colours = np.array([bar.get_facecolor()[:3] for bar in drawn[0].patches])
+    assert len({tuple(colour) for colour in colours}) == regions
+    np.testing.assert_allclose(overlays[0][..., :3], colours[prob[0].argmax(-1)])
+    assert Image.open(tmp_path / "regions.png").size[0] == round(496 * min(count, 4))
+
+
+def test_region_maps_names_the_shapes():
+    with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
+        plots.region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))
+
+
+def test_pyplot_stays_out():
+    """Drawing must not choose a backend for the program that imports this."""
+    check = "import sys, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
