@@ -121,6 +121,25 @@ def default() -> ConfigDict:
     return c.lock()
 
 
+def small() -> ConfigDict:
+    """A width-24 ResNet-18 with T of 16 x 8 x 192, 128x64 images, and what makes so short a training converge."""
+    config = default()
+    config.recipe = "small"
+    config.pretrained = "none"
+    config.data.height, config.data.width = 128, 64
+    config.data.gamma = (0.5, 13 / 12)
+    config.model.depth, config.model.width, config.model.stem = 18, 24, "3x3"
+    config.model.grid = (4, 1)
+    config.model.locator_init_std = 0.01
+    config.loss.margin = 0.3
+    config.loss.identity_reduction = "region"
+    config.loss.identity_weight = 0.25
+    config.optim.backbone_multiplier = 1.0
+    config.stage1 = stage()
+    config.stage2 = stage(epochs=40, triplet_weight=1.0, triplet_start=10.0, schedule="cosine", warmup_epochs=3.0)
+    return config
+
+
 _CHOICES: dict[str, tuple] = {
     "data.name": ("market1501", "dukemtmc", "synthetic"),
     "data.crop": CROPS,

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 
 def _wide(x):
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -74,6 +75,7 @@ def pair_weights(
     pairs: str = "visible",
     visibility: Array | None = None,
     other_visibility: Array | None = None,
+    dtype=jnp.float32,
 ) -> Array:
     """How much each region counts in each pair: [B, M, P], summing to 1 over P, or all 0 without a shared region.
 
@@ -84,13 +86,13 @@ def pair_weights(
       ValueError: for another value of pairs, or "soft" without visibility scores.
     """
     if pairs == "visible":
-        weights = (visible[:, None] & other_visible[None]).astype(jnp.float32)
+        weights = (visible[:, None] & other_visible[None]).astype(dtype)
     elif pairs == "all":
-        weights = jnp.ones((len(visible), *other_visible.shape), jnp.float32)
+        weights = jnp.ones((len(visible), *other_visible.shape), dtype)
     elif pairs == "soft":
         if visibility is None or other_visibility is None:
             raise ValueError('pairs="soft" weighs regions by predicted visibility: pass visibility [B, P]')
-        weights = lax.stop_gradient(_wide(visibility)[:, None] * _wide(other_visibility)[None])
+        weights = lax.stop_gradient(visibility.astype(dtype)[:, None] * other_visibility.astype(dtype)[None])
     else:
         raise ValueError(f'pairs is {pairs!r}, expected "visible", "all" or "soft"')
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -144,21 +146,31 @@ def triplet_loss(
         others = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), others)
     other_features, other_identity, other_visible, other_index, other_visibility = others
 
-    # |a - b|^2 expanded; in full precision, as matrix units would lose the small distances.
-    product = jnp.einsum("apc,bpc->abp", features, other_features, precision=lax.Precision.HIGHEST)
-    norms, other_norms = (jnp.sum(jnp.square(f), axis=-1) for f in (features, other_features))
-    squared = norms[:, None] + other_norms[None] - 2 * product
-    apart = squared > 0
-    local = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)  # sqrt has no gradient at 0
+    weights = pair_weights(visible, other_visible, pairs, visibility, other_visibility, features.dtype)
 
-    weights = pair_weights(visible, other_visible, pairs, visibility, other_visibility).astype(local.dtype)
-    distance = jnp.sum(weights * local, axis=-1)
+    # Mining compares every pair: |a - b|^2 expanded, one matrix product in full precision (matrix units would
+    # lose the small distances).
+    a, b = lax.stop_gradient((features, other_features))
+    product = jnp.einsum("apc,bpc->abp", a, b, precision=lax.Precision.HIGHEST)
+    norms, other_norms = (jnp.sum(jnp.square(f), axis=-1) for f in (a, b))
+    local = jnp.sqrt(jnp.maximum(norms[:, None] + other_norms[None] - 2 * product, 0))
+    distance = jnp.sum(jnp.where(weights > 0, weights * local, 0), axis=-1)
     comparable = jnp.sum(weights, axis=-1) > 0
     same = identity[:, None] == other_identity[None]
     positive = same & comparable & (index[:, None] != other_index[None])
     negative = ~same & comparable
-    hardest_positive = jnp.max(jnp.where(positive, distance, -jnp.inf), axis=1)
-    hardest_negative = jnp.min(jnp.where(negative, distance, jnp.inf), axis=1)
     mined = jnp.any(positive, axis=1) & jnp.any(negative, axis=1)
+
+    def distance_to(mate):  # [B] -> [B]
+        # From the differences themselves: the expansion cancels badly for repeated and nearly equal images.
+        weight = jnp.take_along_axis(weights, mate[:, None, None], axis=1)[:, 0]
+        difference = jnp.where(weight[..., None] > 0, features - other_features[mate], 0)
+        squared = jnp.sum(jnp.square(difference), axis=-1)
+        apart = squared > 0
+        local = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)  # sqrt has no gradient at 0
+        return jnp.sum(weight * local, axis=-1)
+
+    hardest_positive = distance_to(jnp.argmax(jnp.where(positive, distance, -jnp.inf), axis=1))
+    hardest_negative = distance_to(jnp.argmin(jnp.where(negative, distance, jnp.inf), axis=1))
     gap = jnp.where(mined, hardest_positive - hardest_negative + margin, 0)
     return jnp.sum(jax.nn.relu(gap)), jnp.sum(mined).astype(gap.dtype)

@@ -114,7 +114,7 @@ class ResNet(nn.Module):
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         strides: Sequence[int] = (1, 2, 2, self.last_stride)
-        for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides), 1):
+        for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides, strict=True), 1):
             for b in range(blocks):
                 x = Block(
                     width=self.width * 2 ** (s - 1),

@@ -1,0 +1,1 @@
+"""Datasets, sampling and the grain pipeline: NumPy only, so that loader processes never import JAX."""
