@@ -42,7 +42,7 @@ def exact_axis(start, size, parts, cells):
 
 def exact_projection(crop, grid, feature_shape, min_cells):
     """What project_regions must return, as plain lists."""
-    (rows, cols), (h, w) = grid, feature_shape
+    rows, cols, (h, w) = grid.rows, grid.cols, feature_shape
     row_labels, row_cells = exact_axis(crop.top, crop.height, rows, h)
     col_labels, col_cells = exact_axis(crop.left, crop.width, cols, w)
     labels = [[row * cols + col for col in col_labels] for row in row_labels]
@@ -142,7 +142,7 @@ def test_whole_image_shows_every_region(grid, more_rows, more_cols):
 @settings(max_examples=200, deadline=None)
 @given(crops(), grids, st.tuples(sizes, sizes))
 def test_mirrored_crop_gives_mirrored_labels(crop, grid, feature_shape):
-    (rows, cols), (h, w) = grid, feature_shape
+    rows, cols, (h, w) = grid.rows, grid.cols, feature_shape
     for edges in (exact_edges(crop.top, crop.height, rows, h), exact_edges(crop.left, crop.width, cols, w)):
         assume(not is_near_tie(edges))  # half to even is not symmetric
     labels, visible = project_regions(crop, grid, feature_shape)
@@ -161,7 +161,7 @@ def test_mirrored_crop_gives_mirrored_labels(crop, grid, feature_shape):
 @settings(max_examples=50, deadline=None)
 @given(crops(), grids, st.tuples(sizes, sizes))
 def test_transposed_problem_gives_transposed_labels(crop, grid, feature_shape):
-    (rows, cols), (h, w) = grid, feature_shape
+    rows, cols, (h, w) = grid.rows, grid.cols, feature_shape
     labels, visible = project_regions(crop, grid, feature_shape)
     turned = Crop(crop.left, crop.top, crop.width, crop.height)
     other, other_visible = project_regions(turned, RegionGrid(cols, rows), (w, h))

@@ -66,7 +66,7 @@ def default() -> ConfigDict:
     c.model.name = "vpm"
     c.model.depth = 50  # 18 | 34 | 50 | 101
     c.model.width = 64  # channels of the first stage's 3x3 convolutions
-    c.model.stem = "7x7"  # "7x7": stride 2 and max pooling; "3x3": stride 2, no pooling
+    c.model.stem = "7x7"  # "7x7": stride 2 and max pooling; "3x3": stride 2, no pooling; "4x4": patches, stride 4
     c.model.last_stride = 1
     c.model.stride_on = "3x3"  # "3x3" (torchvision) or "1x1" (Caffe, Keras); pretrained weights set it
     c.model.bn_epsilon = 1e-5  # pretrained weights set it
@@ -122,13 +122,13 @@ def default() -> ConfigDict:
 
 
 def small() -> ConfigDict:
-    """A width-24 ResNet-18 with T of 16 x 8 x 192, 128x64 images, and what makes so short a training converge."""
+    """A width-32 ResNet-18 on 128x64 images, T 8 x 4 x 256, and what makes so short a training converge."""
     config = default()
     config.recipe = "small"
     config.pretrained = "none"
     config.data.height, config.data.width = 128, 64
     config.data.gamma = (0.5, 13 / 12)
-    config.model.depth, config.model.width, config.model.stem = 18, 24, "3x3"
+    config.model.depth, config.model.width, config.model.stem = 18, 32, "4x4"
     config.model.grid = (4, 1)
     config.model.locator_init_std = 0.01
     config.loss.margin = 0.3
@@ -147,7 +147,7 @@ _CHOICES: dict[str, tuple] = {
     "eval.crop": CROPS,
     "model.name": ("vpm",),
     "model.depth": (18, 34, 50, 101),
-    "model.stem": ("7x7", "3x3"),
+    "model.stem": ("7x7", "3x3", "4x4"),
     "model.last_stride": (1, 2),
     "model.stride_on": ("3x3", "1x1"),
     "model.locator": ("pixel", "row", "stripes"),
@@ -161,7 +161,7 @@ _CHOICES: dict[str, tuple] = {
     f"stage{n}.{k}": v for n in (1, 2) for k, v in {"sampling": ("pk", "plain"), "schedule": ("step", "cosine")}.items()
 }
 
-_POSITIVE = ("data.height", "data.width", "data.threads", "model.width", "model.head_dim", "model.locator_groups")
+_POSITIVE: tuple[str, ...] = ("data.height", "data.width", "data.threads", "model.width", "model.head_dim", "model.locator_groups")
 _POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
 _POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
 

@@ -69,8 +69,8 @@ def triplet_weight(config: ConfigDict) -> Schedule:
 
 
 class RestartState(NamedTuple):
-    count: jax.Array
-    inner: Any
+    steps: jax.Array  # int32, updates so far
+    inner: Any  # the state of what is restarted
 
 
 def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.GradientTransformation:
@@ -81,10 +81,10 @@ def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.Grad
 
     def update(updates, state, params=None):
         fresh = inner.init(params)
-        now = jnp.isin(state.count, jnp.asarray(steps, jnp.int32))
+        now = jnp.isin(state.steps, jnp.asarray(steps, jnp.int32))
         old = jax.tree.map(lambda new, kept: jnp.where(now, new, kept), fresh, state.inner)
         updates, new = inner.update(updates, old, params)
-        return updates, RestartState(state.count + 1, new)
+        return updates, RestartState(state.steps + 1, new)
 
     return optax.GradientTransformation(init, update)
 

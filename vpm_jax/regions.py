@@ -9,6 +9,7 @@ All boxes are fractions of the holistic image, origin top-left; regions are numb
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 CROPS = ("top", "bottom", "bilateral", "left", "right", "horizontal", "any", "none")
 
 
-class RegionGrid(NamedTuple):
+@dataclass(frozen=True)
+class RegionGrid:
     """rows x cols equal rectangles (the paper's p = m x n; its main setting is 6 x 1)."""
 
     rows: int
@@ -114,7 +116,7 @@ def project_regions(
     Raises:
       ValueError: for a crop outside the image, an empty one, or an empty map.
     """
-    crop, (rows, cols), (h, w) = Crop(*crop), grid, feature_shape
+    crop, rows, cols, (h, w) = Crop(*crop), grid.rows, grid.cols, feature_shape
     if not (
         crop.height > 0
         and crop.width > 0

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7" is followed by max pooling
 BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
 
 # He et al., ICCV 2015, mode fan-out: what torchvision's ResNet and the released code use.
@@ -41,6 +42,11 @@ class Conv(nn.Module):
         kernel = kernel.astype(self.dtype)
         if k == 1:
             return x[:, ::s, ::s] @ kernel[0, 0]
+        if k == s:  # patches: the same product after moving each into the channels
+            b, h, w, c = x.shape
+            x = jnp.pad(x, ((0, 0), (0, -h % k), (0, -w % k), (0, 0)))
+            x = x.reshape(b, -(-h // k), k, -(-w // k), k, c).transpose(0, 1, 3, 2, 4, 5)
+            return x.reshape(*x.shape[:3], -1) @ kernel.reshape(-1, self.channels)
         return lax.conv_general_dilated(
             x, kernel, (s, s), [(k // 2, k // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -109,7 +115,8 @@ class ResNet(nn.Module):
         )
         stages = {}
         x = x.astype(self.dtype)
-        x = conv(self.width, int(self.stem[0]), 2, name="conv_stem")(x)
+        size, stride = STEMS[self.stem]
+        x = conv(self.width, size, stride, name="conv_stem")(x)
         x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -135,7 +142,7 @@ def feature_shape(height: int, width: int, stem: str = "7x7", last_stride: int =
     def halve(n):
         return (n + 1) // 2
 
-    halvings = (2 if stem == "7x7" else 1) + 2 + (1 if last_stride == 2 else 0)
+    halvings = (1 if stem == "3x3" else 2) + 2 + (1 if last_stride == 2 else 0)
     for _ in range(halvings):
         height, width = halve(height), halve(width)
     return height, width
