@@ -265,6 +265,11 @@ def test_empty_grid_or_map_is_an_error(grid, feature_shape):
 
 # --- crops ------------------------------------------------------------------------------------------
 
+
+def three(generator: random.Random) -> tuple[float, float, float]:
+    return generator.random(), generator.random(), generator.random()
+
+
 gammas = st.one_of(st.floats(0.05, 1.0), st.sampled_from([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
 unit = st.floats(0.0, 1.0, exclude_max=True)
 
@@ -301,7 +306,7 @@ def test_named_crops_keep_their_side(strategy, box):
 @pytest.mark.parametrize(("strategy", "sides"), [("bilateral", ("top", "bottom")), ("horizontal", ("left", "right"))])
 def test_two_sided_crops_take_each_side_half_the_time(strategy, sides):
     generator = random.Random(0)
-    draws = [draw_crop(strategy, 0.6, tuple(generator.random() for _ in range(3))) for _ in range(2000)]
+    draws = [draw_crop(strategy, 0.6, three(generator)) for _ in range(2000)]
     of = [draw_crop(side, 0.6, (0, 0, 0)) for side in sides]
     assert set(draws) == set(of)
     # Four standard deviations of a fair coin over 2000 throws.
@@ -310,7 +315,7 @@ def test_two_sided_crops_take_each_side_half_the_time(strategy, sides):
 
 def test_any_crop_reaches_every_side_and_shape():
     generator = random.Random(0)
-    boxes = np.array([draw_crop("any", 0.5, tuple(generator.random() for _ in range(3))) for _ in range(2000)])
+    boxes = np.array([draw_crop("any", 0.5, three(generator)) for _ in range(2000)])
     top, left, height, width = boxes.T
     assert height.min() < 0.52 and height.max() > 0.98, "from half as high to the full height"
     assert width.min() < 0.52 and width.max() > 0.98
