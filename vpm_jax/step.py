@@ -36,7 +36,10 @@ def init_state(config: ConfigDict) -> State:
 def new_state(config: ConfigDict, variables) -> State:
     """The state of step 0 around the variables {"params", "batch_stats"}."""
     params = variables["params"]
-    return State(jnp.zeros([], jnp.int32), params, variables["batch_stats"], optim.optimizer(config).init(params))
+    # Flax starts running statistics in float32, whatever the parameters are: a float64 step would be compiled twice.
+    dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
+    batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
+    return State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
 
 
 def l2_normalize(features):
@@ -121,7 +124,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key)
         grads = psum(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, batch_stats, opt_state), metrics
 

@@ -1,0 +1,147 @@
+"""Schedules of every recipe at every step, and the optimiser against PyTorch's SGD written out in NumPy."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import recipe
+
+from vpm_jax import optim
+from vpm_jax.config import default, stage
+from vpm_jax.train import resolve
+
+
+class Market:
+    """What `resolve` asks of Market-1501's training set."""
+
+    num_identities = 751
+
+    def __len__(self):
+        return 12936
+
+
+def schedules(config):
+    """(learning rate, triplet weight) of every step, and one step beyond."""
+    steps = jnp.arange(optim.total_steps(config) + 1)
+    return (np.asarray(jax.vmap(schedule(config))(steps)) for schedule in (optim.learning_rate, optim.triplet_weight))
+
+
+def test_market_trains_50_epochs_of_202_steps_and_80_of_93():
+    config = resolve(recipe("market"), Market())
+    assert optim.total_steps(config) == 50 * 202 + 80 * 93
+    assert optim.stage_starts(config) == [0, 50 * 202]
+    rate, triplet = schedules(config)
+    high1, low1, high2 = 30 * 202, 20 * 202, 30 * 93
+    low2 = 50 * 93 + 1
+    np.testing.assert_allclose(rate, [0.1] * high1 + [0.01] * low1 + [0.1] * high2 + [0.01] * low2, rtol=1e-6)
+    np.testing.assert_array_equal(triplet, [0] * 50 * 202 + [1] * (80 * 93 + 1))
+
+
+def test_market_released_trains_130_epochs_of_93_steps():
+    config = resolve(recipe("market_released"), Market())
+    assert optim.total_steps(config) == 130 * 93 and optim.stage_starts(config) == [0]
+    rate, triplet = schedules(config)
+    np.testing.assert_allclose(rate, [0.1] * 80 * 93 + [0.02] * (50 * 93 + 1), rtol=1e-6)
+    np.testing.assert_array_equal(triplet, 3)
+
+
+def test_small_warms_up_and_follows_a_cosine():
+    config = resolve(recipe("market", "small"), Market())
+    # What is tuned may change here; the shape may not.
+    epochs, warmup, start = (config.stage2[key] for key in ("epochs", "warmup_epochs", "triplet_start"))
+    peak, weight = config.stage2.learning_rate, config.stage2.triplet_weight
+    assert optim.total_steps(config) == epochs * 93 and warmup > 0 and 0 < start < epochs
+    rate, triplet = schedules(config)
+    steps = np.arange(epochs * 93 + 1)
+    cosine = peak * (1 + np.cos(np.pi * steps / (epochs * 93))) / 2
+    np.testing.assert_allclose(rate, cosine * np.minimum((steps + 1) / (warmup * 93), 1), rtol=1e-5, atol=1e-8)
+    np.testing.assert_array_equal(triplet, np.where(steps >= start * 93, np.float32(weight), 0))
+
+
+# --- the optimiser ------------------------------------------------------------------------------------
+
+STEPS, BOUNDARY = 9, 4
+
+
+def sgd_config(nesterov):
+    config = default()
+    config.optim.nesterov = nesterov
+    config.optim.weight_decay = 0.05
+    config.stage1 = stage(epochs=2, steps_per_epoch=2, learning_rate=0.1, decay_epochs=(1,))
+    config.stage2 = stage(epochs=5, steps_per_epoch=1, learning_rate=0.2, decay_epochs=(3,), decay=0.5)
+    assert optim.total_steps(config) == STEPS and optim.stage_starts(config)[1] == BOUNDARY
+    return config
+
+
+RATES = [0.1, 0.1, 0.01, 0.01, 0.2, 0.2, 0.2, 0.1, 0.1]
+
+
+def problem():
+    """(parameters, a gradient for every step), float64: a leaf of the backbone, two beside it."""
+    random = np.random.default_rng(0)
+    params = {"backbone": {"kernel": (3, 4)}, "heads": {"scale": (4,)}, "locator_kernel": (4, 2)}
+    params = jax.tree.map(lambda shape: random.normal(size=shape), params, is_leaf=lambda x: isinstance(x, tuple))
+    return params, [jax.tree.map(lambda p: random.normal(size=p.shape), params) for _ in range(STEPS)]
+
+
+def run_optax(config):
+    params, gradients = problem()
+    with jax.enable_x64(True):
+        tx = optim.optimizer(config)
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        for gradient in gradients:
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+    return jax.tree.map(np.asarray, params)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_optimizer_is_pytorchs_sgd(nesterov):
+    config = sgd_config(nesterov)
+    o = config.optim
+    assert (o.momentum, o.backbone_multiplier) == (0.9, 0.1)
+    params, gradients = problem()
+    expected = {}
+    for group in params:
+        [p], structure = jax.tree.flatten(params[group])
+        momentum = np.zeros_like(p)
+        for step, gradient in enumerate(gradients):
+            g = jax.tree.leaves(gradient[group])[0] + o.weight_decay * p  # coupled, whatever the parameter
+            if step == BOUNDARY:
+                momentum = np.zeros_like(p)
+            momentum = o.momentum * momentum + g
+            direction = g + o.momentum * momentum if nesterov else momentum
+            p = p - RATES[step] * (0.1 if group == "backbone" else 1) * direction
+        expected[group] = jax.tree.unflatten(structure, [p])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), run_optax(config), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch (the parity extra)")
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_optimizer_equals_torch(nesterov):
+    import torch
+
+    config = sgd_config(nesterov)
+    params, gradients = problem()
+    leaves = [torch.tensor(p, requires_grad=True) for p in jax.tree.leaves(params)]  # the backbone's is the first
+
+    def new_sgd():
+        groups = [{"params": leaves[:1], "backbone": True}, {"params": leaves[1:], "backbone": False}]
+        return torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=config.optim.weight_decay, nesterov=nesterov)
+
+    for step, gradient in enumerate(gradients):
+        if step in (0, BOUNDARY):
+            sgd = new_sgd()
+        for group in sgd.param_groups:
+            group["lr"] = RATES[step] * (0.1 if group["backbone"] else 1)
+        for leaf, g in zip(leaves, jax.tree.leaves(gradient), strict=True):
+            leaf.grad = torch.tensor(g)
+        sgd.step()
+    for found, leaf in zip(jax.tree.leaves(run_optax(config)), leaves, strict=True):
+        np.testing.assert_allclose(found, leaf.detach().numpy(), rtol=1e-12)

@@ -1,0 +1,273 @@
+"""The training step: its losses, its gradients, and that any placement of the batch trains alike."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Given, fill, shrunk
+
+from vpm_jax import losses, models, parallel
+from vpm_jax import step as step_lib
+from vpm_jax.config import stage
+
+# Two virtual devices compile every step anew: without the compiler's optimisations that takes a third of the time.
+FAST = {"xla_backend_optimization_level": 0}
+BATCH, IDENTITIES = 8, 4
+RECIPES = ["market", "market_released"]
+
+two_devices = pytest.mark.skipif(
+    jax.device_count() < 2 or BATCH % jax.device_count() != 0, reason="needs 2, 4 or 8 devices"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def configure(file, **changes):
+    """A shrunk recipe in float64; the second stage, with the triplet loss and new momentum, starts at step 2."""
+    config = shrunk(file, model__dtype="float64", **changes)
+    config.stage1 = stage(epochs=1, steps_per_epoch=2)
+    config.stage2 = stage(epochs=9, steps_per_epoch=2, triplet_weight=config.stage2.triplet_weight)
+    return config
+
+
+def new_state(config):
+    return fill(jax.eval_shape(lambda: step_lib.init_state(config)))
+
+
+def new_batch(config, seed=0):
+    """Each identity once in each half, so that positives are on the other device; the halves show different regions."""
+    random = np.random.default_rng(seed)
+    visible = np.ones((BATCH, 3), bool)
+    visible[[0, 1, 2, 5], 2] = False
+    visible[[1, 6], 1] = False
+    return {
+        "image": random.integers(0, 256, (BATCH, config.data.height, config.data.width, 3), np.uint8),
+        "identity": np.arange(BATCH, dtype=np.int32) % IDENTITIES,
+        "labels": random.integers(0, 3, (BATCH, *models.map_shape(config)), np.int32),
+        "visible": visible,
+    }
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def one_device(request):
+    """The compiled step of a recipe on one device, and where three steps from `state` lead."""
+    config = configure(request.param)
+    state, batches = new_state(config), [new_batch(config, seed) for seed in range(3)]
+    compiled = jax.jit(step_lib.make_step(config)).lower(state, batches[0]).compile(FAST)
+    states, metrics = [state], []
+    for batch in batches:
+        after, measured = compiled(states[-1], batch)
+        states.append(after)
+        metrics.append(measured)
+    return SimpleNamespace(config=config, step=compiled, batches=batches, states=states, metrics=metrics)
+
+
+@pytest.fixture
+def no_backbone(monkeypatch):
+    """The image is the feature map: what the backbone does not matter for compiles in a fraction of the time."""
+    create = models.create
+    monkeypatch.setattr(models, "create", lambda *args: create(*args).clone(backbone=Given()))
+    shape = {"row": lambda data: (data.height, 1), "pixel": lambda data: (data.height, data.width)}
+    monkeypatch.setattr(models, "map_shape", lambda config: shape[config.model.locator](config.data))
+
+
+# --- what a step computes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("market", {}),
+        ("market_released", {}),
+        ("market", {"loss__identity_regions": "all", "loss__triplet_pairs": "all", "loss__label_smoothing": 0.1}),
+        ("market", {"loss__identity_reduction": "region", "loss__identity_weight": 0.25, "loss__margin": 0.3}),
+    ],
+)
+def test_losses_are_those_of_the_loss_functions(no_backbone, file, changes):
+    config = configure(file, data__height=8, data__width=4, model__locator_groups=1, **changes)
+    weights, per_image = config.loss, config.loss.identity_reduction == "image"
+
+    def expected(state, batch, triplet_weight):
+        identity, visible = batch["identity"], batch["visible"]
+        shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
+        (logits, out), _ = models.create(config).apply(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            visible=shown,
+            rngs={"dropout": jax.random.fold_in(jax.random.key(config.seed), state.step)},
+            mutable=["batch_stats"],
+        )
+        if config.model.global_head:
+            logits = jnp.concatenate([logits, out["global_logits"][:, None]], 1)
+            shown = jnp.concatenate([shown, jnp.ones((BATCH, 1), bool)], 1)
+        total, count = losses.region_loss(out["locator_logits"], batch["labels"])
+        region = total / count
+        total, count = losses.identity_loss(logits, identity, shown, weights.label_smoothing)
+        identity_term = total.sum() / BATCH if per_image else (total / count).sum()
+        unit = out["region_features"] / jnp.linalg.norm(out["region_features"], axis=-1, keepdims=True)
+        pairs = {"pairs": weights.triplet_pairs, "visibility": out["visibility"]}
+        total, anchors = losses.triplet_loss(unit, identity, visible, weights.margin, **pairs)
+        triplet = total / anchors
+        right = (jnp.argmax(logits, -1) == identity[:, None]) & shown
+        located = jnp.argmax(out["locator_logits"], -1) == batch["labels"]
+        return {
+            "loss": weights.region_weight * region + weights.identity_weight * identity_term + triplet_weight * triplet,
+            "loss_region": region,
+            "loss_identity": identity_term,
+            "loss_triplet": triplet,
+            "accuracy_identity": right.sum(0) / shown.sum(0),
+            "accuracy_locator": located.mean(),
+            "comparable": anchors / BATCH,
+        }
+
+    state, batch = new_state(config), new_batch(config)
+    step = jax.jit(step_lib.make_step(config), compiler_options=FAST)
+    expected = jax.jit(expected, compiler_options=FAST)
+    for number, triplet_weight in [(1, 0.0), (2, config.stage2.triplet_weight)]:
+        state = state.replace(step=np.int32(number))
+        _, metrics = step(state, batch)
+        assert metrics.pop("grad_norm") > 0 and np.isclose(metrics.pop("learning_rate"), 0.1)
+        assert_close(metrics, expected(state, batch, triplet_weight))
+        assert metrics["loss_triplet"] > 0 and metrics["comparable"] > 0
+
+
+def test_every_parameter_gets_a_gradient(one_device):
+    # The first step after momentum was made new leaves the gradient, with its weight decay, as the momentum.
+    before, after = one_device.states[2], one_device.states[3]
+    assert int(before.step) == 2 and one_device.metrics[2]["loss_triplet"] > 0
+    momentum = after.opt_state[0].inner[1].trace
+    decay = one_device.config.optim.weight_decay
+    gradient = jax.tree.map(lambda m, p: np.asarray(m) - decay * np.asarray(p), momentum, before.params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-7, jax.tree_util.keystr(path)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(one_device.metrics[2]["grad_norm"], norm, rtol=1e-9)
+
+
+def test_a_step_is_a_pure_function(one_device):
+    state, batch = one_device.states[0], one_device.batches[0]
+    copies = jax.tree.map(np.copy, (state, batch))
+    found = one_device.step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, found, (one_device.states[1], one_device.metrics[0]))
+    jax.tree.map(np.testing.assert_array_equal, (state, batch), copies)
+    # Another step number is another dropout.
+    _, other = one_device.step(state.replace(step=np.int32(1)), batch)
+    assert other["loss_identity"] != found[1]["loss_identity"]
+
+
+def test_the_losses_fall(one_device):
+    state = one_device.states[0].replace(step=np.int32(2))
+    history = []
+    for _ in range(10):
+        state, metrics = one_device.step(state, one_device.batches[0])
+        history.append(metrics)
+    for key in ("loss", "loss_region", "loss_identity"):
+        assert np.mean([m[key] for m in history[-4:]]) < np.mean([m[key] for m in history[:2]]), key
+    assert int(state.step) == 12
+
+
+def test_a_batch_without_a_comparable_pair(one_device):
+    batch = dict(one_device.batches[0], identity=np.arange(BATCH, dtype=np.int32) % IDENTITIES)
+    # The two images of an identity share no region, and nobody shows the middle one.
+    batch["visible"] = np.repeat([[True, False, False], [False, False, True]], BATCH // 2, axis=0)
+    if one_device.config.loss.triplet_pairs == "soft":  # weighs by predicted scores: only an identity alone is left out
+        batch["identity"] = np.zeros(BATCH, np.int32)
+    after, metrics = one_device.step(one_device.states[2], batch)
+    assert metrics["loss_triplet"] == 0 and metrics["comparable"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
+
+
+@pytest.mark.parametrize("file, dtype", [("market", "bfloat16"), ("market_released", "float32")])
+def test_a_step_keeps_every_type(file, dtype):
+    """So that the second step is not compiled anew, and donation finds buffers of the same kind."""
+    with jax.enable_x64(False):
+        config = shrunk(file, model__dtype=dtype)
+        config.stage1 = stage()
+        config.stage2.steps_per_epoch = 2
+        state = jax.eval_shape(lambda: step_lib.init_state(config))
+        batch = new_batch(config)
+        after, metrics = jax.eval_shape(step_lib.make_step(config), state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    jax.tree.map(
+        lambda a, b: None if (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type) else 1 / 0, after, state
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((after.params, after.batch_stats, metrics))} == {"float32"}
+    heads = 4 if config.model.global_head else 3
+    assert {key: leaf.shape for key, leaf in metrics.items() if leaf.shape} == {"accuracy_identity": (heads,)}
+
+
+# --- many devices -------------------------------------------------------------------------------------
+
+
+@two_devices
+@pytest.mark.parametrize("one_device", ["market"], indirect=True)  # the partitioner does not care for recipes
+def test_sharded_batches_equal_one_device(one_device):
+    config, mesh = one_device.config, parallel.data_mesh(BATCH)
+    state = parallel.replicate(mesh, one_device.states[0])
+    first = state
+    batches = [parallel.shard(mesh, batch) for batch in one_device.batches]
+    assert len(batches[0]["image"].sharding.device_set) == jax.device_count()
+    compiled = jax.jit(step_lib.make_step(config), donate_argnums=0).lower(state, batches[0]).compile(FAST)
+    for batch, metrics in zip(batches, one_device.metrics, strict=True):
+        state, measured = compiled(state, batch)
+        assert_close(measured, metrics)
+    assert_close(state, one_device.states[-1])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))  # donated
+
+
+@two_devices
+def test_pmap_equals_one_device(one_device):
+    config, devices = one_device.config, jax.device_count()
+
+    def split(batch):
+        return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
+
+    def share(tree, device):
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[device], tree)
+
+    state = jax.tree.map(lambda leaf: np.stack([leaf] * devices), one_device.states[0])
+    step = jax.pmap(step_lib.make_step(config, axis_name="data"), axis_name="data", donate_argnums=0)
+    compiled = step.lower(state, split(one_device.batches[0])).compile(FAST)
+    for batch, metrics in zip(one_device.batches, one_device.metrics, strict=True):
+        state, measured = compiled(state, split(batch))
+        for device in range(devices):
+            assert_close(share(measured, device), metrics)
+    for device in range(devices):
+        assert_close(share(state, device), one_device.states[-1])
+
+
+# --- the feature step ---------------------------------------------------------------------------------
+
+
+def test_features_are_of_unit_length_and_float32(no_backbone):
+    config = configure("market", data__height=8, data__width=4)
+    state = new_state(config)
+    image = new_batch(config)["image"]
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    found = jax.jit(step_lib.make_feature_step(config), compiler_options=FAST)(variables, image)
+    assert {k: (v.shape, v.dtype.name) for k, v in found.items()} == {
+        "features": ((BATCH, 3, 3), "float32"),
+        "visibility": ((BATCH, 3), "float32"),
+    }
+    np.testing.assert_allclose(np.linalg.norm(found["features"], axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(found["visibility"].sum(-1), 8 * 4, rtol=1e-6)
+
+
+def test_l2_normalize_of_zero_has_a_finite_gradient():
+    x = np.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(step_lib.l2_normalize(x), [[0, 0], [0.6, 0.8]], rtol=1e-12)
+    assert np.isfinite(jax.grad(lambda x: step_lib.l2_normalize(x).sum())(x)).all()

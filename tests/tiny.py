@@ -1,0 +1,76 @@
+"""Small things that the tests of the models, the optimiser and the step share. Imported after conftest."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax.config import flatten, set_key
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHRUNK = {
+    "pretrained": "none",
+    "data.height": 64,
+    "data.width": 32,
+    "model.depth": 18,
+    "model.width": 4,
+    "model.grid": (3, 1),
+    "model.head_dim": 6,
+    "model.num_identities": 4,
+    "model.dtype": "float32",
+}
+
+
+def recipe(file: str, variant: str = "", **changes) -> ConfigDict:
+    """The config of configs/FILE.py; changes are keys with __ for the dots."""
+    get_config = runpy.run_path(str(CONFIGS / f"{file}.py"))["get_config"]
+    config = get_config(variant) if variant else get_config()
+    for key, value in changes.items():
+        set_key(config, key.replace("__", "."), value)
+    return config
+
+
+def shrunk(file: str, **changes) -> ConfigDict:
+    """configs/FILE.py with a ResNet-18 of width 4 on 64 x 32 images, of three regions and four identities."""
+    config = recipe(file)
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    for key, value in (SHRUNK | changes).items():
+        assert key in flatten(config)
+        set_key(config, key, value)
+    return config
+
+
+class Given(nn.Module):
+    """A backbone for tests: its feature map is the image itself, times a parameter."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return {"stage4": x * self.param("scale", nn.initializers.ones, x.shape[-1:], x.dtype)}
+
+
+def fill(shapes, seed: int = 0):
+    """Random NumPy values for a tree of shapes, by the leaves' names; what an initialiser would take seconds for.
+
+    Kernels are He-normal by fan-in, batch norms are anything but the identity, all else is zero.
+    """
+    random = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        keys = jax.tree_util.keystr(path)
+        if "opt_state" in keys or np.issubdtype(leaf.dtype, np.integer):
+            value = np.zeros(leaf.shape)
+        elif keys.endswith(("scale']", "var']")):
+            value = random.uniform(0.5, 1.5, leaf.shape)
+        elif keys.endswith(("bias']", "mean']")):
+            value = random.normal(0, 0.1, leaf.shape)
+        else:
+            fan_in = leaf.shape[1] if keys.endswith(("reducer']", "classifier']")) else np.prod(leaf.shape[:-1])
+            value = random.normal(0, np.sqrt(2 / fan_in), leaf.shape)
+        return value.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
