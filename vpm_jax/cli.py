@@ -4,63 +4,60 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
-import errno
-import importlib.util
+import inspect
 import logging
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
-from vpm_jax.errors import UserError
-
-_DISK = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EFBIG: "a file grew past the size limit set for it (ulimit -f): raise the limit and run the command again",
-    errno.EROFS: "that file system is read-only: choose another folder",
-    errno.EACCES: "permission denied: choose another folder or change its permissions",
-}
-
-
-def disk_trouble(error: BaseException | str) -> str | None:
-    """The sentence for a full disk, a size limit or a read-only folder, also from a library's own message."""
-    text = str(error)
-    for number, sentence in _DISK.items():
-        if getattr(error, "errno", None) == number or os.strerror(number) in text:
-            return sentence
-    return None
+from vpm_jax.errors import UserError, disk_trouble
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a command: errors that the user can mend end it with one sentence and exit code 1."""
+    """Runs a command: errors that the user can mend end it with one sentence on stderr and exit code 1."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        code = main()
+        sys.exit(main() or 0)
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
+        sys.exit(1)
     except OSError as error:
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        _fail(f"{error.filename or 'Writing'}: {trouble}.")
+        _fail(f"{error.filename or 'A result'} could not be written: {trouble}.")
     except MemoryError as error:
-        _fail(f"Out of memory ({error}): use a smaller batch (eval.batch) or a machine with more.")
+        _fail(f"Out of memory ({error or 'on the host'}): use a smaller eval.batch or a machine with more.")
     except KeyboardInterrupt:
-        sys.exit(130)
-    else:
-        sys.exit(code or 0)
+        _fail("Interrupted.", code=130)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's
+            raise
+        _fail(
+            f"The device is out of memory ({_first_line(error)}): use smaller batches (eval.batch, and a stage's "
+            "identities or images_per_identity) or more devices."
+        )
 
 
-def _fail(sentence: str) -> None:
-    sys.stdout.flush()
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -86,18 +83,16 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
         have = f"; there are {', '.join(known)}" if known else ""
         raise UserError(f"--config {name}: no such file, expected a Python file with get_config(){have}.")
-    module_spec = importlib.util.spec_from_file_location(f"vpm_config_{path.stem}", path)
-    assert module_spec and module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        get_config = module.get_config
+        get_config = runpy.run_path(str(path))["get_config"]
+        if variant and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config {spec}: {path} has no variants: leave out :{variant}.")
         config = get_config(variant) if variant else get_config()
     except UserError:
         raise
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"{path} does not build a config: {type(error).__name__}: {first_line}") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{path} does not build a config ({reason}): expected Python with get_config().") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, expected a ConfigDict.")
     override(config, overrides)
@@ -123,8 +118,9 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
             text = items.pop(0)
         keys = config_lib.flatten(config)
         if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {close[0]}?" if close else "vpm_jax/config.py lists the keys."
+            inside = [k for k in keys if k.startswith(key + ".") or k.endswith("." + key)]
+            close = inside[:4] or difflib.get_close_matches(key, keys, n=1)
+            hint = f"did you mean {' or '.join(close)}?" if close else "vpm_jax/config.py lists the keys."
             raise UserError(f"There is no config key {key!r}: {hint}")
         config_lib.set_key(config, key, _read_value(key, text, keys[key]))
 

@@ -1,0 +1,191 @@
+"""Configs with overrides from the command line, and how a command ends: one sentence, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import CONFIGS
+
+from vpm_jax import cli
+from vpm_jax.config import flatten
+from vpm_jax.errors import UserError, disk_trouble, writing
+
+MARKET = str(CONFIGS / "market.py")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("seed", "3", 3),
+        ("loss.margin", "0.5", 0.5),
+        ("loss.margin", "2", 2.0),
+        ("stage2.learning_rate", "1e-3", 0.001),
+        ("tensorboard", "true", True),
+        ("optim.nesterov", "False", False),
+        ("data.root", "/data/a=b:c", "/data/a=b:c"),
+        ("data.root", "7", "7"),
+        ("data.root", "", ""),
+        ("model.grid", "(4,2)", (4, 2)),
+        ("model.grid", "[4, 2]", (4, 2)),
+        ("eval.gammas", "0.5,1", (0.5, 1)),
+        ("eval.gammas", "1.0", (1.0,)),
+        ("stage1.decay_epochs", "()", ()),
+        ("data.synthetic.cameras", "3", 3),
+    ],
+)
+@pytest.mark.parametrize("form", ["equals", "space"])
+def test_an_override_is_read_as_the_type_it_replaces(key, text, value, form):
+    arguments = [f"--config.{key}={text}"] if form == "equals" else [f"--config.{key}", text]
+    found = flatten(cli.load_config(MARKET, arguments))[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.model.widht=3", "did you mean model.width?"),
+        ("--config.epochs=3", "did you mean stage1.epochs or stage2.epochs?"),
+        ("--config.synthetic=3", "no config key 'synthetic'"),
+        ("--config.qqqqqq=3", "vpm_jax/config.py lists the keys"),
+        ("--config.seed=three", "--config.seed=three: expected a whole number, such as 0."),
+        ("--config.seed=1.5", "a whole number"),
+        ("--config.seed=True", "a whole number"),
+        ("--config.loss.margin=wide", "expected a number, such as 1.0"),
+        ("--config.loss.margin=1e999", "finite"),
+        ("--config.tensorboard=1", "expected true or false"),
+        ("--config.model.grid=(a,b)", "expected numbers in brackets, such as (6, 1)"),
+        ("--config.model.grid=(4.5,1)", "(rows, cols)"),
+        ("--config.model.depth=20", "expected one of 18, 34, 50, 101"),
+        ("--config.seed", "--config.seed has no value"),
+        ("--wrokdir=runs/a", "Unknown argument '--wrokdir=runs/a'"),
+        ("runs/a", "Unknown argument 'runs/a'"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(argument, sentence):
+    with pytest.raises(UserError) as error:
+        cli.load_config(MARKET, [argument])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_variant_is_passed_on():
+    assert cli.load_config(f"{MARKET}:small").recipe == "small"
+    assert cli.load_config(MARKET).recipe == "paper"
+
+
+@pytest.mark.parametrize(
+    ("text", "variant", "sentence"),
+    [
+        (None, "", "no such file"),
+        ("def get_config(:\n", "", "(SyntaxError: "),
+        ("import nothing_like_this\n", "", "No module named 'nothing_like_this'"),
+        ("x = 1\n", "", "(KeyError: 'get_config')"),
+        ("def get_config():\n    return {}\n", "", "returned dict, expected a ConfigDict"),
+        ("def get_config():\n    raise ValueError('first\\nsecond')\n", "", "(ValueError: first)"),
+        ("def get_config():\n    pass\n", "small", "has no variants: leave out :small"),
+        (
+            "from vpm_jax.config import default\ndef get_config():\n    c = default()\n    c.sede = 1\n    return c\n",
+            "",
+            "sede",
+        ),
+    ],
+)
+def test_a_config_file_that_is_none_is_one_sentence(tmp_path, text, variant, sentence):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        cli.load_config(f"{path}:{variant}" if variant else str(path))
+    assert str(path) in str(error.value)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_variant_names_the_known_ones():
+    with pytest.raises(UserError, match=r"market\.py has no variant 'large'.*'small'"):
+        cli.load_config(f"{MARKET}:large")
+
+
+def test_a_config_file_leaves_nothing_beside_itself(tmp_path):
+    (tmp_path / "mine.py").write_text("from vpm_jax.config import small as get_config\n")
+    cli.load_config(str(tmp_path / "mine.py"))
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("This was found: do that."), 1, "This was found: do that."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            1,
+            "runs/a could not be written: the disk is full",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "runs/a"), 1, "runs/a could not be written: that file system"),
+        (MemoryError(), 1, "Out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 1, "allocating 9 bytes.)"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+)
+def test_what_a_user_can_mend_ends_a_command_with_one_sentence(capsys, error, code, sentence):
+    with pytest.raises(SystemExit) as end:
+        cli.run(raising(error))
+    assert end.value.code == code
+    found = capsys.readouterr().err
+    assert found.startswith("error: ")
+    assert sentence in found
+    assert found.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError(errno.EIO, "Input/output error"), RuntimeError("a bug")]
+)
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        cli.run(raising(error))
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (143, 143)])
+def test_the_commands_exit_code(returned, code):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: returned)
+    assert end.value.code == code
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    program = "from vpm_jax import cli\ncli.run(lambda: [print('line') for _ in range(100000)] and None)"
+    process = subprocess.run(
+        f'{sys.executable} -c "{program}" | head -1', shell=True, capture_output=True, text=True, timeout=60
+    )
+    assert process.stdout == "line\n"
+    assert process.stderr == ""
+
+
+def test_disk_trouble_is_found_in_what_libraries_make_of_it():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = RuntimeError("the writer failed")
+    wrapped.__cause__ = full
+    assert "disk is full" in disk_trouble(full)
+    assert "disk is full" in disk_trouble(wrapped)
+    assert "disk is full" in disk_trouble(ValueError("UNKNOWN: writing 'd/1': No space left on device [OS error 28]"))
+    assert disk_trouble(ValueError("No such thing")) is None
+
+
+def test_writing_says_which_path_and_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "below"
+    sentence = rf"^{path} could not be written: Not a directory: choose another folder\.$"
+    with pytest.raises(UserError, match=sentence), writing(path):
+        path.mkdir()
