@@ -2,73 +2,136 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, writing
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: never a part of a file.
+
+    Raises:
+      UserError: when a disk is full or read-only.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder with its parents. Raises UserError if it is not one that can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder: choose another.")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ".writable", "")
+    (folder / ".writable").unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """The file is either the old one or the new one. Raises as `replacing`."""
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-class MetricsLog:
-    """Appends records to metrics.jsonl; on resuming, drops what was written after the checkpoint.
+class Records:
+    """A file of JSON lines, each with a "step"; on resuming, what was written after the checkpoint is dropped.
 
     Args:
-      workdir: the run's folder.
-      step: the step training goes on from; records of later steps are removed.
-      tensorboard: also write scalars for TensorBoard (needs the extra `tensorboard`).
+      path: the file, made if need be.
+      step: the step training goes on from; records of later steps, and a line cut short by a kill, are removed.
     """
 
-    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = False):
-        self.path = Path(workdir) / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
+    def __init__(self, path: Path, step: int = 0):
+        self.path = path
+        if path.exists():
+            lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "tensorboard=True needs tensorboardX: pip install 'vpm_jax[tensorboard]', or leave it off."
-                ) from None
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+            write_atomically(path, "".join(line + "\n" for line in kept))
+        with writing(path):
+            self._file = path.open("ab", buffering=0)  # nothing is left to flush when a disk is full
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if self._board:
-            for key, value in record.items():
-                if isinstance(value, list):
-                    for i, v in enumerate(value):
-                        self._board.add_scalar(f"{key}/{i}", v, record["step"])
-                elif isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(key, value, record["step"])
+        """Appends a line, all of it or nothing. Raises UserError when a disk is full."""
+        line, start = json.dumps(record).encode() + b"\n", self._file.seek(0, os.SEEK_END)
+        try:
+            with writing(self.path):
+                while line:
+                    line = line[self._file.write(line) :]
+        except UserError:
+            self._file.truncate(start)
+            raise
 
     def close(self) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+        return math.inf
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, in the folder `tensorboard` of the workdir (needs the extra `tensorboard`)."""
+
+    def __init__(self, workdir: Path, step: int = 0):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tensorboard=True needs tensorboardX: pip install 'vpm_jax[tensorboard]', or leave it off."
+            ) from None
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Every number of a record; a list becomes one scalar for each position."""
+        for key, value in record.items():
+            if isinstance(value, list):
+                for i, v in enumerate(value):
+                    self._board.add_scalar(f"{key}/{i}", v, record["step"])
+            elif isinstance(value, int | float) and key != "step":
+                self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class MetricsLog:
+    """Training's records: metrics.jsonl always, TensorBoard on request.
+
+    Args:
+      workdir: the run's folder.
+      step: the step training goes on from (see `Records`).
+      tensorboard: also write scalars for TensorBoard.
+    """
+
+    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = False):
+        self._writers: list[Records | TensorBoard] = [TensorBoard(workdir, step)] if tensorboard else []
+        self._writers.append(Records(workdir / "metrics.jsonl", step))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write(record)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
 
 
 class Status:

@@ -1,0 +1,117 @@
+"""What a run writes as it goes: lines all or nothing, files old or new, whatever a kill or a full disk does."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+from tiny_runs import largest_file
+
+from vpm_jax.errors import UserError
+from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        assert temporary.suffix == ".json"  # plots choose their format by it
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    sentence = rf"^{path} could not be written: a file grew past the size limit"
+    with largest_file(100), pytest.raises(UserError, match=sentence):
+        write_atomically(path, "new" * 100)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_records_after_the_checkpoint_and_a_line_cut_short_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = Records(path)
+    for step in (2, 4, 6):
+        log.write({"step": step})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 7, "lo\xff')
+    log = Records(path, step=4)
+    log.write({"step": 5})
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
+
+
+def test_a_record_is_on_the_disk_at_once(tmp_path):
+    log = Records(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    log.close()
+
+
+def test_a_record_that_finds_no_room_is_not_there_in_part(tmp_path):
+    log = Records(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    with (
+        largest_file(100),
+        pytest.raises(UserError, match=r"metrics\.jsonl could not be written: a file grew past the size limit"),
+    ):
+        log.write({"step": 2, "text": "x" * 100})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.write({"step": 3, "loss": 0.25, "accuracy_identity": [0.5, 0.75]})
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    for tag in (b"loss", b"accuracy_identity/0", b"accuracy_identity/1"):
+        assert tag in events.read_bytes()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 0.25
+
+
+def test_tensorboard_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **more):
+        if name == "tensorboardX":
+            raise ImportError
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'vpm_jax\[tensorboard\]'"):
+        MetricsLog(tmp_path, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file, expected a folder"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(UserError, match=r"below could not be written: Not a directory"):
+        make_folder(tmp_path / "file" / "below")
+
+
+def test_a_log_is_not_flooded_with_status_lines(capsys):
+    status = Status(every=1000)
+    for step in range(5):
+        status.show(f"step {step}", final=step == 4)
+    assert capsys.readouterr().out == "step 0\nstep 4\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (125, "2:05"), (3725, "1:02:05")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
