@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from vpm_jax.cli import disk_trouble
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, disk_trouble, writing
+
+
+def _ignore_late_callbacks() -> None:
+    """Keeps quiet what tensorstore's threads report of a read that failed, after its exception has told the same."""
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
+
+
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]))
 
 
 class Checkpoints:
@@ -18,14 +37,25 @@ class Checkpoints:
 
     Args:
       workdir: checkpoints go to its folder `checkpoints`.
-      keep: how many of the newest stay.
+      keep: how many of the newest stay; 0 only reads, and touches nothing.
+
+    Raises:
+      UserError: if the folder cannot be made.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports failed writes by exceptions as well
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs failed writes; they are exceptions as well
         self.folder = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        if keep:
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
+            self._remove_unfinished()  # what a killed run left half-written
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        else:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        # Named handlers, so that the shapes of a checkpoint are known before anything was saved or restored.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -33,11 +63,12 @@ class Checkpoints:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             self.wait()
-        except UserError:
-            if error is None:
+        except Exception:
+            if error is None:  # else the error under way says more
                 raise
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # it waits again, for what `wait` has told
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -48,8 +79,11 @@ class Checkpoints:
         """Starts writing; `meta` is JSON. The last save is waited for first, and its failure raised.
 
         Raises:
+          FloatingPointError: if the state is not finite, so that every checkpoint can be gone on from.
           UserError: when a disk is full or read-only; earlier checkpoints are whole.
         """
+        if not _finite(jax.tree.leaves(state)):
+            raise FloatingPointError(f"The state after step {step} is not finite")
         self.wait()
         try:
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -64,11 +98,16 @@ class Checkpoints:
         except Exception as error:
             raise self._explain(error) from error
 
+    def _remove_unfinished(self) -> None:
+        for unfinished in self.folder.glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
     def _explain(self, error: Exception) -> Exception:
         trouble = disk_trouble(error)
         if trouble is None:
             return error
-        steps = [s for s in self._manager.all_steps(read=True)]
+        self._remove_unfinished()
+        steps = self._manager.all_steps(read=True)
         kept = f"the checkpoint of step {max(steps)} is whole" if steps else "there is no earlier checkpoint"
         return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).")
 
@@ -87,10 +126,11 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:
+            _ignore_late_callbacks()
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"The checkpoint of step {step} in {self.folder} cannot be read ({reason}): "
-                "delete that folder to go on from the one before."
+                f"The checkpoint {self.folder / str(step)} cannot be read ({reason}): "
+                "delete that folder to go on from the one before, if there is one."
             ) from error
         return restored.state, restored.meta
 

@@ -1,0 +1,163 @@
+"""Checkpoints: bit for bit what was saved, whole or not there, and one sentence for what is wrong with them."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import largest_file
+
+from vpm_jax.checkpoints import Checkpoints
+from vpm_jax.errors import UserError
+
+
+def tree(seed: int = 0, width: int = 7):
+    """A state with every kind of array that training saves."""
+    random = np.random.default_rng(seed)
+    return {
+        "step": jnp.int32(seed),
+        "params": {
+            "kernel": jnp.asarray(random.normal(size=(3, 3, width, 5)), jnp.float32),
+            "half": jnp.asarray(random.normal(size=width), jnp.bfloat16),
+        },
+        "opt_state": [(jnp.asarray(random.normal(size=width), jnp.float32), jnp.int32(9))],
+    }
+
+
+def assert_equal(one, two):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True), one, two)
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    meta = {"seconds": 1.1, "pending": [{"loss": 0.1, "accuracy": [1 / 3]}], "best": None}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(3, tree(3), meta)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 3
+        state, again = checkpoints.restore(tree(0))
+    assert_equal(state, tree(3))
+    assert again == meta
+
+
+def test_a_state_is_saved_as_it_was_though_the_next_steps_reuse_its_memory(tmp_path):
+    @partial(jax.jit, donate_argnums=0)
+    def following(state):
+        return jax.tree.map(lambda x: x + 1, state)
+
+    big = {"params": {str(i): jnp.full((512, 512), i, jnp.float32) for i in range(8)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 4):
+            expected = jax.tree.map(lambda x: np.array(x, copy=True), big)
+            checkpoints.save(step, big, {})
+            for _ in range(20):
+                big = following(big)
+            assert_equal(checkpoints.restore(big, step)[0], expected)
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, tree(step), {"step": step})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(tree(), 3)[1] == {"step": 3}
+        assert checkpoints.restore(tree())[1] == {"step": 4}
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint_and_goes(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", half)
+    with Checkpoints(tmp_path, keep=0) as checkpoints:
+        assert checkpoints.latest == 1
+    assert half.exists()  # a reader, perhaps beside a run that is writing it, touches nothing
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 1
+    assert not half.exists()
+
+
+def test_a_reader_makes_no_folder(tmp_path):
+    with Checkpoints(tmp_path, keep=0) as checkpoints, pytest.raises(UserError, match="There is no checkpoint in"):
+        checkpoints.restore(tree())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_another_model_is_refused_with_an_array_that_differs(tmp_path, keep):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(width=7), {})
+    with Checkpoints(tmp_path, keep) as checkpoints:
+        sentence = r"another model \(2 arrays differ: params/half is \(7,\) there and \(8,\) here\)"
+        with pytest.raises(UserError, match=sentence):
+            checkpoints.restore(tree(width=8))
+        with pytest.raises(UserError, match=r"params/more is absent there and \(2,\) here"):
+            checkpoints.restore(tree() | {"params": tree()["params"] | {"more": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_one_sentence_that_names_it(tmp_path, damage):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+        checkpoints.save(2, tree(2), {})
+    for path in (tmp_path / "checkpoints" / "2" / "state").rglob("d/*"):
+        if path.is_file():
+            if damage == "cut":
+                path.write_bytes(path.read_bytes()[:10])
+            else:
+                path.unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoints/2 cannot be read \(.*\): delete that folder") as error:
+            checkpoints.restore(tree())
+        assert "\n" not in str(error.value)
+        shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(tree())[0], tree(1))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+        with pytest.raises(FloatingPointError, match="after step 2 is not finite"):
+            checkpoints.save(2, tree(2) | {"params": {"kernel": jnp.array([1.0, value])}}, {})
+        assert checkpoints.latest == 1
+
+
+def unwritable(folder: Path, step: int, sentence: str) -> None:
+    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
+    with largest_file(100_000), Checkpoints(folder) as checkpoints:
+        with pytest.raises(UserError, match=sentence) as error:
+            checkpoints.save(step, state, {})
+            checkpoints.wait()
+        assert "\n" not in str(error.value)
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_whole(tmp_path, capfd):
+    unwritable(tmp_path, 1, r"size limit .*\(there is no earlier checkpoint\)\.$")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree(1), {})
+    unwritable(tmp_path, 2, r"size limit .*\(the checkpoint of step 1 is whole\)\.$")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(tree())[0], tree(1))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_failed_write_is_not_lost_when_nobody_waits_for_it(tmp_path):
+    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
+    with pytest.raises(UserError, match="size limit"), largest_file(100_000), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+
+
+def test_an_error_on_the_way_is_not_hidden_by_a_failed_write(tmp_path):
+    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
+    with pytest.raises(ZeroDivisionError), largest_file(100_000), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        raise ZeroDivisionError

@@ -1,0 +1,135 @@
+"""The smallest training runs, which the tests of training, checkpoints and evaluation share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tiny import recipe
+
+from vpm_jax import step
+from vpm_jax.checkpoints import Checkpoints
+from vpm_jax.config import check, read, set_key
+
+# Stage 1 is 3 plain steps of 8 images, stage 2 is 2 epochs of 4 steps of 4 x 2: checkpoints after 3, 7 and 11,
+# log records at 4, 8 and 11.
+STEPS = 11
+KEYS = {
+    "data.synthetic.train_identities": 8,
+    "data.synthetic.test_identities": 4,
+    "data.synthetic.cameras": 2,
+    "pretrained": "none",
+    "data.height": 32,
+    "data.width": 16,
+    "model.width": 4,
+    "model.stem": "3x3",
+    "model.grid": (2, 1),
+    "model.head_dim": 8,
+    "model.head_dropout": 0.5,
+    "stage1.epochs": 1,
+    "stage1.steps_per_epoch": 3,
+    "stage1.sampling": "plain",
+    "stage1.identities": 4,
+    "stage1.images_per_identity": 2,
+    "stage2.epochs": 2,
+    "stage2.steps_per_epoch": 4,
+    "stage2.identities": 4,
+    "stage2.images_per_identity": 2,
+    "stage2.schedule": "step",
+    "stage2.decay_epochs": (1,),
+    "stage2.warmup_epochs": 0.0,
+    "stage2.triplet_start": 1.0,
+    "eval.batch": 16,
+    "eval.gammas": (0.5, 1.0),
+    "eval.every": 1,
+    "log_every": 4,
+}
+
+
+@contextlib.contextmanager
+def quick_compiler(cache: Path) -> Iterator[dict[str, str]]:
+    """Compiles each program once, and with few optimisations: what matters is that runs agree.
+
+    Yields the environment that does the same in another process.
+    """
+    settings: dict[str, Any] = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {key: jax.config.values[key] for key in settings}
+    for key, value in settings.items():
+        jax.config.update(key, value)
+    try:
+        yield {key.upper(): str(value) for key, value in settings.items()}
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow past this many bytes: as good as a full disk, and in reach of a test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def tiny_run(root: Path, **changes) -> ConfigDict:
+    """A config on the few synthetic pedestrians under `root`; changes are keys with __ for the dots."""
+    config = recipe("synthetic", data__root=str(root))
+    for key, value in (KEYS | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        set_key(config, key, value)
+    check(config)
+    return config
+
+
+def shapes(workdir: Path):
+    """The shapes of the state that the run in `workdir` saves."""
+    config = read(workdir)
+    assert config is not None
+    return jax.eval_shape(lambda: step.init_state(config))
+
+
+def saved_state(workdir: Path, number: int | None = None):
+    """(state as NumPy arrays, meta) of a checkpoint, by default the newest."""
+    on_first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_first), shapes(workdir))
+    with Checkpoints(workdir, keep=0) as checkpoints:
+        state, meta = checkpoints.restore(like, number)
+    return jax.tree.map(np.asarray, state), meta
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def records(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a run's log, without what differs from one run to the next."""
+    lines = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "eta")} for line in lines]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The last checkpoints, the metrics and the evaluations of two runs agree bit for bit."""
+    (state, meta), (other, other_meta) = saved_state(one), saved_state(two)
+    paths, tree = jax.tree_util.tree_flatten_with_path(state)
+    other_leaves, other_tree = jax.tree_util.tree_flatten(other)
+    assert tree == other_tree
+    for (path, leaf), other_leaf in zip(paths, other_leaves, strict=True):
+        assert leaf.dtype == other_leaf.dtype
+        np.testing.assert_array_equal(leaf, other_leaf, err_msg=jax.tree_util.keystr(path))
+    assert {k: v for k, v in meta.items() if k != "seconds"} == {k: v for k, v in other_meta.items() if k != "seconds"}
+    assert records(one) == records(two)
+    assert records(one, "evaluations.jsonl") == records(two, "evaluations.jsonl")
