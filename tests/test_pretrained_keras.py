@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -342,6 +343,47 @@ def test_damage_is_named_and_the_remedy_given(small, kind):
     assert "\n" not in message and len(message) < 600
 
 
-def test_an_unknown_kind_lists_the_known():
-    with pytest.raises(UserError, match=r'config\.pretrained is "torch": expected "none", "keras", "keras:FOLDER"'):
-        load("torch")
+# ---- As one .npz ----
+
+
+def new_name(old: str) -> str:
+    """res3a_branch2c/kernel -> conv3_block1_3_conv/kernel: the later generation of Keras's names."""
+    layer, leaf = old.split("/")
+    if layer in (others := {"conv1": "conv1_conv", "bn_conv1": "conv1_bn", "fc1000": "predictions"}):
+        return f"{others[layer]}/{leaf}"
+    kind, stage, letter, branch = re.fullmatch(r"(res|bn)(\d)([a-f])_branch(\w+)", layer).groups()
+    number = ["1", "2a", "2b", "2c"].index(branch)
+    return f"conv{stage}_block{'abcdef'.index(letter) + 1}_{number}_{'conv' if kind == 'res' else 'bn'}/{leaf}"
+
+
+@pytest.mark.parametrize("names", ["old", "old:0", "new"])
+def test_an_npz_gives_what_the_shards_give(small, tmp_path, names):
+    rename = {"old": str, "old:0": lambda name: f"{name}:0", "new": new_name}[names]
+    tensors = {rename(name): x.astype(np.float32) for name, x in read_shards(small).items()}
+    np.savez(tmp_path / "resnet50.npz", **tensors, bn_epsilon=2e-3, stride_on="1x1")
+    shards = load(f"keras:{small}")
+    for spec in (tmp_path / "resnet50.npz", f"keras:{tmp_path / 'resnet50.npz'}"):
+        npz = load(str(spec))
+        assert (npz.stride_on, npz.bn_epsilon, npz.mean, npz.std) == ("1x1", 2e-3, shards.mean, shards.std)
+        for a, b in ((npz.params, shards.params), (npz.batch_stats, shards.batch_stats)):
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        jax.tree.map(np.testing.assert_array_equal, npz.classifier, shards.classifier)
+
+
+def test_an_npz_without_its_metadata_is_refused(small, tmp_path):
+    tensors = read_shards(small)
+    np.savez(tmp_path / "a.npz", **tensors)
+    with pytest.raises(UserError, match=r"no bn_epsilon and no stride_on, which change every feature: write it"):
+        load(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", **tensors, bn_epsilon=1e-3, stride_on="2x2")
+    with pytest.raises(UserError, match=r"stride_on '2x2', expected a small number"):
+        load(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", **tensors, bn_epsilon=1e-3, stride_on=np.array({"1x1"}, object))
+    with pytest.raises(UserError, match=r"a\.npz is damaged, or holds more than arrays .*allow_pickle"):
+        load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("spec", ["torch", "", "torchvision", "released:", "nowhere.pth"])
+def test_an_unknown_kind_lists_the_known(spec):
+    with pytest.raises(UserError, match=rf'config\.pretrained is "{spec}": expected .*"?torchvision:PATH|PATH"'):
+        load(spec)

@@ -1,0 +1,99 @@
+"""Converts weights: python -m vpm_jax.convert runs/market --output market.safetensors
+
+SOURCE is what config.pretrained takes: a workdir, a .pth, .safetensors or .npz, keras:FOLDER, released:FILE.
+The end of --output says what is written:
+
+  .npz          the backbone, for config.pretrained
+  .safetensors  for PyTorch: the backbone by torchvision's names, VPM's heads as locator.* and heads.N.*; what such
+                names cannot say is in the metadata, and in the file's name where torchvision's network differs
+  a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpm_jax import cli, parallel
+from vpm_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="KIND:PATH or PATH")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder")
+    parser.add_argument("--data-root", default="", help='where "keras" alone looks (default: $VPM_DATA, else ./data)')
+    parser.add_argument(
+        "--partial", action="store_true", help="leave out tensors that do not belong, instead of refusing the file"
+    )
+    parser.add_argument("--backbone-only", action="store_true", help=".safetensors without VPM's heads")
+    parser.add_argument(
+        "--keep-epsilon",
+        action="store_true",
+        help=".safetensors with the batch norms as they are, to be trained further; otherwise they are folded to "
+        "PyTorch's epsilon 1e-5, which is exact in eval mode",
+    )
+    args = parser.parse_args(argv)
+    kind = args.output.suffix.lower()
+    if kind not in (".npz", ".safetensors", ""):
+        raise UserError(f"--output {args.output} ends in {kind!r}: expected .npz, .safetensors or a folder's name.")
+    if kind and not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}, make it or choose another.")
+    if kind != ".safetensors" and (args.backbone_only or args.keep_epsilon):
+        raise UserError("--backbone-only and --keep-epsilon are for an --output that ends in .safetensors.")
+
+    parallel.prepare_backend()
+    from vpm_jax import pretrained
+    from vpm_jax.pretrained import own
+
+    weights = pretrained.load(args.source, args.data_root, args.partial)
+    print(f"Read {weights.source}.")
+    if weights.skipped:
+        print(f"Not taken over: {weights.skipped}.")
+    missing = sorted(set(weights.network.shapes()) - set(weights.flat()))
+    if missing:
+        raise UserError(
+            f"{args.source} lacks {len(missing)} of the backbone's tensors ({missing[0]}, ...): a part can start a "
+            "training, by config.pretrained=partial:..., but cannot be converted."
+        )
+    if kind == ".npz":
+        own.write_npz(args.output, weights)
+        print(f"Wrote {args.output}: train from it with --config.pretrained={args.output}")
+    elif kind == ".safetensors":
+        write_for_torch(args.output, weights, args.backbone_only, args.keep_epsilon)
+    else:
+        own.write_workdir(args.output, weights)
+        print(f"Wrote {args.output}: evaluate it with python -m vpm_jax.evaluate --workdir {args.output}")
+    return 0
+
+
+def write_for_torch(path: Path, weights, backbone_only: bool = False, keep_epsilon: bool = False) -> Path:
+    """Writes the .safetensors and prints what its PyTorch users must know; returns its path, whose name says so too."""
+    from vpm_jax.pretrained import own
+
+    folded_from = None
+    if not keep_epsilon and weights.bn_epsilon != own.TORCH_EPSILON:
+        folded_from, weights = weights.bn_epsilon, own.fold_epsilon(weights)
+    marks = own.peculiarities(weights)
+    path = path.with_name("-".join([path.stem, *(mark for mark in marks if mark not in path.stem)]) + path.suffix)
+    own.write_safetensors(
+        path, weights, backbone_only, **({} if folded_from is None else {"bn_folded_from": folded_from})
+    )
+    print(f"Wrote {path}.")
+    if marks:
+        print("A torchvision ResNet loads these names and computes something else, unless it is changed:")
+        for sentence in marks.values():
+            print(f"  - {sentence}")
+    if folded_from is not None:
+        print(
+            f"Batch norms were folded from epsilon {folded_from:g} to PyTorch's 1e-5: exact in eval mode; to train "
+            "further, convert with --keep-epsilon."
+        )
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main)

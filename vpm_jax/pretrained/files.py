@@ -1,0 +1,77 @@
+"""The tensors of one file, whatever its format: .pth, .safetensors or .npz, told apart by their first bytes."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from vpm_jax.errors import UserError
+from vpm_jax.pretrained import torchfile
+from vpm_jax.pretrained.weights import File
+
+# What wrappers put before every name: DataParallel, torch.compile.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read(path: Path) -> File:
+    """Every tensor of the file in its own dtype, and its metadata.
+
+    Raises:
+      UserError: if it is missing, damaged, or none of the known formats; a pickle in it is never run.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file of weights.") from None
+    if start.startswith(b"\x89HDF"):
+        raise UserError(f"{path} is an HDF5 file: save its weights as .npz, as vpm_jax/pretrained/keras.py says.")
+    if start.startswith(b"version https://g"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it (git lfs pull).")
+    if start.startswith(b"PK") and _is_npz(path):
+        return _read_npz(path)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    return File(path, _unwrap(torchfile.read(path)), {})
+
+
+def _unwrap(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for wrapper in WRAPPERS * 2:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): x for name, x in tensors.items()}
+    return tensors
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except Exception:  # damaged: its reader says how
+        return path.suffix == ".npz"
+
+
+def _read_npz(path: Path) -> File:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            tensors = {name: archive[name] for name in archive.files}
+        metadata = json.loads(str(tensors.pop("metadata"))) if "metadata" in tensors else {}
+        return File(path, tensors, {str(key): str(value) for key, value in metadata.items()})
+    except Exception as error:  # whatever wrong bytes lead to in zipfile and NumPy
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged, or holds more than arrays ({reason}): fetch or write it again.") from None
+
+
+def _read_safetensors(path: Path) -> File:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            metadata = file.metadata() or {}
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or truncated ({reason}): fetch or save it again.") from None
+    return File(path, _unwrap(tensors), metadata)

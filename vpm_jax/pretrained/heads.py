@@ -1,0 +1,79 @@
+"""VPM's own layers under PyTorch's names: locator.weight, heads.N.reducer.weight, heads.N.bn.weight and so on.
+
+N is a region, row-major from 0; one past the last is the global head, where there is one. Each head is what PyTorch
+writes as Linear (reducer, no bias), BatchNorm1d, Linear (classifier).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from vpm_jax import config as config_lib
+from vpm_jax import models
+
+# Ours, with a leading axis of heads -> PyTorch's in each head.
+HEAD = {
+    "params/heads/reducer": "reducer.weight",
+    "params/heads/bn/scale": "bn.weight",
+    "params/heads/bn/bias": "bn.bias",
+    "batch_stats/heads/bn/mean": "bn.running_mean",
+    "batch_stats/heads/bn/var": "bn.running_var",
+    "params/heads/classifier": "classifier.weight",
+    "params/heads/bias": "classifier.bias",
+}
+LOCATOR = {"params/locator_kernel": "locator.weight", "params/locator_bias": "locator.bias"}
+
+
+def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """{"params/heads/reducer": shape, ...}: all of config's model but its backbone."""
+    return dict(_shapes(config_lib.to_json(config)))
+
+
+@functools.lru_cache(maxsize=2)
+def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
+    config = config_lib.from_json(config_json, "config")
+    image = np.zeros((1, config.data.height, config.data.width, 3), np.uint8)
+    tree = flatten_dict(jax.eval_shape(models.create(config).init, jax.random.key(0), image), sep="/")
+    return {name: x.shape for name, x in tree.items() if name.split("/")[1] != "backbone"}
+
+
+def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Heads by our flat names, renamed, split by head and transposed."""
+    result = {}
+    for name, x in ours.items():
+        if name in LOCATOR:
+            result[LOCATOR[name]] = np.ascontiguousarray(x.T)[:, :, None, None] if x.ndim == 2 else x
+        else:
+            for n, part in enumerate(x):
+                result[f"heads.{n}.{HEAD[name]}"] = np.ascontiguousarray(part.T)
+    return result
+
+
+def expected(ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] = str) -> dict[str, tuple[int, ...]]:
+    """{PyTorch's name: its shape there}, each name passed through `rename`."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in ours.items():
+        if name in LOCATOR:
+            result[rename(LOCATOR[name])] = (*shape[::-1], 1, 1) if len(shape) == 2 else shape
+        else:
+            result |= {rename(f"heads.{n}.{HEAD[name]}"): shape[:0:-1] for n in range(shape[0])}
+    return result
+
+
+def from_torch(
+    theirs: Mapping[str, np.ndarray], ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] = str
+) -> dict[str, np.ndarray]:
+    """The inverse of `to_torch`, for the names and shapes in `ours`, all of which must be there."""
+    result = {}
+    for name, shape in ours.items():
+        if name in LOCATOR:
+            result[name] = theirs[rename(LOCATOR[name])].reshape(shape[::-1]).T
+        else:
+            result[name] = np.stack([theirs[rename(f"heads.{n}.{HEAD[name]}")].T for n in range(shape[0])])
+    return result

@@ -1,0 +1,274 @@
+"""This program's own weights: the workdir of a training run, and the files that `vpm_jax.convert` writes.
+
+A file carries in its metadata what names and shapes cannot: stride placement, BN epsilon, input normalisation and, of
+a whole VPM, its config.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vpm_jax import config as config_lib
+from vpm_jax.errors import UserError
+from vpm_jax.logs import make_folder, replacing, write_atomically
+from vpm_jax.models.resnet import BOTTLENECK, STEMS
+from vpm_jax.pretrained import heads, torchvision
+from vpm_jax.pretrained.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    File,
+    Network,
+    Pretrained,
+    as_floats,
+    nested,
+    take,
+)
+
+FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format's version
+TORCH_EPSILON = 1e-5  # nn.BatchNorm2d's
+ADVICE = "write it again by python -m vpm_jax.convert, or ask for a part by partial:PATH"
+
+
+# ---- Workdirs ----
+
+
+def read_workdir(path: Path, partial: bool = False) -> Pretrained:
+    """The newest checkpoint of a training run, whole.
+
+    Raises:
+      UserError: if the folder holds no run, no checkpoint, or one that cannot be read.
+    """
+    from vpm_jax import step
+    from vpm_jax.checkpoints import Checkpoints
+
+    config = config_lib.read(path)
+    if config is None or not (path / "checkpoints").is_dir():
+        raise UserError(f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.eval_shape(lambda: step.init_state(config))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    with Checkpoints(path, keep=0) as checkpoints:
+        state, _ = checkpoints.restore(like)
+    tree = {"params": dict(state.params), "batch_stats": dict(state.batch_stats)}
+    flat = {name: np.asarray(x) for name, x in flatten_dict(tree, sep="/").items()}
+    flat = as_floats(flat, str(path), "train again or choose another checkpoint")
+    in_backbone = {name.replace("/backbone/", "/"): x for name, x in flat.items() if "/backbone/" in name}
+    m = config.model
+    network = Network(m.depth, m.width, m.stem, tuple(m.strides))
+    return Pretrained(
+        **nested(in_backbone),
+        stride_on=m.stride_on,
+        bn_epsilon=m.bn_epsilon,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        source=f"{network} and its heads (step {int(state.step)} of the run in {path})",
+        network=network,
+        heads=nested({name: x for name, x in flat.items() if "/backbone/" not in name}),
+        config=config,
+    )
+
+
+def write_workdir(path: Path, weights: Pretrained) -> None:
+    """A workdir that `vpm_jax.evaluate` takes: the config, and a checkpoint of step 0.
+
+    Raises:
+      UserError: if the weights are no whole VPM, or the folder holds something already.
+    """
+    from vpm_jax import models, step
+    from vpm_jax.checkpoints import Checkpoints
+
+    if weights.heads is None or weights.config is None:
+        raise UserError(
+            f"--output {path}: a workdir needs a whole VPM, and {weights.source} has no heads: write a .npz or "
+            ".safetensors and train from it by --config.pretrained."
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output {path} exists already: choose a new folder, or a name that ends in .npz.")
+    config = weights.config.copy_and_resolve_references()
+    config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
+    config.data.mean, config.data.std = weights.mean, weights.std
+    for stage in (config.stage1, config.stage2):  # a schedule needs steps, which the training set would decide
+        stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
+    dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
+    variables = {
+        "params": {"backbone": weights.params, **weights.heads["params"]},
+        "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
+    }
+    variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), variables)
+    state = step.new_state(config, variables)
+    make_folder(path)
+    with Checkpoints(path, keep=1) as checkpoints:
+        checkpoints.save(0, state, {"seconds": 0.0, "pending": [], "best": None})
+    write_atomically(path / "config.json", config_lib.to_json(config))
+
+
+# ---- Files ----
+
+
+def metadata(weights: Pretrained, **more: Any) -> dict[str, str]:
+    """What goes with the tensors, each value a text: a word, or Python's and JSON's notation of numbers."""
+    network = weights.network
+    values: dict[str, Any] = {
+        FORMAT: 1,
+        "depth": network.depth,
+        "width": network.width,
+        "stem": network.stem,
+        "strides": list(network.strides),
+        "stride_on": weights.stride_on,
+        "bn_epsilon": weights.bn_epsilon,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+        "channels": "RGB",
+        "source": weights.source,
+        **more,
+    }
+    if weights.config is not None:
+        config = weights.config
+        values |= {
+            "last_stride": config.model.last_stride,
+            "grid": list(config.model.grid),
+            "recipe": config.recipe,
+            "config": json.dumps(config.to_dict()),
+        }
+    return {key: str(value) for key, value in values.items()}
+
+
+def is_ours(file: File) -> bool:
+    return FORMAT in file.metadata
+
+
+def read_file(file: File, partial: bool = False) -> Pretrained:
+    """A file that `write_npz` or `write_safetensors` wrote.
+
+    Raises:
+      UserError: that lists what is missing, unexpected or of another shape; for NaN and for metadata that do not fit.
+    """
+    where, found = str(file.path), dict(file.tensors)
+    try:
+        meta = file.metadata
+        first, second, third = (int(n) for n in ast.literal_eval(meta["strides"]))
+        network = Network(int(meta["depth"]), int(meta["width"]), meta["stem"], (first, second, third))
+        mean, std = ((float(r), float(g), float(b)) for r, g, b in map(ast.literal_eval, (meta["mean"], meta["std"])))
+        epsilon, stride_on = float(meta["bn_epsilon"]), meta["stride_on"]
+        sensible = network.depth in BOTTLENECK and network.stem in STEMS and 0 < network.width <= 1024
+        sensible = sensible and set(network.strides) <= {1, 2}
+        if not sensible or not 0 < epsilon < 1 or stride_on not in ("1x1", "3x3") or min(std) <= 0:
+            raise ValueError(f"{network}, stride on {stride_on}, epsilon {epsilon}")
+    except (KeyError, ValueError, TypeError, SyntaxError) as error:
+        raise UserError(f"{where} has metadata that do not fit ({error!r}): {ADVICE}.") from None
+    config = config_lib.from_json(meta["config"], where) if "config" in meta else None
+    named_by_us = any(name.startswith("params/") for name in found)
+    if named_by_us:
+        found = {name: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x for name, x in found.items()}
+        names = {name: torchvision.torch_name(name) for name in network.shapes()}
+        found = {names.get(name, name): x for name, x in found.items()}
+    expected = torchvision.expected(network)
+    in_heads: dict[str, tuple[int, ...]] = {}
+    if config is not None and any(name.startswith(("locator.", "heads.")) for name in found):
+        in_heads = heads.shapes(config)
+        expected |= heads.expected(in_heads)
+    features = expected["layer4.0.downsample.1.bias"][0]
+    if "fc.bias" in found or "fc.weight" in found:
+        classes = found["fc.bias"].shape[0] if "fc.bias" in found and found["fc.bias"].ndim else 1000
+        expected |= {"fc.weight": (classes, features), "fc.bias": (classes,)}
+    fits, differences = take(found, expected, f"{where} lacks what its metadata say", ADVICE, partial)
+    floats = as_floats(fits, where, ADVICE)
+    whole = bool(in_heads) and set(heads.expected(in_heads)) <= set(floats)
+    classifier = None
+    if "fc.weight" in floats and "fc.bias" in floats:
+        classifier = {"kernel": floats["fc.weight"].T, "bias": floats["fc.bias"]}
+    return Pretrained(
+        **nested(torchvision.from_torch(floats, network)),
+        stride_on=stride_on,
+        bn_epsilon=epsilon,
+        mean=mean,
+        std=std,
+        source=f"{network}{' and its heads' * whole} ({where})",
+        network=network,
+        classifier=classifier,
+        heads=nested(heads.from_torch(floats, in_heads)) if whole else None,
+        config=config if whole else None,
+        skipped=differences,
+    )
+
+
+def torch_tensors(weights: Pretrained, backbone_only: bool = False) -> dict[str, np.ndarray]:
+    """All by PyTorch's names: the backbone by torchvision's, the ImageNet classifier as fc, VPM's as in `heads`."""
+    tensors = torchvision.to_torch(weights.flat())
+    if weights.classifier is not None:
+        tensors |= {"fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
+    if weights.heads is not None and not backbone_only:
+        tensors |= heads.to_torch(flatten_dict(weights.heads, sep="/"))
+    return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def write_npz(path: Path, weights: Pretrained) -> None:
+    """The backbone (and ImageNet classifier) by our names. Raises UserError when a disk is full or read-only."""
+    arrays: Mapping[str, np.ndarray] = weights.flat()
+    if weights.classifier is not None:
+        arrays = {**arrays, "fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
+    text = json.dumps(metadata(replace(weights, config=None)))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, metadata=np.array(text), **arrays)  # type: ignore[arg-type]
+
+
+def write_safetensors(path: Path, weights: Pretrained, backbone_only: bool = False, **more: Any) -> None:
+    """`torch_tensors` with `metadata`. Raises UserError when a disk is full or read-only."""
+    from safetensors.numpy import save
+
+    kept = replace(weights, config=None) if backbone_only else weights
+    data = save(torch_tensors(weights, backbone_only), metadata(kept, **more))
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrained:
+    """The backbone for another BN epsilon, its scales changed so that nothing else does.
+
+    scale / sqrt(var + old) = scale' / sqrt(var + epsilon) holds with the running variance, which is what eval mode
+    uses; in training mode the batch's variance takes its place and the two differ.
+    """
+    flat = dict(weights.flat())
+    for name in flat:
+        if name.endswith("/scale"):
+            var = flat[name.replace("params/", "batch_stats/").replace("/scale", "/var")].astype(np.float64)
+            factor = np.sqrt((var + epsilon) / (var + weights.bn_epsilon))
+            flat[name] = (flat[name] * factor).astype(flat[name].dtype)
+    config = weights.config
+    if config is not None:
+        config = config.copy_and_resolve_references()
+        config.model.bn_epsilon = epsilon
+    return replace(weights, **nested(flat), bn_epsilon=epsilon, config=config)
+
+
+def peculiarities(weights: Pretrained) -> dict[str, str]:
+    """{part of a file's name: sentence} for all by which the backbone computes otherwise than torchvision's."""
+    network, found = weights.network, {}
+    if network.stem != "7x7":
+        found[f"stem{network.stem}"] = f"the stem is {network.stem}, without max pooling"
+    if network.width != 64:
+        found[f"width{network.width}"] = f"the width is {network.width}, not 64"
+    if network.strides != (1, 2, 2):
+        numbers = "".join(map(str, network.strides))
+        found[f"strides{numbers}"] = f"the strides of the first three stages are {network.strides}"
+    if weights.stride_on == "1x1" and BOTTLENECK[network.depth]:
+        found["stride1x1"] = "each stage's stride is on the first 1x1 convolution (conv1.stride, not conv2.stride)"
+    if weights.bn_epsilon != TORCH_EPSILON:
+        mantissa, exponent = f"{weights.bn_epsilon:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+        found[f"eps{text}"] = f"every batch norm's eps is {text}"
+    if weights.config is not None and weights.config.model.last_stride == 1:
+        found["last1"] = "the last stage has stride 1"
+    if not np.allclose([weights.mean, weights.std], [IMAGENET_MEAN, IMAGENET_STD], atol=1e-9):
+        mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (weights.mean, weights.std))
+        found["input"] = f"RGB images are normalised as (x / 255 - ({mean})) / ({std})"
+    return found

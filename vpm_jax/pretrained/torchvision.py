@@ -1,0 +1,119 @@
+"""torchvision's names for a ResNet, which timm shares: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
+
+Both ways: reading weights, and naming ours for PyTorch. Its kernels are [out, in, h, w], ours [h, w, in, out].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from vpm_jax.models.resnet import STAGE_BLOCKS
+from vpm_jax.pretrained.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    File,
+    Network,
+    Pretrained,
+    as_floats,
+    dtype_note,
+    nested,
+    stem_of,
+    take,
+)
+
+ADVICE = "give the weights of torchvision's or timm's resnet18, 34, 50 or 101, or ask for a part by partial:PATH"
+
+
+def torch_name(ours: str) -> str:
+    """params/stage2_block1/bn3/scale -> layer2.0.bn3.weight"""
+    _, *block, layer, leaf = ours.split("/")
+    leaf = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
+    kind, part = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
+    if not block:
+        return f"{kind}1.{leaf}"
+    stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups()  # type: ignore[union-attr]
+    module = f"downsample.{0 if kind == 'conv' else 1}" if part == "shortcut" else f"{kind}{part}"
+    return f"layer{stage}.{int(number) - 1}.{module}.{leaf}"
+
+
+def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A backbone by our names, renamed and transposed."""
+    return {
+        torch_name(name): np.ascontiguousarray(x.transpose(3, 2, 0, 1)) if x.ndim == 4 else x
+        for name, x in ours.items()
+    }
+
+
+def from_torch(theirs: Mapping[str, np.ndarray], network: Network, prefix: str = "") -> dict[str, np.ndarray]:
+    """The inverse of `to_torch`, of those tensors that are there."""
+    names = {name: prefix + torch_name(name) for name in network.shapes()}
+    found = {ours: theirs[name] for ours, name in names.items() if name in theirs}
+    return {name: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x for name, x in found.items()}
+
+
+def expected(network: Network, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """{PyTorch's name: its shape there}."""
+    shapes = {}
+    for name, shape in network.shapes().items():
+        height_width_in_out = len(shape) == 4
+        shapes[prefix + torch_name(name)] = (shape[3], shape[2], *shape[:2]) if height_width_in_out else shape
+    return shapes
+
+
+def network_of(tensors: Mapping[str, np.ndarray], prefix: str = "") -> Network:
+    """The network that these names and the first kernel are closest to."""
+    shape = tensors[f"{prefix}conv1.weight"].shape if f"{prefix}conv1.weight" in tensors else (64, 3, 7, 7)
+    width, size = (shape[0], shape[2]) if len(shape) == 4 and 0 < shape[0] <= 1024 else (64, 7)
+
+    def differences(depth: int) -> int:
+        return len(set(expected(Network(depth), prefix)) ^ {name for name in tensors if name.startswith(prefix)})
+
+    usual_first = sorted(STAGE_BLOCKS, key=lambda depth: depth != 50)
+    return Network(min(usual_first, key=differences), width, stem_of(size))
+
+
+def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without num_batches_tracked, which newer PyTorch keeps beside a batch norm's statistics and no result needs."""
+    suffix = "num_batches_tracked"
+    counters = {name for name in tensors if name.endswith(suffix) and name.replace(suffix, "running_mean") in tensors}
+    return {name: x for name, x in tensors.items() if name not in counters or x.ndim != 0}
+
+
+def read(file: File, partial: bool = False) -> Pretrained:
+    """A ResNet's state dict. Its stride is on the 3x3 convolution, BN epsilon is 1e-5, and images are normalised by
+    ImageNet's mean and std. The classifier (fc) may be absent.
+
+    Raises:
+      UserError: that lists what is missing, unexpected or of another shape; for NaN and for what are no floats.
+    """
+    where = f"{file.path} is not a ResNet's state dict"
+    tensors = without_counters(file.tensors)
+    network = network_of(tensors)
+    shapes = expected(network)
+    if "fc.weight" in tensors or "fc.bias" in tensors:
+        features = shapes["layer4.0.downsample.1.bias"][0]
+        classes = tensors["fc.bias"].shape[0] if "fc.bias" in tensors and tensors["fc.bias"].ndim else 1000
+        shapes |= {"fc.weight": (classes, features), "fc.bias": (classes,)}
+    fits, differences = take(tensors, shapes, where, ADVICE, partial)
+    floats = as_floats(fits, str(file.path), "fetch or save it again")
+    classifier = None
+    if "fc.weight" in floats and "fc.bias" in floats:
+        classifier = {"kernel": floats["fc.weight"].T, "bias": floats["fc.bias"]}
+    return Pretrained(
+        **nested(from_torch(floats, network)),
+        stride_on="3x3",
+        bn_epsilon=1e-5,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        source=f"{network} (torchvision's names, {file.path}{dtype_note(fits)})",
+        network=network,
+        classifier=classifier,
+        skipped=differences,
+    )
+
+
+def is_named_so(names: Mapping[str, np.ndarray]) -> bool:
+    return any(re.match(r"(conv1|bn1|layer[1-4]\.\d+|fc)\.", name) for name in names)

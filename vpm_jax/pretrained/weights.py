@@ -1,0 +1,180 @@
+"""What every reader gives, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from vpm_jax.errors import UserError
+from vpm_jax.models.resnet import STEMS, ResNet
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Network(NamedTuple):
+    """Which `ResNet` weights belong to."""
+
+    depth: int = 50
+    width: int = 64
+    stem: str = "7x7"
+    strides: tuple[int, int, int] = (1, 2, 2)  # a first stage with a stride has a shortcut of its own
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"params/conv_stem/kernel": shape, ...} of every parameter and statistic."""
+        return _shapes(self)
+
+    def __str__(self) -> str:
+        return f"ResNet-{self.depth} of width {self.width} with the {self.stem} stem"
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    module = ResNet(**network._asdict())
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return {name: x.shape for name, x in flatten_dict(shapes, sep="/").items()}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A backbone's weights and what they presuppose.
+
+    `params` and `batch_stats` are the nested dicts of `ResNet` (NumPy, float32 or float64); `classifier` is its
+    ImageNet head, {"kernel" [C, classes], "bias" [classes]}, on the spatial mean of the last stage. The network must be
+    built with `stride_on` and `bn_epsilon`, and be given RGB images normalised as (x / 255 - mean) / std.
+
+    A whole VPM has `heads` (locator and identity heads: {"params": ..., "batch_stats": ...} without the backbone) and
+    the `config` that its model and its input are built by.
+    """
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    stride_on: str
+    bn_epsilon: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    source: str  # what the messages call these weights
+    network: Network
+    classifier: dict[str, np.ndarray] | None = None
+    heads: dict[str, Any] | None = None
+    config: ConfigDict | None = None
+    skipped: str = ""  # what a partial reading left out or did not find, in words
+
+    def flat(self) -> dict[str, np.ndarray]:
+        """The backbone by the names of `Network.shapes`."""
+        return flatten_dict({"params": self.params, "batch_stats": self.batch_stats}, sep="/")
+
+
+class File(NamedTuple):
+    """What one file of weights holds."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def take(
+    found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str, advice: str, partial: bool = False
+) -> tuple[dict[str, Any], str]:
+    """(the arrays of `found` that have a name and the shape in `expected`, in words what differs).
+
+    Raises:
+      UserError: that lists what is missing, unexpected or of another shape; with `partial` only if nothing fits.
+    """
+    fits = {name: found[name] for name in expected if name in found and _shape(found[name]) == tuple(expected[name])}
+    differences = [
+        ("missing", [name for name in expected if name not in found]),
+        ("unexpected", [name for name in found if name not in expected]),
+        (
+            "of another shape",
+            [
+                f"{name} {_shape(found[name])} instead of {tuple(shape)}"
+                for name, shape in expected.items()
+                if name in found and name not in fits
+            ],
+        ),
+    ]
+    listed = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in differences if names)
+    if listed and not (partial and fits):
+        raise UserError(f"{where}: of {len(expected)} tensors expected, {listed}: {advice}.")
+    return fits, listed
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(array.shape)
+
+
+def match(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:
+    """Raises UserError, listing what differs, unless `found` (arrays) has the names and shapes of `expected`."""
+    take(found, expected, where, advice)
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def as_floats(tensors: Mapping[str, np.ndarray], where: str, advice: str) -> dict[str, np.ndarray]:
+    """float64 stays, every other float becomes float32.
+
+    Raises:
+      UserError: for tensors that are not floats, or hold NaN, infinity or a negative variance.
+    """
+    # ml_dtypes' floats are of NumPy's kind "V".
+    wrong = [name for name, x in tensors.items() if x.dtype.kind != "f" and "float" not in x.dtype.name]
+    if wrong:
+        dtypes = ", ".join(sorted({tensors[name].dtype.name for name in wrong}))
+        raise UserError(f"{where}: {some(wrong)} hold {dtypes}, expected floats: {advice}.")
+    floats = {name: np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32) for name, x in tensors.items()}
+    wrong = [name for name, x in floats.items() if not np.isfinite(x).all()]
+    variances = ("/moving_variance", "running_var", "/var")
+    wrong += [name for name, x in floats.items() if name.endswith(variances) and (x < 0).any()]
+    if wrong:
+        raise UserError(f"{where}: NaN, infinity or a negative variance in {some(wrong)}: {advice}.")
+    return floats
+
+
+def dtype_note(tensors: Mapping[str, np.ndarray]) -> str:
+    """What a source says of weights that are not float32: ", float16". They are that precise and no more."""
+    dtypes = {x.dtype.name for x in tensors.values() if "float" in x.dtype.name} - {"float32"}
+    return "".join(f", {name}" for name in sorted(dtypes))
+
+
+def apply_to(variables: Mapping[str, Any], pretrained: Pretrained) -> dict[str, Any]:
+    """`variables` of a model with the pretrained weights in params["backbone"] and batch_stats["backbone"].
+
+    Everything else, and the dtype of every array, stays; so do arrays that a partial reading did not find. Raises
+    UserError when the model's backbone has other parameters than the weights (another depth, width or stem).
+    """
+    result = dict(variables)
+    advice = f"the weights are those of a {pretrained.source}: give config.model its depth, width and stem, or train "
+    advice += "from scratch with --config.pretrained=none"
+    for collection, tree in (("params", pretrained.params), ("batch_stats", pretrained.batch_stats)):
+        ours = flatten_dict(variables[collection]["backbone"], sep="/")
+        theirs = flatten_dict(tree, sep="/")
+        expected = {name: x.shape for name, x in ours.items()}
+        where = f"the backbone's {collection}"
+        fits, _ = take(theirs, expected, where, advice, partial=bool(pretrained.skipped))
+        # Copies: the file's arrays share one read-only buffer, which a donated argument must not be.
+        new = {name: jnp.array(fits[name], dtype=x.dtype) if name in fits else x for name, x in ours.items()}
+        result[collection] = {**variables[collection], "backbone": unflatten_dict(new, sep="/")}
+    return result
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """{"params": {...}, "batch_stats": {...}} of arrays named "params/..." and "batch_stats/..."."""
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(dict(flat), sep="/")
+
+
+def stem_of(kernel: int) -> str:
+    """The stem whose convolution has this size; the usual one for any other, so that `take` names what differs."""
+    return next((stem for stem, (size, _) in STEMS.items() if size == kernel), "7x7")
