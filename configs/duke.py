@@ -1,6 +1,6 @@
 """DukeMTMC-reID, the paper's recipe. Its authors withdrew the dataset: bring your own copy.
 
-    python -m vpm_jax.train --config configs/duke.py --config.data.root=DATA
+python -m vpm_jax.train --config configs/duke.py --config.data.root=DATA
 """
 
 from vpm_jax.config import default

@@ -1,6 +1,6 @@
 """Market-1501, the recipe of the authors' released code (PyTorch 1.0, 2020), which differs from the paper's.
 
-    python -m vpm_jax.train --config configs/market_released.py --config.data.root=DATA
+python -m vpm_jax.train --config configs/market_released.py --config.data.root=DATA
 """
 
 from vpm_jax.config import default, stage
@@ -13,6 +13,7 @@ def get_config():
     config.model.locator = "row"
     config.model.locator_dropout = 0.5
     config.model.locator_groups = 8
+    config.model.locator_init_std = 0.0
     config.model.pool_gradient = False
     config.model.head_bn_visible_only = False
     config.model.global_head = True

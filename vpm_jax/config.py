@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -68,6 +69,7 @@ def default() -> ConfigDict:
     c.model.depth = 50  # 18 | 34 | 50 | 101
     c.model.width = 64  # channels of the first stage's 3x3 convolutions
     c.model.stem = "7x7"  # "7x7": stride 2 and max pooling; "3x3": stride 2, no pooling; "4x4": patches, stride 4
+    c.model.strides = (1, 2, 2)  # of stages 1 to 3
     c.model.last_stride = 1
     c.model.stride_on = "3x3"  # "3x3" (torchvision) or "1x1" (Caffe, Keras); pretrained weights set it
     c.model.bn_epsilon = 1e-5  # pretrained weights set it
@@ -75,7 +77,7 @@ def default() -> ConfigDict:
     c.model.locator = "pixel"  # "pixel" (Eq. 1) | "row" | "stripes" (PCB's fixed partition)
     c.model.locator_dropout = 0.0
     c.model.locator_groups = 1  # channels averaged in groups of this many before the row locator
-    c.model.locator_init_std = 0.0  # 0: Kaiming fan-out
+    c.model.locator_init_std = 0.01  # 0: Kaiming fan-out, which saturates Eq. 1 on T's 2048 channels (L_R starts at 50)
     c.model.pool_gradient = True  # identity and triplet gradients flow through the probability maps
     c.model.head_dim = 256
     c.model.head_dropout = 0.5
@@ -134,7 +136,6 @@ def small() -> ConfigDict:
     config.data.gamma = (0.5, 13 / 12)
     config.model.depth, config.model.width, config.model.stem = 18, 32, "4x4"
     config.model.grid = (4, 1)
-    config.model.locator_init_std = 0.01
     config.model.head_dropout = 0.0
     config.loss.margin = 0.3
     config.loss.identity_reduction = "region"
@@ -166,7 +167,14 @@ _CHOICES: dict[str, tuple] = {
     f"stage{n}.{k}": v for n in (1, 2) for k, v in {"sampling": ("pk", "plain"), "schedule": ("step", "cosine")}.items()
 }
 
-_POSITIVE: tuple[str, ...] = ("data.height", "data.width", "data.threads", "model.width", "model.head_dim", "model.locator_groups")
+_POSITIVE: tuple[str, ...] = (
+    "data.height",
+    "data.width",
+    "data.threads",
+    "model.width",
+    "model.head_dim",
+    "model.locator_groups",
+)
 _POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
 _POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
 
@@ -270,6 +278,8 @@ def from_json(text: str, source: str) -> ConfigDict:
 
         def fill(target, values):
             for key, value in values.items():
+                if key not in target:
+                    raise KeyError(f"unknown key {key!r}")
                 if isinstance(value, dict):
                     fill(target[key], value)
                 else:
@@ -279,9 +289,17 @@ def from_json(text: str, source: str) -> ConfigDict:
         fill(config, saved)
         check(config)
     except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).removesuffix(".")
-        raise UserError(f"{source} is not a config that this version reads ({reason}): mend it, or choose another workdir.") from error
+        reason = str(error.args[0] if error.args else error).splitlines()[0].removesuffix(".")
+        raise UserError(
+            f"{source} is not a config that this version reads ({reason}): mend it, or choose another workdir."
+        ) from error
     return config
+
+
+def read(workdir: Path) -> ConfigDict | None:
+    """The resolved config of the run in a workdir, None without one. Raises UserError as `from_json`."""
+    file = workdir / "config.json"
+    return from_json(file.read_text(errors="replace"), str(file)) if file.is_file() else None
 
 
 def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:

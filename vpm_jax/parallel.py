@@ -1,12 +1,20 @@
-"""One device or many: a data mesh, sharded batches, replicated state."""
+"""One device or many: where state and batches lie, and what maps the step over them.
+
+"jit" (the default) compiles the step for the global batch and lets XLA divide it over a mesh of all devices;
+"pmap" maps the same step, which then sums over the mapped axis itself. Both give what one device gives.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from vpm_jax.errors import UserError
 
 # jaxlib on CPU can miscompute some jitted reductions (jax#39103). The flag that avoids it is known to parse
 # on these versions; an unknown flag would abort the process.
@@ -30,8 +38,6 @@ def data_mesh(batch: int | None = None):
     """
     import jax
     from jax.sharding import AxisType
-
-    from vpm_jax.errors import UserError
 
     count = jax.device_count()
     if batch is not None and batch % count:
@@ -57,6 +63,47 @@ def replicate(mesh, tree):
     from jax.sharding import NamedSharding, PartitionSpec
 
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+class Placement(NamedTuple):
+    """How training runs on the devices."""
+
+    compile: Callable[[Callable, Any], Callable]  # (make_step, config) -> the step; its state is donated
+    put_batch: Callable[[dict], dict]
+    put_state: Callable[[Any], Any]
+    whole: Callable[[Any], Any]  # what the step returns (state, metrics), each array once
+
+
+def placement(kind: str, mesh) -> Placement:
+    """The placement of config.parallel: "jit" over the mesh, or "pmap" over this process's devices.
+
+    Raises:
+      UserError: for "pmap" on several hosts.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if kind == "jit":
+
+        def compile_jit(make_step: Callable, config: Any) -> Callable:
+            return jax.jit(make_step(config), donate_argnums=0)
+
+        return Placement(compile_jit, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
+
+    n = mesh.size
+    if jax.process_count() > 1:
+        raise UserError(f'parallel=pmap maps the devices of one host, found {jax.process_count()} hosts: use "jit".')
+
+    def compile_pmap(make_step: Callable, config: Any) -> Callable:
+        return jax.pmap(make_step(config, "data"), axis_name="data", donate_argnums=0)
+
+    def split(batch: dict) -> dict:
+        return {k: np.asarray(v).reshape(n, len(v) // n, *np.shape(v)[1:]) for k, v in batch.items()}
+
+    def copy(state: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), state)
+
+    return Placement(compile_pmap, split, copy, lambda tree: jax.tree.map(lambda x: x[0], tree))
 
 
 def prefetch(batches: Iterable, place: Callable, depth: int = 2) -> Iterator:

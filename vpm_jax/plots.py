@@ -103,7 +103,7 @@ def training_curves(path: str | Path, metrics_jsonl_path: str | Path) -> None:
     rate.set_title("learning rate", fontsize=11)
     _curve(gradient, lines, "grad_norm", None, COLOURS[0])
     gradient.set_title("gradient norm", fontsize=11)
-    for axes in (losses, rate, gradient):
+    for axes in (losses, gradient):
         _log_scale(axes)
     for axes in (rate, gradient):
         axes.set_xlabel("step")

@@ -29,7 +29,9 @@ def init_state(config: ConfigDict) -> State:
     """A new state from config.seed (random backbone: pretrained weights are put in by `pretrained`)."""
     model = models.create(config)
     image = jnp.zeros((2, config.data.height, config.data.width, 3), jnp.uint8)
-    variables = jax.jit(lambda key: model.init(key, image))(jax.random.key(config.seed))
+    # Run once: compiling it well would take far longer than running it badly.
+    init = jax.jit(lambda key: model.init(key, image), compiler_options={"xla_backend_optimization_level": "0"})
+    variables = init(jax.random.key(config.seed))
     return new_state(config, variables)
 
 

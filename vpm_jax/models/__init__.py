@@ -31,6 +31,7 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
         depth=m.depth,
         width=m.width,
         stem=m.stem,
+        strides=tuple(m.strides),
         last_stride=m.last_stride,
         stride_on=m.stride_on,
         bn_epsilon=m.bn_epsilon,
@@ -60,5 +61,6 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
 
 def map_shape(config: ConfigDict) -> tuple[int, int]:
     """(h, w) of the feature map, (h, 1) for a row locator: what region labels are projected onto."""
-    h, w = feature_shape(config.data.height, config.data.width, config.model.stem, config.model.last_stride)
-    return (h, 1) if config.model.locator == "row" else (h, w)
+    m = config.model
+    h, w = feature_shape(config.data.height, config.data.width, m.stem, m.last_stride, tuple(m.strides))
+    return (h, 1) if m.locator == "row" else (h, w)

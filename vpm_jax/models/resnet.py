@@ -6,7 +6,6 @@ bottleneck sits on its 3x3 convolution (torchvision) or on its first 1x1 (Caffe,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -92,6 +91,7 @@ class ResNet(nn.Module):
     depth: int = 50
     width: int = 64
     stem: str = "7x7"
+    strides: tuple[int, int, int] = (1, 2, 2)  # of stages 1 to 3
     last_stride: int = 1
     stride_on: str = "3x3"
     bn_epsilon: float = 1e-5
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
         x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        strides: Sequence[int] = (1, 2, 2, self.last_stride)
+        strides = (*self.strides, self.last_stride)
         for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides, strict=True), 1):
             for b in range(blocks):
                 x = Block(
@@ -136,13 +136,11 @@ class ResNet(nn.Module):
         return stages
 
 
-def feature_shape(height: int, width: int, stem: str = "7x7", last_stride: int = 1) -> tuple[int, int]:
+def feature_shape(
+    height: int, width: int, stem: str = "7x7", last_stride: int = 1, strides: tuple[int, int, int] = (1, 2, 2)
+) -> tuple[int, int]:
     """(h, w) of the last stage for an H x W image."""
-
-    def halve(n):
-        return (n + 1) // 2
-
-    halvings = (1 if stem == "3x3" else 2) + 2 + (1 if last_stride == 2 else 0)
-    for _ in range(halvings):
-        height, width = halve(height), halve(width)
+    stem_stride = STEMS[stem][1] * (2 if stem == "7x7" else 1)
+    for stride in (stem_stride, *strides, last_stride):
+        height, width = -(-height // stride), -(-width // stride)
     return height, width
