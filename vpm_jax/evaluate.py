@@ -7,9 +7,10 @@ evaluation.json, evaluation.md and gamma.png into the workdir.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli, metrics, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.logs import Status, duration, write_atomically
+from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
 
 
 class Features(NamedTuple):
@@ -33,36 +34,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vpm_jax.evaluate",
         description=__doc__,
-        epilog="Keys of data.root, eval, match and data.workers are overridden by --config.KEY=VALUE.",
+        epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
     parser.add_argument("--output", type=Path, help="where results go (default: the workdir)")
     args, overrides = parser.parse_known_args(argv)
-    saved = args.workdir / "config.json"
-    if not saved.is_file():
+    saved = config_lib.read(args.workdir)
+    if saved is None:
         raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
-    config = config_lib.from_json(saved.read_text(), str(saved))
-    before = config_lib.from_json(saved.read_text(), str(saved))
+    config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
     config_lib.check(config)
-    changed = config_lib.changed_keys(before, config)
+    changed = config_lib.changed_keys(saved, config)
     if changed:
         raise UserError(
-            f"The run was trained with another config ({changed[0]}): only data.root, eval and match change."
+            f"The run in {args.workdir} was trained with another config ({changed[0]}): an evaluation may change "
+            "keys of data.root, data.workers, data.threads, eval and match only."
         )
 
     parallel.prepare_backend()
+    import jax
+
     from vpm_jax import step
     from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.sources import load_dataset
 
     dataset = load_dataset(config.data)
+    check(config, dataset)
     mesh = parallel.data_mesh(config.eval.batch)
-    with Checkpoints(args.workdir, config.keep_checkpoints) as checkpoints:
-        state, _ = checkpoints.restore(parallel.replicate(mesh, step.init_state(config)))
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     output = args.output or args.workdir
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    with Checkpoints(args.workdir, keep=0) as checkpoints:
+        state, _ = checkpoints.restore(jax.eval_shape(lambda: step.init_state(config)))
+    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     evaluate_and_report(config, variables, dataset, mesh, output, int(state.step))
     return 0
 
@@ -76,10 +80,9 @@ def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float
     """`extract` for several (split, gamma), one after the other, with one progress line."""
     import jax
 
-    from vpm_jax import step
     from vpm_jax.data.pipeline import eval_batches
 
-    feature_step = jax.jit(step.make_feature_step(config))
+    feature_step = _feature_step(config_lib.to_json(config))
     total, done = sum(len(split) for split, _ in jobs), 0
     status, started = Status(), time.monotonic()
     extracted = []
@@ -108,8 +111,39 @@ def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float
             status.show(text, final=done == total)
         if arrays is None or first != len(split):
             raise RuntimeError(f"{first} features of {len(split)} images")  # every image exactly once
+        broken = ~np.isfinite(arrays.features).all(axis=(1, 2))
+        if broken.any():
+            raise UserError(
+                f"The features of {broken.sum()} of {len(split)} {split.name} images are not finite: these weights "
+                "have diverged, evaluate another checkpoint or train with a lower learning rate."
+            )
         extracted.append(arrays)
     return extracted
+
+
+@functools.lru_cache(maxsize=1)  # evaluating again during training compiles nothing
+def _feature_step(config_json: str) -> Any:
+    import jax
+
+    from vpm_jax import step
+
+    return jax.jit(step.make_feature_step(config_lib.from_json(config_json, "config")))
+
+
+def check(config: ConfigDict, dataset: Any) -> None:
+    """Refuses, before hours of training, what could not be evaluated after them.
+
+    Raises:
+      UserError: if no query has a match in the gallery, or the batch does not divide over the devices.
+    """
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    try:
+        metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
+    except ValueError as error:
+        raise UserError(
+            f"{dataset.name} cannot be evaluated ({error}): check that query and gallery are of the same dataset."
+        ) from error
+    parallel.data_mesh(config.eval.batch)
 
 
 def ranked(gallery: Any) -> Any:
@@ -139,14 +173,29 @@ def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dic
     return results
 
 
+def means(results: Mapping[float, Mapping[str, Any]]) -> dict[str, float]:
+    """What two evaluations are compared by: rank-1 and mAP, the means over gamma."""
+    return {
+        "rank1": float(np.mean([r["cmc"][0] for r in results.values()])),
+        "mAP": float(np.mean([r["mAP"] for r in results.values()])),
+    }
+
+
 def evaluate_and_report(
-    config: ConfigDict, variables: Any, dataset: Any, mesh: Any, output: Path, steps: int
+    config: ConfigDict,
+    variables: Any,
+    dataset: Any,
+    mesh: Any,
+    output: Path,
+    steps: int,
+    results: dict[float, dict[str, Any]] | None = None,
 ) -> dict[float, dict[str, Any]]:
-    """Evaluates, prints the table, and writes evaluation.json, evaluation.md and gamma.png into `output`."""
+    """Evaluates (unless `results` are given), prints the table, and writes evaluation.json, evaluation.md and
+    gamma.png into `output`."""
     import jax
 
     started = time.monotonic()
-    results = evaluate(config, variables, dataset, mesh)
+    results = results or evaluate(config, variables, dataset, mesh)
     query, gallery = dataset.query, ranked(dataset.gallery)
     junk = len(dataset.gallery) - len(gallery)
     chance = metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
@@ -156,7 +205,7 @@ def evaluate_and_report(
         f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
         f"images whole ({junk} of identity -1 left out); same identity and camera dropped; {skipped} queries without "
         "a match skipped.",
-        f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' if config.match.squared else ''}distances. "
+        f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' * config.match.squared}distances. "
         f"Chance: rank-1 {chance:.2%} (mean over random rankings).",
     ]
     table = metrics.gamma_table(results)
@@ -179,9 +228,8 @@ def evaluate_and_report(
     }
     write_atomically(output / "evaluation.json", json.dumps(record, indent=1) + "\n")
     curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
-    plots.gamma_curves(
-        output / "gamma.png", {config.recipe: curve}, f"{dataset.name}, queries cropped to gamma", chance
-    )
+    with replacing(output / "gamma.png") as path:
+        plots.gamma_curves(path, {config.recipe: curve}, f"{dataset.name}, queries cropped to gamma", chance)
     return results
 
 

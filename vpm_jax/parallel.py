@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,6 +65,17 @@ def replicate(mesh, tree):
     from jax.sharding import NamedSharding, PartitionSpec
 
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def peak_memory() -> float:
+    """The most memory held so far, in GiB: of a device, or of this process where devices do not tell (CPU)."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Placement(NamedTuple):

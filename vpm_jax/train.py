@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.logs import MetricsLog, Status, duration, write_atomically
+from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,18 +57,19 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     from vpm_jax.data.pipeline import train_batches
     from vpm_jax.data.sources import load_dataset
 
-    # ---- The workdir, and what it holds already --------------------------------------------------------
+    # ---- What the workdir holds already ----------------------------------------------------------------
     workdir = Path(workdir)
-    saved = open_workdir(workdir, resume)
+    saved, has_checkpoint = find_run(workdir, resume)
 
     # ---- Data, and the keys that depend on them --------------------------------------------------------
     dataset = load_dataset(config.data)
     print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
     for note in dataset.notes:
         print(f"  {note}")
+    evaluate.check(config, dataset)
     config = resolve(config, dataset.train)
     backbone = None
-    if saved is None and config.pretrained != "none":
+    if not has_checkpoint and config.pretrained != "none":
         from vpm_jax import pretrained
 
         backbone = pretrained.load(config.pretrained, config.data.root)
@@ -79,19 +81,21 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
     batch_size = config.stage2.identities * config.stage2.images_per_identity
     mesh = parallel.data_mesh(batch_size)
-    state = step.init_state(config)
+    place = parallel.placement(config.parallel, mesh)
+    # With a checkpoint shapes are enough: it is restored below.
+    state = jax.eval_shape(lambda: step.init_state(config)) if has_checkpoint else step.init_state(config)
     if backbone is not None:
         from vpm_jax import pretrained
 
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         state = step.new_state(config, pretrained.apply_to(variables, backbone))
-    state = parallel.replicate(mesh, state)
     total, steps = optim.total_steps(config), 0
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(
         f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
         f"on {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+    make_folder(workdir)
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
         meta: dict[str, Any] = {"seconds": 0.0, "pending": [], "best": None}
         if checkpoints.latest is not None:
@@ -100,76 +104,95 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             print(f"resuming {workdir} after step {steps} of {total}")
         write_atomically(workdir / "config.json", config_lib.to_json(config))
         log = MetricsLog(workdir, steps, config.tensorboard)
+        evaluations = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
 
         # ---- The loop: checkpoint, then the next batch, then the step ----------------------------------
-        train_step = jax.jit(step.make_step(config), donate_argnums=0)
+        train_step, state = place.compile(step.make_step, config), place.put_state(state)
         batches = train_batches(config, dataset.train, models.map_shape(config), steps, total)
         window = Window(config, meta["pending"], steps, total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
 
-        def save(state) -> None:
-            window.fetch(jax.device_get)
+        def save(state: step.State) -> None:
+            window.fetch()
             meta.update(seconds=spent + time.monotonic() - started, pending=window.pending)
-            checkpoints.save(steps, state, meta)
+            checkpoints.save(steps, place.whole(state), meta)
 
-        def stop_on_non_finite(error: UserError) -> UserError:
-            checkpoints.wait()
-            last = checkpoints.latest
-            kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint was saved yet"
-            return UserError(f"{error} {kept}; lower the learning rate or use --config.model.dtype=float32.")
+        def evaluate_now(state: step.State, records: Records) -> dict[float, dict[str, Any]]:
+            window.fetch()
+            began, one = time.monotonic(), place.whole(state)
+            variables = {"params": one.params, "batch_stats": one.batch_stats}
+            results = evaluate.evaluate(config, variables, dataset, mesh)
+            found = {"step": steps} | evaluate.means(results)
+            if meta["best"] is None or found["mAP"] > meta["best"]["mAP"]:
+                meta["best"] = found
+            gammas = {str(g): {"rank1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
+            records.write(found | {"gammas": gammas})
+            print(
+                f"step {steps}/{total} mean over gamma: rank-1 {found['rank1']:.1%}, mAP {found['mAP']:.1%} "
+                f"(best mAP {meta['best']['mAP']:.1%} at step {meta['best']['step']})"
+            )
+            window.pause(time.monotonic() - began)
+            return results
 
+        results = None  # of the last step, where it was evaluated
         try:
             with contextlib.closing(batches):
-                for batch in parallel.prefetch(batches, lambda b: parallel.shard(mesh, b)):
+                for batch in parallel.prefetch(batches, place.put_batch):
                     state, metrics = train_step(state, batch)
                     steps += 1
-                    window.add(steps, metrics)
+                    window.add(steps, place.whole(metrics))
                     if steps % config.log_every == 0 or steps == total:
-                        record = window.close(jax.device_get)
+                        record = window.close()
                         log.write(record)
                         status.show(describe(record, total), final=steps == total)
-                    within, stage = stage_of(config, steps)
-                    if within % (stage.steps_per_epoch * config.checkpoint_every) == 0 and steps < total:
+                    results = None
+                    if evaluations is not None and ends_epochs(config, steps, config.eval.every):
+                        results = evaluate_now(state, evaluations)
+                    if ends_epochs(config, steps, config.checkpoint_every):
                         save(state)
                     if interrupts.received:
                         break
+            if checkpoints.latest != steps:
+                save(state)
         except FloatingPointError as error:
-            raise stop_on_non_finite(UserError(str(error))) from None
-        if checkpoints.latest != steps:
-            save(state)
+            checkpoints.wait()
+            last = checkpoints.latest
+            kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
+            lower = "" if models.compute_dtype(config.model.dtype) == "float32" else " or model.dtype=float32"
+            raise UserError(f"{error}: {kept}; train in another --workdir with a lower learning_rate{lower}.") from None
         log.close()
         if interrupts.received:
             checkpoints.wait()
             print(f"\nStopped after step {steps} of {total}, saved in {workdir}: run the same command to go on.")
             return 128 + interrupts.received
     print(f"trained {total} steps in {duration(meta['seconds'])}")
-    plots.training_curves(workdir / "training.png", workdir / "metrics.jsonl")
+    with replacing(workdir / "training.png") as path:
+        plots.training_curves(path, workdir / "metrics.jsonl")
 
     # ---- Evaluation ------------------------------------------------------------------------------------
+    state = place.whole(state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    evaluate.evaluate_and_report(config, variables, dataset, mesh, workdir, steps)
+    evaluate.evaluate_and_report(config, variables, dataset, mesh, workdir, steps, results)
     return 0
 
 
-def open_workdir(workdir: Path, resume: bool) -> ConfigDict | None:
-    """Makes the folder; the config of the run it holds, None if it is new.
+def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
+    """(config of the run that the workdir holds, None if it is new; whether it has a checkpoint).
 
     Raises:
-      UserError: for a folder that cannot be written, or holds a run that must not be resumed.
+      UserError: for a run that must not be resumed, or that has lost its config.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / ".writable", "")
-        (workdir / ".writable").unlink()
-    except OSError as error:
-        trouble = cli.disk_trouble(error) or f"{error.strerror}: choose another --workdir"
-        raise UserError(f"--workdir {workdir} cannot be written: {trouble}.") from error
-    saved = workdir / "config.json"
-    if not saved.exists():
-        return None
-    if not resume:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file, expected a folder: choose another.")
+    saved = config_lib.read(workdir)
+    has_checkpoint = any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+    if saved is None and has_checkpoint:
+        raise UserError(
+            f"{workdir} holds checkpoints without their run's config.json: put it back or choose another --workdir."
+        )
+    if saved is not None and not resume:
         raise UserError(f"{workdir} holds a run and --resume=never was given: choose another --workdir or delete it.")
-    return config_lib.from_json(saved.read_text(), str(saved))
+    return saved, has_checkpoint
 
 
 def resolve(config: ConfigDict, split: Any) -> ConfigDict:
@@ -196,8 +219,8 @@ def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or set "
-            f"these keys back; what may change is {', '.join(config_lib.RESUMABLE)} and, where the schedule is "
-            "step-wise, more epochs of the last stage."
+            f"these keys back; what may change is {', '.join(key.rstrip('.') for key in config_lib.RESUMABLE)} and, "
+            "where its schedule is step-wise, more epochs of the last stage."
         )
 
 
@@ -208,6 +231,12 @@ def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
     starts, active = optim.stage_starts(config), optim.stages(config)
     number = max(i for i, start in enumerate(starts) if start < max(steps, 1))
     return steps - starts[number], active[number]
+
+
+def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:
+    """Whether an epoch of a stage, one of each `every`, ends with these finished steps."""
+    within, stage = stage_of(config, steps)
+    return within % (stage.steps_per_epoch * every) == 0
 
 
 class Interrupts:
@@ -224,7 +253,8 @@ class Interrupts:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        print("\nStopping after this step; press Ctrl-C again to stop without saving.", flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop without saving.\n")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._old.items():
@@ -242,32 +272,37 @@ class Window:
         self._config, self._total, self._steps = config, total, steps
         self._device: list[tuple[int, dict]] = []
         self._since, self._timed = time.monotonic(), 0
-        self._warm = False
 
     def add(self, steps: int, metrics: dict) -> None:
+        """The metrics of the step that was just started, the `steps`-th."""
         self._device.append((steps, metrics))
         self._steps = steps
 
-    def fetch(self, get: Any) -> None:
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not training's out of the rate."""
+        self._since += seconds
+
+    def fetch(self) -> None:
         """Moves the metrics to the host.
 
         Raises:
           FloatingPointError: if the loss or the gradient is not finite.
         """
-        fetched = get(self._device)
-        self._device = []
+        import jax
+
+        fetched, self._device = jax.device_get(self._device), []
         for step, metrics in fetched:
             values = {k: v.tolist() for k, v in metrics.items()}
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                 raise FloatingPointError(
-                    f"The loss of step {step} is {values['loss']} with gradient norm {values['grad_norm']}:"
+                    f"The loss of step {step} is {values['loss']} with gradient norm {values['grad_norm']}"
                 )
             self.pending.append(values)
             self._timed += 1
 
-    def close(self, get: Any) -> dict[str, Any]:
-        """The record of the window, which starts anew."""
-        self.fetch(get)
+    def close(self) -> dict[str, Any]:
+        """The record of the window, which starts anew. Raises as `fetch`."""
+        self.fetch()
         now = time.monotonic()
         rate = self._timed / max(now - self._since, 1e-9)
         within, stage = stage_of(self._config, self._steps)
@@ -281,6 +316,7 @@ class Window:
             record[key] = [mean(v) for v in zip(*values, strict=True)] if isinstance(values[0], list) else mean(values)
         record["learning_rate"] = self.pending[-1]["learning_rate"]
         record["images_per_second"] = rate * stage.identities * stage.images_per_identity
+        record["memory_gib"] = round(parallel.peak_memory(), 3)
         record["eta"] = (self._total - self._steps) / rate
         self.pending, self._since, self._timed = [], now, 0
         return record
@@ -294,7 +330,8 @@ def describe(record: dict[str, Any], total: int) -> str:
         f"loss {record['loss']:.3f} (region {record['loss_region']:.3f} id {record['loss_identity']:.3f} "
         f"triplet {record['loss_triplet']:.3f})  id acc {mean(heads):.1%} ({min(heads):.0%}-{max(heads):.0%})  "
         f"locator {record['accuracy_locator']:.1%}  comparable {record['comparable']:.0%}  "
-        f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s  ETA {duration(record['eta'])}"
+        f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s  {record['memory_gib']:.1f} GiB  "
+        f"ETA {duration(record['eta'])}"
     )
 
 
