@@ -158,7 +158,7 @@ def _update(target: Any, items: list[tuple[Any, Any]]) -> None:
         target.update(items)
 
 
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -196,6 +196,7 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
         del stack[-count:]
         return items
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(stream):
         name = opcode.name
         if name in _LITERALS:

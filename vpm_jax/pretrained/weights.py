@@ -137,7 +137,7 @@ def as_floats(tensors: Mapping[str, np.ndarray], where: str, advice: str) -> dic
     floats = {name: np.asarray(x, np.float64 if x.dtype == np.float64 else np.float32) for name, x in tensors.items()}
     wrong = [name for name, x in floats.items() if not np.isfinite(x).all()]
     variances = ("/moving_variance", "running_var", "/var")
-    wrong += [name for name, x in floats.items() if name.endswith(variances) and (x < 0).any()]
+    wrong += [name for name, x in floats.items() if name.endswith(variances) and np.less(x, 0).any()]
     if wrong:
         raise UserError(f"{where}: NaN, infinity or a negative variance in {some(wrong)}: {advice}.")
     return floats
@@ -170,7 +170,7 @@ def apply_to(variables: Mapping[str, Any], pretrained: Pretrained) -> dict[str, 
     return result
 
 
-def nested(flat: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """{"params": {...}, "batch_stats": {...}} of arrays named "params/..." and "batch_stats/..."."""
     return {"params": {}, "batch_stats": {}} | unflatten_dict(dict(flat), sep="/")
 
