@@ -39,7 +39,7 @@ def configure(file, **changes):
 
 
 def new_state(config):
-    return fill(jax.eval_shape(lambda: step_lib.init_state(config)))
+    return fill(step_lib.state_shapes(config))
 
 
 def new_batch(config, seed=0):
@@ -198,7 +198,7 @@ def test_a_step_keeps_every_type(file, dtype):
         config = shrunk(file, model__dtype=dtype)
         config.stage1 = stage()
         config.stage2.steps_per_epoch = 2
-        state = jax.eval_shape(lambda: step_lib.init_state(config))
+        state = step_lib.state_shapes(config)
         batch = new_batch(config)
         after, metrics = jax.eval_shape(step_lib.make_step(config), state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -53,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     parallel.prepare_backend()
-    import jax
 
     from vpm_jax import step
     from vpm_jax.checkpoints import Checkpoints
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or args.workdir
     make_folder(output)
     with Checkpoints(args.workdir, keep=0) as checkpoints:
-        state, _ = checkpoints.restore(jax.eval_shape(lambda: step.init_state(config)))
+        state, _ = checkpoints.restore(step.state_shapes(config))
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     evaluate_and_report(config, variables, dataset, mesh, output, int(state.step))
     return 0

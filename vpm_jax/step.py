@@ -25,14 +25,23 @@ class State:
     opt_state: Any
 
 
-def init_state(config: ConfigDict) -> State:
-    """A new state from config.seed (random backbone: pretrained weights are put in by `pretrained`)."""
+def _init(config: ConfigDict) -> Callable:
+    """key -> the model's variables."""
     model = models.create(config)
     image = jnp.zeros((2, config.data.height, config.data.width, 3), jnp.uint8)
+    return lambda key: model.init(key, image)
+
+
+def init_state(config: ConfigDict) -> State:
+    """A new state from config.seed (random backbone: pretrained weights are put in by `pretrained`)."""
     # Run once: compiling it well would take far longer than running it badly.
-    init = jax.jit(lambda key: model.init(key, image), compiler_options={"xla_backend_optimization_level": "0"})
-    variables = init(jax.random.key(config.seed))
-    return new_state(config, variables)
+    init = jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
+    return new_state(config, init(jax.random.key(config.seed)))
+
+
+def state_shapes(config: ConfigDict) -> State:
+    """The shapes and types of `init_state`, at no cost: what a checkpoint is restored into."""
+    return jax.eval_shape(lambda: new_state(config, _init(config)(jax.random.key(0))))
 
 
 def new_state(config: ConfigDict, variables) -> State:

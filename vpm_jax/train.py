@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     mesh = parallel.data_mesh(batch_size)
     place = parallel.placement(config.parallel, mesh)
     # With a checkpoint shapes are enough: it is restored below.
-    state = jax.eval_shape(lambda: step.init_state(config)) if has_checkpoint else step.init_state(config)
+    state = step.state_shapes(config) if has_checkpoint else step.init_state(config)
     if backbone is not None:
         from vpm_jax import pretrained
 
@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     make_folder(workdir)
     with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
         meta: dict[str, Any] = {"seconds": 0.0, "pending": [], "best": None}
-        if checkpoints.latest is not None:
+        if has_checkpoint:
             state, meta = checkpoints.restore(state)
             steps = int(state.step)
             print(f"resuming {workdir} after step {steps} of {total}")
@@ -271,10 +271,14 @@ class Window:
         self.pending = pending
         self._config, self._total, self._steps = config, total, steps
         self._device: list[tuple[int, dict]] = []
-        self._since, self._timed = time.monotonic(), 0
+        self._since, self._timed = 0.0, 0
 
     def add(self, steps: int, metrics: dict) -> None:
         """The metrics of the step that was just started, the `steps`-th."""
+        if self._since:
+            self._timed += 1
+        else:  # this process's first step is compiled by now, and its compiling out of the rate
+            self._since = time.monotonic()
         self._device.append((steps, metrics))
         self._steps = steps
 
@@ -298,13 +302,12 @@ class Window:
                     f"The loss of step {step} is {values['loss']} with gradient norm {values['grad_norm']}"
                 )
             self.pending.append(values)
-            self._timed += 1
 
     def close(self) -> dict[str, Any]:
         """The record of the window, which starts anew. Raises as `fetch`."""
         self.fetch()
         now = time.monotonic()
-        rate = self._timed / max(now - self._since, 1e-9)
+        rate = max(self._timed, 1) / max(now - self._since, 1e-9)
         within, stage = stage_of(self._config, self._steps)
         record: dict[str, Any] = {
             "step": self._steps,

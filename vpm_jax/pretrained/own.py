@@ -54,7 +54,7 @@ def read_workdir(path: Path, partial: bool = False) -> Pretrained:
     if config is None or not (path / "checkpoints").is_dir():
         raise UserError(f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.eval_shape(lambda: step.init_state(config))
+    like = step.state_shapes(config)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     with Checkpoints(path, keep=0) as checkpoints:
         state, _ = checkpoints.restore(like)
