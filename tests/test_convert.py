@@ -39,7 +39,7 @@ def make_run(folder, file: str = "market", **changes):
     """A workdir with random weights, as training leaves it; its config."""
     settings = dict(stage1__steps_per_epoch=2, stage2__steps_per_epoch=2) | changes
     config = tiny.shrunk(file, **settings)
-    state = tiny.fill(jax.eval_shape(lambda: step.init_state(config)))
+    state = tiny.fill(step.state_shapes(config))
     folder.mkdir()
     (folder / "config.json").write_text(config_lib.to_json(config))
     with Checkpoints(folder) as checkpoints:
@@ -186,14 +186,14 @@ def test_a_whole_vpm_becomes_a_workdir(tmp_path, capsys, source):
         run(tmp_path / "run", "--output", tmp_path / "m.safetensors")
         path = tmp_path / "m-width4-last1.safetensors"
     weights = load(str(path))
-    run(path, "--output", tmp_path / "workdir")
+    run(path, "--output", tmp_path / "workdir", "--config.data.name=dukemtmc")
     assert f"vpm_jax.evaluate --workdir {tmp_path / 'workdir'}" in capsys.readouterr().out
     assert_same(load(str(tmp_path / "workdir")), weights)
 
     config = config_lib.read(tmp_path / "workdir")
-    assert config.match.squared and config.model.bn_epsilon == 1e-5
+    assert config.data.name == "dukemtmc" and config.match.squared and config.model.bn_epsilon == 1e-5
     with Checkpoints(tmp_path / "workdir", keep=0) as checkpoints:
-        state, _ = checkpoints.restore(tiny.fill(jax.eval_shape(lambda: step.init_state(config))))
+        state, _ = checkpoints.restore(tiny.fill(step.state_shapes(config)))
     flat = flatten_dict(state.params["heads"])
     np.testing.assert_array_equal(flat[("reducer",)], weights.heads["params"]["heads"]["reducer"])
     with pytest.raises(UserError, match="exists already"):
@@ -242,6 +242,7 @@ def test_extra_keys_are_left_out_only_when_asked(tmp_path, capsys):
     [
         (["--output", "b.pth"], "ends in '.pth': expected .npz, .safetensors or a folder"),
         (["--output", "nowhere/b.npz"], "there is no folder nowhere"),
+        (["--output", "b.npz", "--config.seed=1"], "--config.seed=1: config keys are for an --output that is a folder"),
         (["--output", "b.npz", "--backbone-only"], "are for an --output that ends in .safetensors"),
         (["--output", "workdir"], "a workdir needs a whole VPM, and ResNet-18 of width 4"),
     ],

@@ -6,7 +6,8 @@ The end of --output says what is written:
   .npz          the backbone, for config.pretrained
   .safetensors  for PyTorch: the backbone by torchvision's names, VPM's heads as locator.* and heads.N.*; what such
                 names cannot say is in the metadata, and in the file's name where torchvision's network differs
-  a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours)
+  a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours); its
+                config may be changed by --config.KEY=VALUE, such as --config.data.name=dukemtmc
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpm_jax import cli, parallel
+from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=".safetensors with the batch norms as they are, to be trained further; otherwise they are folded to "
         "PyTorch's epsilon 1e-5, which is exact in eval mode",
     )
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     kind = args.output.suffix.lower()
     if kind not in (".npz", ".safetensors", ""):
         raise UserError(f"--output {args.output} ends in {kind!r}: expected .npz, .safetensors or a folder's name.")
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}, make it or choose another.")
     if kind != ".safetensors" and (args.backbone_only or args.keep_epsilon):
         raise UserError("--backbone-only and --keep-epsilon are for an --output that ends in .safetensors.")
+
+    if overrides and kind:
+        raise UserError(f"{overrides[0]}: config keys are for an --output that is a folder.")
 
     parallel.prepare_backend()
     from vpm_jax import pretrained
@@ -65,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif kind == ".safetensors":
         write_for_torch(args.output, weights, args.backbone_only, args.keep_epsilon)
     else:
+        if weights.config is not None:
+            cli.override(weights.config, overrides)
+            config_lib.check(weights.config)
         own.write_workdir(args.output, weights)
         print(f"Wrote {args.output}: evaluate it with python -m vpm_jax.evaluate --workdir {args.output}")
     return 0
