@@ -14,7 +14,7 @@ from tiny import Given, fill, recipe, shrunk
 
 from vpm_jax import losses, models
 from vpm_jax.models.resnet import Block, Conv, ResNet, feature_shape
-from vpm_jax.models.vpm import ExampleDropout, IdentityHeads, MaskedBatchNorm
+from vpm_jax.models.vpm import VPM, ExampleDropout, IdentityHeads, MaskedBatchNorm
 from vpm_jax.regions import Crop, RegionGrid, project_regions
 from vpm_jax.step import l2_normalize
 
@@ -410,3 +410,20 @@ def test_pool_gradient_lets_the_identity_loss_move_the_locator(float64, locator,
     largest = np.abs(params["locator_kernel"]).max()
     assert largest > 1e-6 if pool_gradient else largest == 0
     assert np.abs(params["backbone"]["scale"]).min() > 1e-6  # the features themselves always learn
+
+
+def test_a_region_that_underflows_everywhere_has_a_finite_feature_and_gradient():
+    locator = np.zeros((4, 2), np.float32)
+    locator[:, 0] = 100.0  # region 1's probability is exp(-400 x): 0 in float32
+
+    def total(image):
+        grid_model = VPM(Given(), (2, 1), 3, (0.0,) * 3, (1.0,) * 3)
+        variables = grid_model.init(jax.random.key(0), image)
+        params = variables["params"] | {"locator_kernel": jnp.asarray(locator)}
+        _, out = grid_model.apply({**variables, "params": params}, image)
+        return jnp.sum(out["region_features"]), out["visibility"]
+
+    image = jnp.full((2, 4, 2, 4), 4.0)
+    (value, visibility), gradient = jax.value_and_grad(total, has_aux=True)(image)
+    assert visibility[0, 1] == 0
+    assert np.isfinite(value) and np.isfinite(gradient).all()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, metrics, parallel, plots
+from vpm_jax import cli, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
@@ -172,6 +172,13 @@ def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dic
     return results
 
 
+def compared_model(config: ConfigDict) -> str:
+    """The name in the paper's Table 1 of what the config trains."""
+    if config.model.locator == "stripes":
+        return "PCB"
+    return "baseline" if tuple(config.model.grid) == (1, 1) else "VPM"
+
+
 def means(results: Mapping[float, Mapping[str, Any]]) -> dict[str, float]:
     """What two evaluations are compared by: rank-1 and mAP, the means over gamma."""
     return {
@@ -207,8 +214,10 @@ def evaluate_and_report(
         f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' * config.match.squared}distances. "
         f"Chance: rank-1 {chance:.2%} (mean over random rankings).",
     ]
-    table = metrics.gamma_table(results)
-    text = "\n".join(lines) + "\n\n" + table
+    text = "\n".join(lines) + "\n\n" + metrics.gamma_table(results)
+    if config.eval.crop == "top" and not config.data.holdout_identities:  # the paper's protocol
+        text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
+    text = text.rstrip()
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
     write_atomically(output / "evaluation.md", text + "\n")
     record = {

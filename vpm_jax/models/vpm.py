@@ -153,7 +153,8 @@ class VPM(nn.Module):
             weights, visibility = lax.stop_gradient((weights, visibility))
         # Eq. 3. The sum over the map is C_i itself; a row's weight applies to the sum over its cells.
         sums = jnp.einsum("bhwp,bhwc->bpc", jnp.broadcast_to(weights, (*feature_map.shape[:3], regions)), feature_map)
-        region_features = sums / jnp.sum(weights, axis=(1, 2))[..., None]
+        # A region whose probability underflows everywhere gets the feature 0, not 0 / 0.
+        region_features = sums / jnp.maximum(jnp.sum(weights, axis=(1, 2)), 1e-12)[..., None]
 
         features, shown = region_features, visible
         if self.global_head:
