@@ -235,9 +235,6 @@ def test_splits_travel_to_threads_and_processes(folder, tmp_path, form):
         assert list(pool.map(train.read, list(range(len(train))) * 20)) == expected * 20
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         assert pool.submit(read_all, train).result() == expected
-    if form == "zip":
-        with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-            assert list(pool.map(read_all, [train] * 4)) == [expected] * 4
 
 
 def test_holdout(folder):
