@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import weakref
 from collections.abc import Generator
@@ -245,6 +246,10 @@ def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generato
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts processes
             flags.FLAGS.mark_as_parsed()
+        # A loader that is stopped early leaves batches in shared memory. Python's tracker frees them, and would say so.
+        quiet = "ignore:resource_tracker"
+        if quiet not in os.environ.get("PYTHONWARNINGS", ""):
+            os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
             worker_init_fn=_ignore_interrupt,
