@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import sys
@@ -16,8 +17,11 @@ import orbax.checkpoint as ocp
 from vpm_jax.errors import UserError, disk_trouble, writing
 
 
-def _ignore_late_callbacks() -> None:
-    """Keeps quiet what tensorstore's threads report of a read that failed, after its exception has told the same."""
+@functools.cache
+def _hush_libraries() -> None:
+    """Keeps quiet what the threads of Orbax and tensorstore say of a failed read or write: exceptions say it too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
     def quiet(unraisable: Any) -> None:
@@ -44,9 +48,10 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs failed writes; they are exceptions as well
+        _hush_libraries()
         self.folder = Path(workdir).absolute() / "checkpoints"
-        if keep:
+        self._writes = keep > 0
+        if self._writes:
             with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
             self._remove_unfinished()  # what a killed run left half-written
@@ -69,6 +74,8 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):  # it waits again, for what `wait` has told
                 self._manager.close()
+            if error is not None and self._writes:
+                self._remove_unfinished()
 
     @property
     def latest(self) -> int | None:
@@ -126,7 +133,6 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:
-            _ignore_late_callbacks()
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
                 f"The checkpoint {self.folder / str(step)} cannot be read ({reason}): "
