@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         backbone = pretrained.load(config.pretrained, config.data.root)
         config.model.stride_on, config.model.bn_epsilon = backbone.stride_on, backbone.bn_epsilon
         config.data.mean, config.data.std = backbone.mean, backbone.std
+        print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
     if saved is not None:
         continue_run(saved, config, workdir)
 
@@ -196,9 +197,20 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
 
 
 def resolve(config: ConfigDict, split: Any) -> ConfigDict:
-    """A copy of the config with what the training set decides: identities and steps per epoch."""
+    """A copy of the config with what the training set decides: identities and steps per epoch.
+
+    Raises:
+      UserError: for a schedule that the training set does not allow, or a grid finer than the feature map.
+    """
+    from vpm_jax import models
     from vpm_jax.data.sampling import schedule
 
+    cells = models.map_shape(config)
+    if any(regions > n for regions, n in zip(config.model.grid, cells, strict=True)):
+        raise UserError(
+            f"Config key model.grid is {config.model.grid} but the feature map has {cells[0]} x {cells[1]} cells, so "
+            "that some region has none: choose a coarser grid or larger images."
+        )
     config = config.copy_and_resolve_references()
     config.model.num_identities = split.num_identities
     for stage in schedule(config, len(split), split.num_identities):
