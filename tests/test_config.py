@@ -1,0 +1,156 @@
+"""The committed configs, what `check` refuses, and what may change between a run and its continuation."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import CONFIGS, recipe
+
+from vpm_jax import config as config_lib
+from vpm_jax.config import changed_keys, check, default, flatten, from_json, set_key, small, stage, to_json
+from vpm_jax.errors import UserError
+
+ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + [("market", "small")]
+
+
+def test_the_configs_of_the_readme_are_here():
+    assert {name for name, _ in ALL} >= {"synthetic", "market", "market_released", "duke"}
+
+
+@pytest.mark.parametrize(("file", "variant"), ALL)
+def test_every_config_passes_the_check_and_survives_json(file, variant):
+    config = recipe(file, variant)
+    check(config)
+    again = from_json(to_json(config), "config.json")
+    assert flatten(again) == flatten(config)
+    assert {key: type(value) for key, value in flatten(again).items()} == {
+        key: type(value) for key, value in flatten(config).items()
+    }
+
+
+def test_json_that_lacks_a_newer_key_takes_its_default():
+    text = to_json(small()).replace('"nesterov": true,', "")
+    assert "nesterov" not in text
+    assert flatten(from_json(text, "config.json")) == flatten(small())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "config.json"),
+        ('{"modle": {"width": 3}}', "(unknown key 'modle')"),
+        ('{"model": {"wdith": 3}}', "(unknown key 'wdith')"),
+        ('{"model": 3}', "model"),
+        ('{"model": {"width": "wide"}}', "model.width is 'wide' (str), expected int"),
+    ],
+)
+def test_json_of_something_else_is_refused_with_the_files_name(text, reason):
+    with pytest.raises(UserError, match=r"^runs/a/config\.json is not a config") as error:
+        from_json(text, "runs/a/config.json")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_config_of_a_workdir(tmp_path):
+    assert config_lib.read(tmp_path) is None
+    (tmp_path / "config.json").write_text(to_json(small()))
+    assert flatten(config_lib.read(tmp_path)) == flatten(small())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.width", 0, "at least 1"),
+        ("model.width", 2.5, "expected int"),
+        ("model.width", True, "expected int"),
+        ("model.depth", 19, "expected one of 18, 34, 50, 101"),
+        ("model.head_dropout", 1.0, "from 0 to 0.99"),
+        ("model.grid", (6,), "(rows, cols)"),
+        ("model.grid", (0, 1), "(rows, cols)"),
+        ("data.crop", "middle", "expected one of top"),
+        ("data.gamma", (0.9, 0.5), "0 < low <= high"),
+        ("eval.gammas", (), "in (0, 1]"),
+        ("eval.gammas", (0.5, 1.5), "in (0, 1]"),
+        ("stage2.learning_rate", float("nan"), "finite numbers from 0"),
+        ("stage2.learning_rate", -0.1, "finite numbers from 0"),
+        ("stage2.decay_epochs", (30, float("inf")), "finite numbers from 0"),
+        ("optim.weight_decay", -5e-4, "finite numbers from 0"),
+        ("stage1.schedule", "linear", "expected one of step, cosine"),
+        ("tensorboard", 1, "expected bool"),
+        ("log_every", 0, "at least 1"),
+        ("seed", -1, "finite numbers from 0"),
+    ],
+)
+def test_a_value_that_no_part_can_use_is_refused_with_its_key(key, value, expected):
+    config = default()
+    set_key(config, key, value)
+    with pytest.raises(UserError) as error:
+        check(config)
+    assert key in str(error.value)
+    assert expected in str(error.value)
+
+
+def test_an_int_may_stand_for_a_float():
+    config = default()
+    set_key(config, "loss.margin", 1)
+    check(config)
+
+
+def test_nothing_to_train_is_refused():
+    config = default()
+    config.stage1.epochs = config.stage2.epochs = 0
+    with pytest.raises(UserError, match="nothing to train"):
+        check(config)
+
+
+def test_a_key_too_many_or_too_few_is_refused():
+    config = default()
+    with config.unlocked():
+        config.model.depht = 18
+    with pytest.raises(UserError, match=r"model\.depht.*unknown"):
+        check(config)
+    config = default()
+    with config.unlocked():
+        del config.optim["momentum"]
+    with pytest.raises(UserError, match=r"optim\.momentum.*missing"):
+        check(config)
+
+
+def test_a_stage_refuses_a_misspelt_key():
+    with pytest.raises(UserError, match="epoch: it has epochs"):
+        stage(epoch=3)
+
+
+def other(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, 0.123)
+    return value + "x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("key", sorted(flatten(default())))
+def test_a_changed_key_is_named_unless_it_may_change(key):
+    saved, now = default(), default()
+    value = other(flatten(saved)[key])
+    set_key(now, key, value)
+    allowed = key.startswith(config_lib.RESUMABLE) or key == "stage2.epochs"  # the step-wise schedule of the default
+    expected = [] if allowed else [f"{key}: {flatten(saved)[key]} -> {value}"]
+    assert changed_keys(saved, now) == expected
+
+
+def test_only_the_last_stage_grows_and_only_where_its_schedule_ignores_the_end():
+    saved = default()
+    fewer, first, cosine = default(), default(), small()
+    fewer.stage2.epochs -= 1
+    first.stage1.epochs += 1
+    cosine.stage2.epochs += 1
+    assert changed_keys(saved, fewer) == ["stage2.epochs: 80 -> 79"]
+    assert changed_keys(saved, first) == ["stage1.epochs: 50 -> 51"]
+    assert changed_keys(small(), cosine) == [f"stage2.epochs: {small().stage2.epochs} -> {cosine.stage2.epochs}"]
+    only_first = default()
+    only_first.stage2.epochs = 0
+    longer = default()
+    longer.stage2.epochs, longer.stage1.epochs = 0, 60
+    assert changed_keys(only_first, longer) == []
