@@ -34,6 +34,31 @@ if (0, 10, 2) <= _jaxlib_version() < (0, 13):
 
 
 @pytest.fixture(scope="session")
+def pedestrians(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root for data.name=synthetic: runs that ask for the same few pedestrians render them once."""
+    return tmp_path_factory.mktemp("pedestrians")
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tiny_runs.quick_compiler` keeps programs, so that every run of the tiny config compiles them once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def whole(pedestrians: Path, compile_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished run of `tiny_runs.tiny_run`, which nothing interrupted. Never write into it."""
+    from tiny_runs import quick_compiler, tiny_run
+
+    from vpm_jax.train import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with quick_compiler(compile_cache):
+        assert train(tiny_run(pedestrians), workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def market() -> Path:
     """The real Market-1501: its folder (or zip), in $VPM_DATA or ./data. Skips where it is absent."""
     root = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")

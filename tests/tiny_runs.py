@@ -30,6 +30,7 @@ KEYS = {
     "data.width": 16,
     "model.width": 4,
     "model.stem": "3x3",
+    "model.strides": (1, 2, 2),
     "model.grid": (2, 1),
     "model.head_dim": 8,
     "model.head_dropout": 0.5,
@@ -99,7 +100,7 @@ def shapes(workdir: Path):
     """The shapes of the state that the run in `workdir` saves."""
     config = read(workdir)
     assert config is not None
-    return jax.eval_shape(lambda: step.init_state(config))
+    return step.state_shapes(config)
 
 
 def saved_state(workdir: Path, number: int | None = None):
@@ -118,18 +119,20 @@ def saved_steps(workdir: Path) -> list[int]:
 def records(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The lines of a run's log, without what differs from one run to the next."""
     lines = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "eta")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "eta", "memory_gib")} for line in lines]
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """The last checkpoints, the metrics and the evaluations of two runs agree bit for bit."""
-    (state, meta), (other, other_meta) = saved_state(one), saved_state(two)
-    paths, tree = jax.tree_util.tree_flatten_with_path(state)
-    other_leaves, other_tree = jax.tree_util.tree_flatten(other)
-    assert tree == other_tree
-    for (path, leaf), other_leaf in zip(paths, other_leaves, strict=True):
-        assert leaf.dtype == other_leaf.dtype
-        np.testing.assert_array_equal(leaf, other_leaf, err_msg=jax.tree_util.keystr(path))
-    assert {k: v for k, v in meta.items() if k != "seconds"} == {k: v for k, v in other_meta.items() if k != "seconds"}
+    """The checkpoints, the metrics and the evaluations of two runs agree bit for bit."""
+    assert saved_steps(one) == saved_steps(two)
+    for number in saved_steps(one):
+        (state, meta), (other, other_meta) = saved_state(one, number), saved_state(two, number)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        other_leaves, other_tree = jax.tree_util.tree_flatten(other)
+        assert tree == other_tree
+        for (path, leaf), other_leaf in zip(leaves, other_leaves, strict=True):
+            np.testing.assert_array_equal(leaf, other_leaf, err_msg=jax.tree_util.keystr(path), strict=True)
+        assert meta.pop("seconds") > 0 < other_meta.pop("seconds")
+        assert meta == other_meta
     assert records(one) == records(two)
     assert records(one, "evaluations.jsonl") == records(two, "evaluations.jsonl")

@@ -1,0 +1,164 @@
+"""Evaluation from a workdir: the numbers of training's own, of a plain reference, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import STEPS, quick_compiler, saved_state
+
+from vpm_jax import config as config_lib
+from vpm_jax import evaluate, parallel
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(compile_cache):
+    with quick_compiler(compile_cache):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(whole):
+    """(config, variables, dataset, mesh) of the finished run."""
+    config, (state, _) = config_lib.read(whole), saved_state(whole)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return config, variables, load_dataset(config.data), parallel.data_mesh(config.eval.batch)
+
+
+def test_the_command_gives_the_numbers_of_trainings_own_evaluation(whole, tmp_path):
+    times = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path / "again")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == times  # a run is only read
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"evaluation.json", "evaluation.md", "gamma.png"}
+    one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (whole, tmp_path / "again"))
+    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+    assert (whole / "evaluation.md").read_text() == (tmp_path / "again" / "evaluation.md").read_text()
+
+
+def test_the_report_names_recipe_protocol_skipped_and_chance(whole, trained):
+    config, _, dataset, _ = trained
+    text, record = (whole / "evaluation.md").read_text(), json.loads((whole / "evaluation.json").read_text())
+    query, gallery = dataset.query, dataset.gallery.take(dataset.gallery.identity != -1)
+    assert len(gallery) < len(dataset.gallery)  # these pedestrians have junk
+    assert f"Recipe synthetic, seed 0, {STEPS} steps, on synthetic." in text
+    assert f"{len(query)} queries keeping their top gamma, {len(gallery)} gallery images whole (1 of" in text
+    assert "0 queries without a match skipped" in text
+    assert record["recipe"] == config.recipe
+    assert record["protocol"] == {"crop": "top", "queries": len(query), "gallery": len(gallery), "skipped": 0}
+    shares = []
+    for identity, camera in zip(query.identity, query.camera, strict=True):
+        ranked = (gallery.identity != identity) | (gallery.camera != camera)
+        shares.append((gallery.identity[ranked] == identity).mean())
+    assert record["chance_rank1"] == pytest.approx(np.mean(shares))
+    assert f"rank-1 {np.mean(shares):.2%}" in text
+    for gamma, row in record["gammas"].items():
+        cmc = row["cmc"]
+        values = (cmc[0], cmc[4], cmc[-1], row["mAP"], row["mINP"])  # 9 gallery images: rank 10 is the last
+        assert f"| {float(gamma):g} | " + " | ".join(f"{100 * v:.1f}" for v in values) + " |" in text
+
+
+def test_the_numbers_are_those_of_a_plain_reference(whole, trained):
+    config, variables, dataset, mesh = trained
+    query, gallery = dataset.query, dataset.gallery  # with junk: the reference leaves it out itself
+    there = evaluate.extract(config, variables, gallery, mesh)
+    record = json.loads((whole / "evaluation.json").read_text())
+    assert set(record["gammas"]) == {"0.5", "1.0"}
+    for gamma in (0.5, 1.0):
+        here = evaluate.extract(config, variables, query, mesh, gamma)
+        precisions, firsts = [], []
+        for q in range(len(query)):
+            scored = []
+            for g in range(len(gallery)):
+                same = gallery.identity[g] == query.identity[q]
+                if gallery.identity[g] == -1 or (same and gallery.camera[g] == query.camera[q]):
+                    continue
+                weight = np.float64(here.visibility[q]) * there.visibility[g]  # Eq. 4
+                local = np.linalg.norm(np.float64(here.features[q]) - there.features[g], axis=-1)
+                scored.append(((weight * local).sum() / weight.sum(), bool(same)))
+            hits = np.array([same for _, same in sorted(scored, key=lambda pair: pair[0])])
+            firsts.append(hits[0])
+            precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
+        assert record["gammas"][str(gamma)]["cmc"][0] == pytest.approx(np.mean(firsts))
+        assert record["gammas"][str(gamma)]["mAP"] == pytest.approx(np.mean(precisions))
+
+
+def test_features_follow_the_images_whatever_the_batch(trained):
+    config, variables, dataset, mesh = trained
+    order = np.random.default_rng(0).permutation(len(dataset.gallery))
+    straight = evaluate.extract(config, variables, dataset.gallery, mesh)
+    smaller = config_lib.from_json(config_lib.to_json(config), "config")
+    smaller.eval.batch = 4  # the last one is padded
+    shuffled = evaluate.extract(smaller, variables, dataset.gallery.take(order), mesh)
+    assert straight.features.shape == (len(dataset.gallery), 2, 32)
+    np.testing.assert_allclose(np.linalg.norm(straight.features, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(shuffled.features, straight.features[order], atol=1e-5)
+    np.testing.assert_allclose(shuffled.visibility, straight.visibility[order], rtol=1e-4)
+    cropped = evaluate.extract(config, variables, dataset.gallery, mesh, 0.5)
+    assert np.abs(cropped.features - straight.features).max() > 1e-3
+
+
+def test_several_parts_are_extracted_one_after_the_other(trained):
+    config, variables, dataset, mesh = trained
+    one, two = evaluate.extract_many(config, variables, [(dataset.query, 0.5), (dataset.gallery, 1.0)], mesh)
+    np.testing.assert_array_equal(one.features, evaluate.extract(config, variables, dataset.query, mesh, 0.5).features)
+    np.testing.assert_array_equal(two.features, evaluate.extract(config, variables, dataset.gallery, mesh).features)
+
+
+def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
+    changes = ["--config.match.visibility=uniform", "--config.eval.gammas=0.7", "--config.eval.crop=bottom"]
+    assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), *changes]) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(record["gammas"]) == ["0.7"]
+    assert record["match"] == {"squared": False, "visibility": "uniform"}
+    assert "keeping their bottom gamma" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("--config.seed=1", r"trained with another config \(seed: 0 -> 1\)"),
+        ("--config.model.width=8", r"trained with another config \(model\.width: 4 -> 8\)"),
+        ("--config.eval.gamas=0.5", r"did you mean eval\.gammas\?"),
+        ("--config.data.root=nowhere_else", "nowhere_else does not exist"),
+    ],
+)
+def test_what_may_not_change_is_refused(whole, change, sentence, monkeypatch):
+    if "root" in change:  # real data are not rendered
+        config = config_lib.read(whole)
+        config.data.name = "market1501"
+        monkeypatch.setattr(config_lib, "read", lambda workdir: config)
+    with pytest.raises(UserError, match=sentence):
+        evaluate.main(["--workdir", str(whole), change])
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run \(no config\.json\)"):
+        evaluate.main(["--workdir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint_is_refused(whole, tmp_path):
+    shutil.copy(whole / "config.json", tmp_path)
+    with pytest.raises(UserError, match="There is no checkpoint in"):
+        evaluate.main(["--workdir", str(tmp_path)])
+
+
+def test_an_edited_config_is_another_model(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    text = (workdir / "config.json").read_text()
+    assert '"head_dim": 8' in text
+    (workdir / "config.json").write_text(text.replace('"head_dim": 8', '"head_dim": 9'))
+    with pytest.raises(UserError, match=r"step 11 .* is of another model .*is \(.*8.*\) there and \(.*9.*\) here"):
+        evaluate.main(["--workdir", str(workdir)])
+
+
+def test_features_that_are_not_finite_are_refused(trained):
+    config, variables, dataset, mesh = trained
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
+    with pytest.raises(UserError, match=r"features of 8 of 8 query images are not finite.*lower learning rate"):
+        evaluate.extract(config, broken, dataset.query, mesh)

@@ -1,0 +1,259 @@
+"""Training from a config to a table; a stopped or killed run, continued, is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
+
+from vpm_jax import config as config_lib
+from vpm_jax import train
+from vpm_jax.config import set_key
+from vpm_jax.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(compile_cache):
+    with quick_compiler(compile_cache) as environment:
+        yield environment
+
+
+def at_step(monkeypatch, number: int, act) -> None:
+    """Calls act() while step `number` is under way."""
+    add = train.Window.add
+
+    def and_act(self, steps, metrics):
+        add(self, steps, metrics)
+        if steps == number:
+            act()
+
+    monkeypatch.setattr(train.Window, "add", and_act)
+
+
+def test_a_run_leaves_what_its_reader_needs(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        *("config.json", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "training.png"),
+        *("evaluation.json", "evaluation.md", "gamma.png"),
+    }
+    assert saved_steps(whole) == [7, STEPS]  # the two newest
+    assert [(r["step"], r["stage"], r["epoch"]) for r in records(whole)] == [(4, 2, 0.25), (8, 2, 1.25), (11, 2, 2.0)]
+    for record in records(whole):
+        values = np.hstack([np.ravel(v) for v in record.values()])
+        assert np.isfinite(values).all()
+        assert len(record["accuracy_identity"]) == 2  # one for each region
+        assert {"loss", "accuracy_locator", "comparable", "grad_norm", "learning_rate"} <= set(record)
+    first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["images_per_second"] > 0
+    assert first["eta"] > 0
+    assert (whole / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "gamma.png").read_bytes().startswith(b"\x89PNG")
+    assert int(saved_state(whole)[0].step) == STEPS
+    config = config_lib.read(whole)
+    assert config.model.num_identities == 8
+    assert config.stage2.steps_per_epoch == 4
+
+
+def test_the_best_evaluation_is_remembered(whole):
+    found = records(whole, "evaluations.jsonl")
+    assert [r["step"] for r in found] == [3, 7, 11]
+    for r in found:
+        assert r["mAP"] == pytest.approx(np.mean([g["mAP"] for g in r["gammas"].values()]))
+        assert r["rank1"] == pytest.approx(np.mean([g["rank1"] for g in r["gammas"].values()]))
+    best = max(found, key=lambda r: r["mAP"])
+    assert saved_state(whole)[1]["best"] == {k: best[k] for k in ("step", "rank1", "mAP")}
+    report = json.loads((whole / "evaluation.json").read_text())
+    for gamma, last in found[-1]["gammas"].items():
+        assert report["gammas"][gamma]["mAP"] == last["mAP"]
+        assert report["gammas"][gamma]["cmc"][0] == last["rank1"]
+
+
+def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        at_step(
+            patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )  # neither a log record's step nor an epoch's end
+        assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    out, err = capfd.readouterr()
+    assert "Stopping after this step" in err
+    assert f"Stopped after step 5 of {STEPS}" in out
+    assert "run the same command to go on" in out
+    assert saved_steps(tmp_path / "run")[-1] == 5
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert "after step 5 of" in capfd.readouterr().out
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, environment):
+    program = f"""
+import os, signal, time
+from pathlib import Path
+import conftest
+from tiny_runs import tiny_run
+from vpm_jax import train
+add = train.Window.add
+def and_die(self, steps, metrics):
+    add(self, steps, metrics)
+    if steps == 9:
+        while not Path("run/checkpoints/7").exists(): time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Window.add = and_die
+train.train(tiny_run({str(pedestrians)!r}), Path("run"))
+"""
+    variables = os.environ | environment | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    workdir = tmp_path / "run"
+    assert saved_steps(workdir)[-1] == 7
+    assert records(workdir)[-1]["step"] == 8  # written after the checkpoint: to be written again
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 1.')  # a line that the kill cut short
+    shutil.copytree(workdir / "checkpoints" / "7", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
+
+    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert_same_run(workdir, whole)
+    assert saved_steps(workdir) == [7, STEPS]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    (workdir / "evaluation.json").unlink()
+    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert_same_run(workdir, whole)
+    again, first = (json.loads((w / "evaluation.json").read_text()) for w in (workdir, whole))
+    assert again["gammas"] == first["gammas"]
+
+
+def test_more_epochs_of_the_last_stage_and_other_allowed_keys(whole, pedestrians, tmp_path):
+    longer = {"stage2__epochs": 3}
+    straight, grown = tmp_path / "straight", shutil.copytree(whole, tmp_path / "grown")
+    assert train.train(tiny_run(pedestrians, **longer), straight) == 0
+    allowed = {"data__threads": 1, "keep_checkpoints": 3, "recipe": "longer", "checkpoint_every": 2}
+    assert train.train(tiny_run(pedestrians, **longer, **allowed), grown) == 0
+    one, two = saved_state(straight)[0], saved_state(grown)[0]
+    assert int(two.step) == STEPS + 4
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert records(grown)[-1]["step"] == STEPS + 4
+    assert config_lib.read(grown).stage2.epochs == 3
+
+
+def refused(config, workdir: Path, sentence: str, **arguments) -> None:
+    """Training raises a UserError of one line with the sentence, and leaves every file as it was."""
+    files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} if workdir.exists() else None
+    with pytest.raises(UserError, match=sentence) as error:
+        train.train(config, workdir, **arguments)
+    assert "\n" not in str(error.value)
+    assert files == ({path: path.stat().st_mtime_ns for path in workdir.rglob("*")} if workdir.exists() else None)
+
+
+def test_resume_never_refuses_a_workdir_that_holds_a_run(whole, pedestrians):
+    refused(tiny_run(pedestrians), whole, "holds a run and --resume=never", resume=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("seed", 1, r"another config \(seed: 0 -> 1\)"),
+        ("stage2__learning_rate", 0.2, r"\(stage2\.learning_rate: 0\.1 -> 0\.2\)"),
+        ("stage2__epochs", 1, r"\(stage2\.epochs: 2 -> 1\)"),
+        ("data__synthetic__train_identities", 9, r"data\.synthetic\.train_identities: 8 -> 9"),
+    ],
+)
+def test_another_config_is_refused_with_the_keys_name(whole, pedestrians, key, value, sentence):
+    refused(tiny_run(pedestrians, **{key: value}), whole, sentence)
+
+
+def test_what_may_change_passes(whole, pedestrians):
+    saved = config_lib.read(whole)
+    for prefix in config_lib.RESUMABLE:
+        keys = [key for key in config_lib.flatten(saved) if key.startswith(prefix)]
+        assert keys, prefix
+        for key in keys:
+            now = config_lib.read(whole)
+            value = config_lib.flatten(now)[key]
+            set_key(now, key, (not value) if isinstance(value, bool) else value * 2)
+            train.continue_run(saved, now, whole)
+
+
+def test_checkpoints_that_lost_their_config_are_refused(whole, pedestrians, tmp_path):
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    refused(tiny_run(pedestrians), tmp_path / "run", r"without their run's config\.json")
+
+
+def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        train.train(tiny_run(pedestrians), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians, tmp_path):
+    (rendered,) = pedestrians.glob("synthetic-*train8-*")
+    strangers = shutil.copytree(rendered, tmp_path / "data")
+    for number, path in enumerate(sorted((strangers / "query").iterdir())):
+        path.rename(path.with_name(f"{9000 + number}_{path.name.partition('_')[2]}"))
+    config = tiny_run(strangers)
+    refused(config, tmp_path / "run", "cannot be evaluated .*none of the 8 queries has a match")
+    refused(tiny_run(pedestrians, eval__batch=15), tmp_path / "run", "15 images does not divide over 2 devices")
+
+
+def test_a_grid_finer_than_the_feature_map_is_refused(pedestrians, tmp_path):
+    sentence = r"model\.grid is \(5, 1\) but the feature map has 4 x 2 cells"
+    refused(tiny_run(pedestrians, model__grid=(5, 1)), tmp_path / "run", sentence)
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(pedestrians, tmp_path):
+    config = tiny_run(pedestrians, stage2__learning_rate=1e30, eval__every=0, log_every=3)
+    sentence = r"after step \d+ is not finite|of step \d+ is .* with gradient norm"
+    with pytest.raises(UserError, match=rf"({sentence}).*: the checkpoint of step 3 is kept.*lower learning_rate\.$"):
+        train.train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [3]
+    state, _ = saved_state(tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert [r["step"] for r in records(tmp_path / "run")] == [3]
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.slow  # a worker process imports everything
+def test_a_worker_process_changes_nothing(whole, pedestrians, tmp_path):
+    assert train.train(tiny_run(pedestrians, data__workers=1), tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with train.Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "press Ctrl-C again to stop without saving" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(0, (0, 1)), (1, (1, 1)), (3, (3, 1)), (4, (1, 2)), (7, (4, 2)), (11, (8, 2))],
+)
+def test_a_step_belongs_to_the_stage_that_ran_it(pedestrians, steps, expected):
+    config = tiny_run(pedestrians)
+    within, stage = train.stage_of(config, steps)
+    assert (within, 1 if stage is config.stage1 else 2) == expected
+    assert train.ends_epochs(config, steps, 1) == (steps in (0, 3, 7, 11))
+    assert train.ends_epochs(config, steps, 2) == (steps in (0, 11))
