@@ -171,7 +171,8 @@ class FolderReader:
 
     def read(self, name: str, position: int) -> bytes:
         try:
-            return (self.root / name).read_bytes()
+            with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # 1.4 times Path.read_bytes
+                return file.read()
         except OSError as error:
             raise UserError(f"The image {self.root / name} cannot be read: {error.strerror}.") from error
 
