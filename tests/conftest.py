@@ -6,11 +6,11 @@ This file is imported before any test module, hence before JAX starts a backend 
 from __future__ import annotations
 
 import os
-import re
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from vpm_jax.parallel import prepare_backend
 
 
 def _append_xla_flag(name: str, value: str) -> None:
@@ -20,17 +20,10 @@ def _append_xla_flag(name: str, value: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
 
 
-def _jaxlib_version() -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", metadata.version("jaxlib"))[:3])
-
-
 # The same tests everywhere; JAX_PLATFORMS=cuda runs them on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
-# XLA:CPU can miscompute some jitted reductions (jax#39103). An unknown flag aborts the process, so it is
-# set only for the versions known to parse it.
-if (0, 10, 2) <= _jaxlib_version() < (0, 13):
-    _append_xla_flag("--xla_cpu_experimental_ynn_fusion_type", "-reduce")
+prepare_backend()
 
 
 @pytest.fixture(scope="session")

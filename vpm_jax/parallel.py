@@ -21,7 +21,7 @@ from vpm_jax.errors import UserError
 # jaxlib on CPU can miscompute some jitted reductions (jax#39103). The flag that avoids it is known to parse
 # on these versions; an unknown flag would abort the process.
 _CPU_REDUCTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-_CPU_REDUCTION_VERSIONS = ("0.10.2", "0.11", "0.12")
+_CPU_REDUCTION_VERSIONS = ("0.10.2", "0.12.0")
 
 
 def prepare_backend() -> None:
