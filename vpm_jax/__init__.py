@@ -1,6 +1,6 @@
 """Visibility-aware Part Model (Sun et al., CVPR 2019) in JAX and Flax.
 
-Names load on first use (PEP 562), so that data-loading processes never pay for importing JAX.
+Names load on first use (PEP 562), so that data loading runs none of the model's code.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""Datasets, sampling and the grain pipeline: NumPy only, so that loader processes never import JAX."""
+"""Datasets, sampling and the grain pipeline: NumPy only. Nothing here uses JAX; importing it is left to grain."""
