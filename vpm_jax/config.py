@@ -132,13 +132,17 @@ def default() -> ConfigDict:
 
 
 def small() -> ConfigDict:
-    """A width-32 ResNet-18 on 128x64 images, T 8 x 4 x 256, and what makes so short a training converge."""
+    """A width-24 ResNet-18 on 128x64 images, T 16 x 8 x 192, and what makes so short a training converge.
+
+    Many identities of few images in a batch, above all: after 600 steps on Market-1501 (100 identities held out), 32 x 2
+    ranks 70.0 / 52.5 on whole queries where 16 x 4 ranks 64.4 / 46.5 (docs/results).
+    """
     config = default()
     config.recipe = "small"
     config.pretrained = "none"
     config.data.height, config.data.width = 128, 64
     config.data.gamma = (0.5, 13 / 12)
-    config.model.depth, config.model.width, config.model.stem = 18, 32, "4x4"
+    config.model.depth, config.model.width, config.model.stem, config.model.strides = 18, 24, "4x4", (1, 2, 1)
     config.model.grid = (4, 1)
     config.model.head_dropout = 0.0
     config.loss.margin = 0.3
@@ -146,7 +150,16 @@ def small() -> ConfigDict:
     config.loss.identity_weight = 0.25
     config.optim.backbone_multiplier = 1.0
     config.stage1 = stage()
-    config.stage2 = stage(epochs=45, triplet_weight=1.0, triplet_start=10.0, schedule="cosine", warmup_epochs=3.0)
+    config.stage2 = stage(
+        epochs=40,
+        steps_per_epoch=93,
+        identities=32,
+        images_per_identity=2,
+        triplet_weight=1.0,
+        triplet_start=10.0,
+        schedule="cosine",
+        warmup_epochs=3.0,
+    )
     return config
 
 
