@@ -1,12 +1,15 @@
 """Decoding against Pillow, damaged files, and resizing."""
 
 import io
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vpm_jax.data.decode import FILTERS, decode, resize
+from vpm_jax.data.decode import FILTERS, decode, from_pillow, resize
 from vpm_jax.errors import UserError
 
 ROWS, COLUMNS = np.mgrid[:128, :64]
@@ -41,10 +44,90 @@ def test_rgb_channel_order():
     assert np.abs(image.reshape(-1, 3).mean(0) - (250, 100, 3)).max() < 3
 
 
-def test_orientation_is_ignored():
+def oriented(form, value, **options):
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view"
-    assert decode(encode(Image.fromarray(PICTURE), "JPEG", exif=exif), "a.jpg").shape == (128, 64, 3)
+    exif[0x0112] = value
+    return encode(Image.fromarray(PICTURE), form, exif=exif, **options)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_ignored_unless_asked(form):
+    data = oriented(form, 6, lossless=True)  # "rotate by 90 degrees to view"
+    assert decode(data, "a").shape == (128, 64, 3)
+    np.testing.assert_array_equal(decode(data, "a", upright=True), np.rot90(decode(data, "a"), -1))
+
+
+@pytest.mark.parametrize("value", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_orientation_is_that_of_pillow(form, value):
+    data = oriented(form, value)
+    shown = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.abs(decode(data, "a", upright=True).astype(int) - shown).max() <= 1
+    assert np.abs(from_pillow(Image.open(io.BytesIO(data)), "a").astype(int) - shown).max() <= 1
+
+
+def test_damaged_exif_changes_nothing():
+    data = oriented("JPEG", 6)
+    at = data.index(b"Exif")
+    broken = data[: at + 6] + b"\xff" * 20 + data[at + 26 :]
+    np.testing.assert_array_equal(decode(broken, "a", upright=True), decode(broken, "a"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped_or_shown_on_white(mode):
+    image = Image.fromarray(PICTURE).convert("RGBA")
+    image.paste((200, 30, 30, 0), (0, 0, 64, 60))  # no colour that anyone sees
+    data = encode(image.quantize() if mode == "P" else image.convert(mode), "PNG")
+    plain, seen = decode(data, "a"), decode(data, "a", upright=True)
+    assert (seen[:60] == 255).all() and (plain[:60] != 255).all()
+    np.testing.assert_array_equal(plain[60:], seen[60:])
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_the_first_picture_of_an_animation(form):
+    frames = [Image.new("RGB", (20, 30), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    data = encode(frames[0], form, save_all=True, append_images=frames[1:], duration=100)
+    for upright in (False, True):
+        image = decode(data, "a", upright)
+        assert image.shape == (30, 20, 3)
+        assert np.abs(image.astype(int) - (250, 0, 0)).max() < 12
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF"])
+def test_one_pixel(form):
+    data = encode(Image.new("RGB", (1, 1), (200, 200, 200)), form)
+    for upright in (False, True):
+        np.testing.assert_allclose(decode(data, "a", upright), np.full((1, 1, 3), 200), atol=2)
+
+
+def with_size(data, height, width):
+    """The JPEG or PNG with another size in its header, as a decompression bomb has it."""
+    if data.startswith(b"\xff\xd8"):
+        at = data.index(b"\xff\xc0") + 5
+        return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+    head = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("height", "width"), [(12_000, 9_000), (65_000, 65_000)])  # within and past twice the limit
+@pytest.mark.parametrize("warnings_are_errors", [False, True])
+def test_bombs_are_refused_before_memory_is_taken(form, height, width, warnings_are_errors):
+    data = with_size(encode(Image.fromarray(PICTURE), form), height, width)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("error" if warnings_are_errors else "ignore", Image.DecompressionBombWarning)
+        with pytest.raises(UserError, match=r"bomb has .* pixels, expected at most 89,478,485 \(Pillow's limit"):
+            decode(data, "bomb")
+    assert not heard
+
+
+def test_filler_before_the_frame_of_a_jpeg_is_passed_over():
+    data = encode(Image.fromarray(PICTURE), "JPEG")
+    at = data.index(b"\xff\xc0")
+    padded = data[:at] + b"\xff" * 5 + data[at:]
+    np.testing.assert_array_equal(decode(padded, "a"), decode(data, "a"))
+    with pytest.raises(UserError, match="bomb"):
+        decode(data[:at] + b"\xff" * 5 + with_size(data, 65_000, 65_000)[at:], "a")
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
