@@ -4,7 +4,20 @@ Names load on first use (PEP 562), so that data loading runs none of the model's
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from vpm_jax.api import VPM as VPM
+    from vpm_jax.api import Description as Description
+    from vpm_jax.errors import UserError as UserError
+    from vpm_jax.losses import identity_loss as identity_loss
+    from vpm_jax.losses import region_loss as region_loss
+    from vpm_jax.losses import triplet_loss as triplet_loss
+    from vpm_jax.matching import region_distance as region_distance
+    from vpm_jax.metrics import rank_metrics as rank_metrics
+    from vpm_jax.regions import Crop as Crop
+    from vpm_jax.regions import RegionGrid as RegionGrid
+    from vpm_jax.regions import project_regions as project_regions
 
 __version__ = "0.1.0"
 
@@ -18,6 +31,8 @@ _HOME = {
     "region_distance": "matching",
     "rank_metrics": "metrics",
     "UserError": "errors",
+    "VPM": "api",
+    "Description": "api",
 }
 
 __all__ = sorted(_HOME)

@@ -104,6 +104,41 @@ def region_distance(
     return distance
 
 
+def local_distances(
+    query_features: np.ndarray,
+    query_visibility: np.ndarray,
+    gallery_features: np.ndarray,
+    gallery_visibility: np.ndarray,
+    squared: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What Eq. 4 is made of, for explaining a few pairs: unlike `region_distance`, this needs [Q, G, P] numbers.
+
+    Args:
+      as those of `region_distance`.
+
+    Returns:
+      (distance, weight), float32 [Q, G, P] each: |f[k, i] - f[l, i]| (squared on request), and C[k, i] C[l, i] / sum_i
+      C[k, i] C[l, i], so that sum(weight * distance) is the distance of `region_distance`. The weights of a pair that
+      shares no region are 0.
+
+    Raises:
+      ValueError: as `region_distance`.
+    """
+    _check_shapes(query_features, query_visibility, gallery_features, gallery_visibility)
+    query_weight = _checked_visibility(query_visibility, "query").astype(np.float64)
+    gallery_weight = _checked_visibility(gallery_visibility, "gallery").astype(np.float64)
+    distance = np.empty((len(query_weight), *gallery_weight.shape), np.float32)
+    gallery = np.asarray(gallery_features, np.float32)
+    for row, query in zip(distance, np.asarray(query_features, np.float32), strict=True):
+        for start in range(0, len(row), 256):  # a few MiB of differences at a time
+            difference = gallery[start : start + 256] - query
+            row[start : start + 256] = np.einsum("gpc,gpc->gp", difference, difference)
+    weight = query_weight[:, None] * gallery_weight[None]
+    total = weight.sum(axis=-1, keepdims=True)
+    share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    return (distance if squared else np.sqrt(distance)), share.astype(np.float32)
+
+
 def _check_shapes(query: Features, query_weight: Features, gallery: Features, gallery_weight: Features) -> None:
     shapes = [np.shape(x) for x in (query, query_weight, gallery, gallery_weight)]
     q, qv, g, gv = shapes

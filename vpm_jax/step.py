@@ -142,15 +142,18 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
     return step
 
 
-def make_feature_step(config: ConfigDict) -> Callable[[dict, Any], dict]:
-    """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32."""
+def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[[dict, Any], dict]:
+    """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32.
+
+    With `region_maps` also these, the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator.
+    """
     model = models.create(config)
 
     def features(variables, image) -> dict:
         _, out = model.apply(variables, image, train=False)
-        return {
-            "features": l2_normalize(out["region_features"]).astype(jnp.float32),
-            "visibility": out["visibility"].astype(jnp.float32),
-        }
+        found = {"features": l2_normalize(out["region_features"]), "visibility": out["visibility"]}
+        if region_maps:
+            found["region_maps"] = out["probability"]
+        return {key: value.astype(jnp.float32) for key, value in found.items()}
 
     return features

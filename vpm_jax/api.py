@@ -1,0 +1,354 @@
+"""A trained VPM for other programs: images in, region features, visibility and region maps out.
+
+    from vpm_jax import VPM
+
+    model = VPM.load("runs/synthetic")
+    gallery = model(["a.jpg", "b.jpg", "c.jpg"])
+    distance = model.match("partial.jpg", gallery)  # [1, 3]
+
+Shapes: N images, H W pixels, h w cells of the feature map, P regions (row-major from the top left), C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image as Pillow
+
+from vpm_jax import config as config_lib
+from vpm_jax import parallel
+from vpm_jax.data import decode
+from vpm_jax.errors import UserError
+from vpm_jax.regions import RegionGrid
+
+# A path, an encoded file's bytes, a Pillow image, or uint8 RGB (or grey, or RGBA) [H, W, 3], of any size.
+Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
+# One image, several, or uint8 [N, H, W, 3].
+Images = Image | Iterable[Image]
+
+# The keys on which features depend, beside the parameters: a part of `VPM.fingerprint`. Never the device or dtype.
+_MATTERS = tuple(f"data.{k}" for k in ("height", "width", "resize", "mean", "std"))
+_MATTERS += tuple(f"model.{k}" for k in ("depth", "width", "stem", "strides", "last_stride", "stride_on"))
+_MATTERS += tuple(f"model.{k}" for k in ("bn_epsilon", "grid", "locator", "locator_groups"))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model says of N images; slicing and indexing give the same of some of them."""
+
+    features: np.ndarray
+    """float32 [N, P, C]: Eq. 3, each region of unit length."""
+    visibility: np.ndarray
+    """float32 [N, P]: Eq. 2, the expected number of the feature map's cells that show the region."""
+    region_maps: np.ndarray
+    """float32 [N, h, w, P]: Eq. 1, the probability of each region in each cell; w is 1 for a row locator."""
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, which: int | slice | np.ndarray | list[int]) -> Description:
+        rows: Any = [which] if isinstance(which, int | np.integer) else which
+        return Description(self.features[rows], self.visibility[rows], self.region_maps[rows])
+
+    def __iter__(self) -> Iterator[Description]:
+        return (self[i] for i in range(len(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Description]) -> Description:
+        """The images of all parts, in order. There must be at least one part."""
+        columns = zip(*((p.features, p.visibility, p.region_maps) for p in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+
+class VPM:
+    """A trained model; `VPM.load` makes one.
+
+    Attributes:
+      config: the run's configuration (vpm_jax.config).
+      grid: the region grid; grid.count is P.
+      image_size: (H, W) in pixels that every image is resized to.
+      step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices.
+      source: where the model came from, in words.
+    """
+
+    def __init__(self, config: ConfigDict, step: Callable[[Any], dict[str, Any]], fingerprint: str, source: str):
+        self.config, self.step, self.source = config, step, source
+        self.fingerprint: str = fingerprint
+        """16 hexadecimal digits, the same wherever the same parameters make the same features of an image."""
+        self.grid = RegionGrid(*config.model.grid)
+        self.image_size = (int(config.data.height), int(config.data.width))
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        grid = f"{self.grid.rows} x {self.grid.cols} regions"
+        return f"VPM({self.source}; {grid}, {height} x {width} pixels, fingerprint {self.fingerprint})"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VPM:
+        """The model of a training run's workdir (its newest checkpoint), or of a file that `vpm_jax.convert` or
+        `vpm_jax.export` wrote.
+
+        Raises:
+          UserError: if there is no such model, or it is damaged.
+        """
+        parallel.prepare_backend()
+        import jax.numpy as jnp
+
+        from vpm_jax import models, pretrained
+        from vpm_jax.pretrained import own
+
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give the workdir of a training run, or an exported file.")
+        weights = own.read_workdir(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
+        if weights.heads is None or weights.config is None:
+            raise UserError(
+                f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or the "
+                ".safetensors that python -m vpm_jax.convert wrote of one."
+            )
+        config = weights.config.copy_and_resolve_references()
+        config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
+        config.data.mean, config.data.std = weights.mean, weights.std
+        dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
+        variables = {
+            "params": {"backbone": weights.params, **weights.heads["params"]},
+            "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
+        }
+        return cls(config, _step(config, variables, dtype), fingerprint(config, variables), weights.source)
+
+    # ---- Features ----
+
+    def __call__(self, images: Images, batch: int = 64) -> Description:
+        """The same as `features`."""
+        return self.features(images, batch)
+
+    def features(self, images: Images, batch: int = 64) -> Description:
+        """Describes images: one (N = 1), a list or generator of them, or an array uint8 [N, H, W, 3].
+
+        An image is a path, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB [H, W, 3], grey [H, W]
+        or [H, W, 1], or RGBA [H, W, 4]. Any size is resized to `image_size`. Files and Pillow images are turned
+        upright by their EXIF orientation; transparency is shown on white; of an animation the first frame counts.
+
+        Args:
+          images: of an iterator, `batch` images are held at a time.
+          batch: images computed together. It changes speed and memory, not results.
+
+        Raises:
+          UserError: for what is no image, with its name or its place among the images (from 0).
+        """
+        parts = list(self.stream(images, batch))
+        return Description.concatenate(parts) if parts else self._nothing
+
+    def stream(self, images: Images, batch: int = 64) -> Iterator[Description]:
+        """`features` as they come: one Description for every `batch` images, the last one shorter.
+
+        Reads no further ahead of what was taken than one batch, so that endless generators do.
+        """
+        if batch < 1:
+            raise UserError(f"batch is {batch}, expected at least 1.")
+
+        def fill(out: np.ndarray, numbered: tuple[int, Image]) -> None:
+            self.prepare(numbered[1], f"image {numbered[0]}", out)
+
+        numbered = enumerate(_each(images))
+        threads = min(batch, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads, "vpm_jax-decode") as pool:
+            running: tuple[int, dict[str, Any]] | None = None
+            size = 0
+            while chunk := list(itertools.islice(numbered, batch)):
+                # A lone short batch is padded a little, the last one of several to the others' size: that size is
+                # compiled already. Every image is computed for itself, so padding changes nothing.
+                size = size or min(batch, 1 << (len(chunk) - 1).bit_length())
+                pixels = np.zeros((size, *self.image_size, 3), np.uint8)
+                list(pool.map(fill, pixels, chunk))
+                started = (len(chunk), self.step(pixels))  # computes while the batch before is handed out
+                if running is not None:
+                    yield _fetch(*running)
+                running = started
+            if running is not None:
+                yield _fetch(*running)
+
+    def prepare(self, image: Image, name: str = "the image", out: np.ndarray | None = None) -> np.ndarray:
+        """What the network sees of an image: uint8 [H, W, 3] of `image_size`; `features` takes it as it is.
+
+        Args:
+          image: as in `features`.
+          name: how errors call an image that is not a file.
+          out: an array uint8 [H, W, 3] to write into.
+
+        Raises:
+          UserError: as `features`.
+        """
+        pixels = read(image, name)
+        if pixels.shape[:2] == self.image_size:
+            if out is None:
+                return pixels
+            out[:] = pixels
+            return out
+        return decode.resize(pixels, self.image_size, self.config.data.resize, out)
+
+    @cached_property
+    def _nothing(self) -> Description:
+        import jax
+
+        shapes = jax.eval_shape(self.step, jax.ShapeDtypeStruct((1, *self.image_size, 3), np.uint8))
+        return Description(**{key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()})
+
+    # ---- Matching ----
+
+    def match(self, query: Description | Images, gallery: Description | Images) -> np.ndarray:
+        """The distance of every query to every gallery image by Eq. 4, as config.match says: float32 [Q, G].
+
+        The smaller, the more alike; +inf where the two share no region. Images are described first.
+
+        Raises:
+          UserError: as `features`, and for descriptions by another kind of model.
+        """
+        from vpm_jax.matching import region_distance
+
+        return region_distance(*self._pair(query, gallery), self.config.match.squared)
+
+    def match_regions(
+        self, query: Description | Images, gallery: Description | Images
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `match` is made of, for explaining a few pairs: everything here is of size [Q, G, P].
+
+        Returns:
+          (distance, weight), float32 [Q, G, P] each: the distance of each region's features, and its share in the
+          overall distance, sum(weight * distance). The weights of a pair sum to 1, or to 0 if it shares no region.
+
+        Raises:
+          UserError: as `match`.
+        """
+        from vpm_jax.matching import local_distances
+
+        return local_distances(*self._pair(query, gallery), self.config.match.squared)
+
+    def _pair(
+        self, query: Description | Images, gallery: Description | Images
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return *self._side(query), *self._side(gallery)
+
+    def _side(self, images: Description | Images) -> tuple[np.ndarray, np.ndarray]:
+        from vpm_jax.matching import match_visibility
+
+        one = images if isinstance(images, Description) else self.features(images)
+        found, expected = one.features.shape[1:], self._nothing.features.shape[1:]
+        if found != expected:
+            raise UserError(
+                f"These features have {found} regions and channels, this model's {expected}: they are another model's, "
+                "describe the images again."
+            )
+        return one.features, match_visibility(one.visibility, self.config.match.visibility)
+
+
+# ---- Images ----
+
+
+def read(image: Image, name: str = "the image") -> np.ndarray:
+    """An image as uint8 [H, W, 3], RGB, upright; what it may be is said in `VPM.features`.
+
+    Raises:
+      UserError: if it is none, or cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        try:
+            data = path.read_bytes()
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder, expected an image: give the images that are in it.") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read ({reason}): expected an image file.") from None
+        return decode.decode(data, str(path), upright=True)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode.decode(bytes(image), name, upright=True)
+    if isinstance(image, Pillow.Image):
+        return decode.from_pillow(image, name)
+    if not hasattr(image, "__array__"):
+        raise UserError(
+            f"{name} is of type {type(image).__name__}, expected a path, bytes, a Pillow image or a uint8 array."
+        )
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
+        raise UserError(f"{name} is {pixels.dtype} {pixels.shape}, expected uint8 [H, W, 3] with values from 0 to 255.")
+    if pixels.shape[2] == 4:
+        return decode.from_pillow(Pillow.fromarray(pixels), name)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _each(images: Images) -> Iterator[Image]:
+    one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Pillow.Image)
+    if not one and hasattr(images, "__array__"):
+        ndim = np.ndim(images)  # type: ignore[arg-type]
+        if ndim not in (2, 3, 4):
+            raise UserError(f"images is an array of {ndim} axes, expected uint8 [H, W, 3] or [N, H, W, 3].")
+        one = ndim < 4
+    if one:
+        return iter([images])  # type: ignore[list-item]
+    try:
+        return iter(images)  # type: ignore[arg-type]
+    except TypeError:
+        return iter([images])  # type: ignore[list-item]  # `read` says what is wrong with it
+
+
+# ---- The network ----
+
+
+def _step(config: ConfigDict, variables: Any, dtype: Any) -> Callable[[Any], dict[str, Any]]:
+    """uint8 [B, H, W, 3] -> the arrays of a Description, compiled for each B, over all devices of this host."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from vpm_jax import step
+
+    devices = np.array(jax.local_devices())
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    placed = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, dtype), variables), everywhere)
+    compiled = jax.jit(step.make_feature_step(config, region_maps=True))
+
+    def run(pixels: Any) -> dict[str, Any]:
+        if isinstance(pixels, np.ndarray):
+            missing = -len(pixels) % len(devices)
+            pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else pixels
+            pixels = jax.device_put(pixels, split)
+        return compiled(placed, pixels)
+
+    return run
+
+
+def _fetch(count: int, out: dict[str, Any]) -> Description:
+    import jax
+
+    arrays = {key: np.asarray(x)[:count] for key, x in jax.device_get(out).items()}
+    if not np.isfinite(arrays["features"]).all():
+        raise UserError("The features are not finite: these weights have diverged, load another checkpoint.")
+    return Description(**arrays)
+
+
+def fingerprint(config: ConfigDict, variables: Any) -> str:
+    """A digest of all that features depend on: parameters and statistics (not the identity heads') and _MATTERS."""
+    from flax.traverse_util import flatten_dict
+
+    leaves = config_lib.flatten(config)
+    digest = hashlib.sha256(json.dumps([leaves[key] for key in _MATTERS]).encode())
+    for name, x in sorted(flatten_dict(variables, sep="/").items()):
+        if "/heads/" not in name:
+            digest.update(f"{name} {np.shape(x)}".encode())
+            digest.update(np.ascontiguousarray(x, np.dtype("<f4")).tobytes())
+    return digest.hexdigest()[:16]
