@@ -111,7 +111,11 @@ def test_every_form_of_an_image_is_the_same_image(model, tmp_path):
     image = Image.fromarray(picture)
     (tmp_path / "a.png").write_bytes(encode(image))
     forms = [tmp_path / "a.png", str(tmp_path / "a.png"), encode(image), image, picture, encode(image, "BMP")]
-    forms += [np.dstack([picture, np.full((80, 30), 255, np.uint8)]), image.convert("RGBA"), encode(image, "WEBP", lossless=True)]
+    forms += [
+        np.dstack([picture, np.full((80, 30), 255, np.uint8)]),
+        image.convert("RGBA"),
+        encode(image, "WEBP", lossless=True),
+    ]
     other = Image.fromarray(PICTURES[1])
     forms += [
         encode(image, "PNG", save_all=True, append_images=[other]),
