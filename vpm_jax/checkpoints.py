@@ -140,6 +140,13 @@ class Checkpoints:
             ) from error
         return restored.state, restored.meta
 
+    def meta(self) -> dict:
+        """The meta of the newest checkpoint, without its state; {} without any."""
+        step = self.latest
+        if step is None:
+            return {}
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
     def _compare(self, step: int, abstract: Any) -> None:
         def shapes(tree) -> dict[str, tuple]:
             def name(path):

@@ -1,0 +1,256 @@
+"""The paper's tables and figures as lists of runs: each is a scale's config and the keys that a method changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vpm_jax import cli
+from vpm_jax import config as config_lib
+from vpm_jax.errors import UserError
+
+Changes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table: what it is called, and by which keys it differs from the scale's config."""
+
+    title: str
+    changes: Changes = field(default_factory=dict)
+    of: str = ""  # the method whose checkpoint it evaluates; "": it trains its own
+    paper: str = ""  # its name in `paper`, where that is not the title
+
+    @property
+    def published(self) -> str:
+        return self.paper or self.title
+
+
+_GLOBAL = {"model.grid": (1, 1)}
+_STRIPES = {
+    "model.locator": "stripes",
+    "loss.region_weight": 0.0,
+    "loss.identity_regions": "all",
+    "loss.triplet_pairs": "all",
+    "match.visibility": "uniform",
+}
+_WHOLE = {"data.crop": "none"}
+_PARTS = (2, 3, 4, 6, 8)
+
+METHODS: dict[str, Method] = {
+    "vpm": Method("VPM"),
+    "baseline": Method("baseline", _GLOBAL),  # trained with the crops, as the paper's must have been (64.5 at 0.5)
+    "pcb": Method("PCB", _STRIPES | _WHOLE),  # without, as published (0.9 at 0.5)
+    "vpm-nocrops": Method("VPM (no train crops)", _WHOLE),
+    "baseline-nocrops": Method("baseline (no train crops)", _GLOBAL | _WHOLE),
+    "pcb-crops": Method("PCB (train crops)", _STRIPES),
+    "vpm-bottom": Method("VPM (Bottom)", {"data.crop": "bottom"}),
+    "vpm-top": Method("VPM (Top)", {"data.crop": "top"}),
+    "vpm-bilateral": Method("VPM (Bilateral)", {"data.crop": "bilateral"}),
+    "vpm-notriplet": Method("VPM (no triplet)", {"stage1.triplet_weight": 0.0, "stage2.triplet_weight": 0.0}),
+    "mvpm-1": Method("MVPM-1", {"match.visibility": "uniform"}, of="vpm"),
+    "mvpm-2": Method("MVPM-2", {"loss.triplet_pairs": "all"}),
+    "mvpm-3": Method("MVPM-3", {"loss.identity_regions": "all"}),
+    "mvpm-4": Method("MVPM-4", {"loss.triplet_pairs": "all", "loss.identity_regions": "all"}),
+    **{f"vpm-p{p}": Method(f"VPM, p = {p}", {"model.grid": (p, 1)}) for p in _PARTS},
+    "vpm-3x2": Method("VPM, 3 x 2", {"model.grid": (3, 2)}),
+}
+
+
+class Exhibit(NamedTuple):
+    """A table or a figure of the paper."""
+
+    title: str
+    methods: tuple[str, ...]
+
+
+EXHIBITS: dict[str, Exhibit] = {
+    "table 1": Exhibit(
+        "Table 1: VPM, the global feature and PCB over gamma",
+        ("vpm", "baseline", "pcb", "vpm-nocrops", "baseline-nocrops", "pcb-crops"),
+    ),
+    "table 3": Exhibit(
+        "Table 3: what self-supervision contributes",
+        ("vpm", "vpm-notriplet", "mvpm-1", "mvpm-2", "mvpm-3", "mvpm-4"),
+    ),
+    "figure 4": Exhibit("Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _PARTS))),
+    "figure 5": Exhibit("Figure 5: regions found", ("vpm", "vpm-3x2")),
+}
+
+
+class Scale(NamedTuple):
+    """A size of training: the config file of each dataset, and what differs from it."""
+
+    configs: Mapping[str, str]  # of "market1501", "dukemtmc", "synthetic"; "" for any other
+    changes: Changes = {}
+
+
+_SMALL = {"": "configs/market.py:small"}
+SCALES: dict[str, Scale] = {
+    "paper": Scale({"": "configs/market.py", "dukemtmc": "configs/duke.py"}),
+    "released": Scale({"": "configs/market_released.py"}),
+    "small": Scale(_SMALL),
+    # To choose by: never the test set, and 600 steps, about ten minutes on one core.
+    "screen": Scale(
+        _SMALL,
+        {
+            "data.holdout_identities": 100,
+            "stage2.epochs": 10,
+            "stage2.steps_per_epoch": 60,
+            "stage2.triplet_start": 2.5,
+            "stage2.warmup_epochs": 1.0,
+        },
+    ),
+    "synthetic": Scale({"": "configs/synthetic.py"}),
+}
+
+
+def config_file(scale: str, dataset: str) -> str:
+    """FILE[:VARIANT] of the config that a scale starts from."""
+    configs = SCALES[scale].configs
+    return configs.get(dataset, configs[""])
+
+
+def base_config(scale: str, dataset: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config that a scale trains VPM with on a dataset; `overrides` are --config.KEY=VALUE.
+
+    Raises:
+      UserError: for an override that no config takes, or one of a key that names the run.
+    """
+    config = cli.load_config(config_file(scale, dataset))
+    for key, value in ({"data.name": dataset} | dict(SCALES[scale].changes)).items():
+        config_lib.set_key(config, key, value)
+    cli.override(config, overrides)
+    if config.data.name != dataset or config.seed:
+        raise UserError("--config.data.name and --config.seed are set by --dataset and --seeds: use those.")
+    if scale == "screen" and not config.data.holdout_identities:
+        raise UserError(
+            "The scale screen is for choosing, which never looks at a test set: leave data.holdout_identities above 0, "
+            "or use --scale small."
+        )
+    config_lib.check(config)
+    return config
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training, or one evaluation of another run's checkpoint, and the config it is asked with."""
+
+    dataset: str
+    scale: str
+    method: str  # a key of METHODS
+    variant: str  # what the user calls overrides that hold for all runs; "" without
+    seed: int
+    config: ConfigDict
+    base: ConfigDict  # of the scale, without overrides
+    of: Run | None = None  # the run whose checkpoint this one evaluates
+
+    @property
+    def name(self) -> str:
+        """What its result file and its workdir are called."""
+        return (
+            f"{family(self.dataset, self.scale)}-{self.method}{'-' * bool(self.variant)}{self.variant}-seed{self.seed}"
+        )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The keys by which it differs from the scale's config, but for the seed."""
+        return differences(self.base, self.config)
+
+    def command(self) -> str:
+        """The command line that does the same alone."""
+        if self.of is None:
+            spec = config_file(self.scale, self.dataset)
+            start, begin = f"python -m vpm_jax.train --config {spec} --workdir runs/{self.name}", cli.load_config(spec)
+        else:
+            start = f"python -m vpm_jax.evaluate --workdir runs/{self.of.name} --output runs/{self.name}"
+            begin = self.of.config
+        return " ".join([start, *(_argument(*item) for item in differences(begin, self.config).items())])
+
+
+def _argument(key: str, value: Any) -> str:
+    text = str(value)
+    return f"--config.{key}='{text}'" if set(text) & set("() ") else f"--config.{key}={text}"
+
+
+def family(dataset: str, scale: str) -> str:
+    """The start of a run's name."""
+    return dataset if dataset == scale else f"{dataset}-{scale}"
+
+
+# Keys that change where and how fast a run goes, not what comes out of it.
+_NO_RESULT = (
+    *("recipe", "data.root", "data.workers", "data.threads", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("tensorboard", "parallel", "eval.batch", "eval.every"),
+)
+
+
+def fingerprint(config: ConfigDict) -> dict[str, Any]:
+    """Every key that a result depends on. Of pretrained weights the file's name counts, wherever it lies."""
+    leaves = {key: value for key, value in config_lib.flatten(config).items() if key not in _NO_RESULT}
+    kind, colon, path = leaves["pretrained"].rpartition(":")
+    leaves["pretrained"] = kind + colon + path.rstrip("/").rpartition("/")[2]
+    return leaves
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, Any]:
+    """{key: new value} of the keys that a result depends on and that differ."""
+    before, after = fingerprint(old), fingerprint(new)
+    return {key: value for key, value in after.items() if before[key] != value}
+
+
+def make_run(
+    dataset: str, scale: str, method: str, seed: int = 0, variant: str = "", overrides: Sequence[str] = ()
+) -> Run:
+    """The run of a method. What changes nothing (p = 4 where VPM has 4 regions) is VPM's own run, by its name.
+
+    Args:
+      dataset, scale: keys of `config.data.name` and SCALES.
+      method: a key of METHODS.
+      variant: the name of what the overrides make.
+      overrides: --config.KEY=VALUE, for every method alike.
+
+    Raises:
+      UserError: as `base_config`; for an override of what the method is about, or without a variant's name.
+    """
+    base, config, own = base_config(scale, dataset), base_config(scale, dataset, overrides), METHODS[method]
+    changed = differences(base, config)
+    if changed and not variant:
+        raise UserError(
+            f"--config.{next(iter(changed))} changes results, whose files are named by scale and method: name what "
+            "you try by --variant NAME."
+        )
+    if taken := sorted(set(changed) & set(own.changes)):
+        raise UserError(f"--config.{taken[0]} is what {method} is about: leave it out, or choose other --models.")
+    plain, config = config, config.copy_and_resolve_references()
+    for key, value in own.changes.items():
+        config_lib.set_key(config, key, value)
+    if not own.of and not differences(plain, config):
+        method = "vpm"
+    config.seed = base.seed = seed
+    parent = make_run(dataset, scale, own.of, seed, variant, overrides) if own.of else None
+    return Run(dataset, scale, method, variant, seed, config, base, parent)
+
+
+def plan(
+    methods: Sequence[str], dataset: str, scale: str, seeds: int, variant: str = "", overrides: Sequence[str] = ()
+) -> dict[tuple[str, int], Run]:
+    """{(method, seed): its run}, seed by seed; methods that come to the same share a run. Raises as `make_run`."""
+    return {
+        (method, seed): make_run(dataset, scale, method, seed, variant, overrides)
+        for seed in range(seeds)
+        for method in methods
+    }
+
+
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, by its name, after the one whose checkpoint it needs."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        for each in (run.of, run):
+            if each is not None:
+                found.setdefault(each.name, each)
+    return list(found.values())
