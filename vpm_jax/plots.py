@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,7 +24,7 @@ MARKERS = "osD^vPX"
 
 
 def gamma_curves(
-    path: str | Path,
+    path: str | Path | IO[bytes],
     results: Mapping[str, Mapping[float, Mapping[str, float]]],
     title: str,
     chance: float | None = None,
@@ -65,7 +65,7 @@ def gamma_curves(
     figure.savefig(path, dpi=160)
 
 
-def training_curves(path: str | Path, metrics_jsonl_path: str | Path) -> None:
+def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path) -> None:
     """Losses, accuracies, learning rate and gradient norm over the steps of a run.
 
     Reads the JSON lines that training writes. A key that is missing leaves its curve out, so that runs of any recipe
@@ -125,7 +125,9 @@ def training_curves(path: str | Path, metrics_jsonl_path: str | Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def region_maps(path: str | Path, images: np.ndarray, locator_prob: np.ndarray, visibility: np.ndarray) -> None:
+def region_maps(
+    path: str | Path | IO[bytes], images: np.ndarray, locator_prob: np.ndarray, visibility: np.ndarray
+) -> None:
     """A contact sheet of what the locator sees: each image, its region map and its visibility scores.
 
     Every cell of the feature map takes the colour of its most probable region, the stronger the surer; the bars, in
@@ -155,7 +157,7 @@ def region_maps(path: str | Path, images: np.ndarray, locator_prob: np.ndarray, 
         )
     count, height, width = images.shape[:3]
     regions = prob.shape[-1]
-    colours = _region_colours(regions)
+    colours = region_colours(regions)
     across = min(count, 4)
     rows = -(-count // across)
     figure = Figure(figsize=(3.1 * across, (0.8 * height / width + 0.4) * rows), layout="constrained")
@@ -253,7 +255,7 @@ def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return (total[end] - total[begin]) / (end - begin)
 
 
-def _region_colours(regions: int) -> np.ndarray:
+def region_colours(regions: int) -> np.ndarray:
     """Colours [P, 3], as different as so many can be."""
     if regions <= 10:
         return colormaps["tab10"](np.arange(regions))[:, :3]
