@@ -1,0 +1,73 @@
+"""PyTorch's side of `benchmark step` does the work of ours: same weights and batch, same losses, same update."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from tiny import fill, shrunk
+
+from vpm_jax import step as step_lib
+from vpm_jax.benchmark import step as benchmark_step
+from vpm_jax.config import set_key
+
+CASES = {
+    "paper": ("market", {}),
+    "released": ("market_released", {}),
+    "bottleneck with the stride on its 1x1": ("market", {"model.depth": 50, "model.stride_on": "1x1"}),
+    "3x3 stem, stripes, smoothing": (
+        "market",
+        {"model.stem": "3x3", "model.last_stride": 2, "model.locator": "stripes", "loss.label_smoothing": 0.1},
+    ),
+    "patches, MVPM": (
+        "market",
+        # 62 rows are padded to 64: patches of 4.
+        {"model.stem": "4x4", "data.height": 62, "loss.identity_regions": "all", "loss.triplet_pairs": "all"},
+    ),
+}
+UPDATED = ("paper", "released")  # compiling gradients is what these tests spend their time on
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_sides_compute_the_same_step(case):
+    torch = pytest.importorskip("torch")
+    from vpm_jax.benchmark import torch_step
+
+    file, changes = CASES[case]
+    config = shrunk(file, **changes)
+    # Dropout draws different numbers on each side.
+    for key, value in {"model.head_dropout": 0.0, "model.locator_dropout": 0.0, "model.dtype": "float64"}.items():
+        set_key(config, key, value)
+    config = benchmark_step.fixed(config)
+    config.stage2.learning_rate = 0.1
+    batch = benchmark_step.random_batch(config, 8)
+    assert not batch["visible"].all() and batch["visible"].any(axis=1).all()
+
+    model = torch_step.VPM(config)
+    tensors = {k: torch.from_numpy(v.astype(np.int64) if v.dtype == np.int32 else v) for k, v in batch.items()}
+    with jax.enable_x64(True):
+        state, step = fill(step_lib.state_shapes(config)), step_lib.make_step(config)
+        torch_step.load(model, {"params": state.params, "batch_stats": state.batch_stats})
+        theirs = torch_step.make_loss(config, config.stage2.triplet_weight)(model, tensors)
+
+        def wanted(state, batch):  # what is not returned is not compiled
+            after, metrics = step(state, batch)
+            return (after, metrics) if case in UPDATED else (None, {name: metrics[name] for name in theirs})
+
+        options = {"xla_backend_optimization_level": 0}
+        after, metrics = jax.device_get(jax.jit(wanted, compiler_options=options)(state, batch))
+
+    for name, value in theirs.items():
+        np.testing.assert_allclose(value.detach(), metrics[name], rtol=1e-6, err_msg=name)  # metrics are float32
+    if case not in UPDATED:
+        return
+    theirs["loss"].backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-8)
+    torch_step.optimizer(config, model, config.stage2.learning_rate).step()
+    ours = torch_step.VPM(config)
+    torch_step.load(ours, {"params": after.params, "batch_stats": after.batch_stats})
+    values = dict(model.named_parameters()) | {name: x for name, x in model.named_buffers() if name.startswith("heads")}
+    for name, value in values.items():
+        expected = ours.state_dict()[name]
+        assert torch.linalg.norm(value - expected) <= 1e-8 * torch.linalg.norm(expected), name

@@ -1,0 +1,128 @@
+"""Loading of training batches on the CPU, beside what decoding alone would allow."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax.benchmark.report import Report, Row, align
+from vpm_jax.benchmark.timing import Rate, measure, threads
+
+HELP = "loading of training batches on the CPU"
+AIM = 8000  # images per second and core
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The images of a split as bytes in memory."""
+
+    data: tuple[bytes, ...]
+
+    def read(self, name: str, position: int) -> bytes:
+        return self.data[position]
+
+
+def generated_split(images: int = 1024, identities: int = 128):
+    """A Split of made-up 128 x 64 JPEGs in memory, about as large (2.6 KB) as those of Market-1501."""
+    import cv2
+    from PIL import Image
+
+    from vpm_jax.data.sources import Split
+
+    random, data = np.random.default_rng(0), []
+    for _ in range(images):
+        # Smooth colours and some noise: the size, and so the time to decode, is that of photographs.
+        picture = cv2.resize(random.uniform(0, 255, (16, 8, 3)).astype(np.float32), (64, 128))
+        picture = np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=80)
+        data.append(buffer.getvalue())
+    identity = (np.arange(images) % identities + 1).astype(np.int32)
+    names = tuple(f"generated/{i:05d}.jpg" for i in range(images))
+    return Split("train", names, identity, np.ones(images, np.int32), _Memory(tuple(data)))
+
+
+def measure_data(config: ConfigDict, split, seconds: float, most_threads: int) -> list[tuple[str, Rate]]:
+    """Rates of reading, decoding and resizing alone, then of `train_batches` with one thread and with more."""
+    import cv2
+
+    from vpm_jax.data.decode import decode, resize
+    from vpm_jax.data.pipeline import train_batches
+    from vpm_jax.data.sampling import Sampler
+
+    cv2.setNumThreads(0)
+    size = (config.data.height, config.data.width)
+    order = np.random.default_rng(0).permutation(len(split))[:2048].tolist()
+    encoded = [split.read(i) for i in order]  # also brings the files into the page cache
+
+    def loop(work: Callable[[int], object]) -> Iterator[int]:
+        while True:
+            for first in range(0, len(order), 64):
+                chosen = range(first, min(first + 64, len(order)))
+                for i in chosen:
+                    work(i)
+                yield len(chosen)
+
+    out = np.empty((*size, 3), np.uint8)
+    rates = [
+        ("read", measure(loop(lambda i: split.read(order[i])), seconds / 4)),
+        ("decode", measure(loop(lambda i: decode(encoded[i], "")), seconds)),
+        (
+            "decode, resize: the limit",
+            measure(loop(lambda i: resize(decode(encoded[i], ""), size, config.data.resize, out)), seconds),
+        ),
+    ]
+    total = Sampler(config, split.labels()).stages[-1].end_step
+    shape = (config.data.height // 16, config.data.width // 16)
+    for count in sorted({1, most_threads}):
+        with config.unlocked():
+            config.data.threads, config.data.workers = count, 0
+        batches = train_batches(config, split, shape, 0, total)
+        try:
+            rate = measure((len(batch["image"]) for batch in batches), seconds, warm_up=4)
+        finally:
+            batches.close()
+        rates.append((f"train_batches, {count} thread{'s' * (count > 1)}", rate))
+    return rates
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", help="the same as --config.data.root (without it or $VPM_DATA: generated images)")
+    parser.add_argument("--threads", type=int, default=0, help="of the last row (default: this machine's cores)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="spent on each row (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    from vpm_jax.data.sources import load_dataset
+
+    if args.root:
+        config.data.root = args.root
+    for stage in (config.stage1, config.stage2):  # as many steps as the time allows
+        stage.epochs *= 10_000
+    if config.data.root or os.environ.get("VPM_DATA"):
+        dataset = load_dataset(config.data)
+        split, source = dataset.train, f"{len(dataset.train):,} training images of {dataset.name}"
+    else:
+        split = generated_split()
+        source = f"{len(split):,} generated JPEGs in memory (--root or $VPM_DATA for a dataset)"
+    rates = measure_data(config, split, args.seconds, args.threads or threads())
+    limit = rates[2][1].per_core
+    rows = [("", "images/s", "images/s per core", "of the limit")]
+    rows += [(n, f"{r.per_second:,.0f}", f"{r.per_core:,.0f}", f"{r.per_core / limit:.0%}") for n, r in rates]
+    size = f"{config.data.height} x {config.data.width}"
+    name, batches = rates[-1]
+    return Report(
+        rows=[Row(f"data: {name}", batches.per_core, "images/s per core", limit, "decode, resize", f"{AIM:,}")],
+        lines=[
+            f"{source}, to {size} uint8, {config.data.resize} resizing; crop {config.data.crop}.",
+            "images/s is by the clock, with whatever else the machine does; per core is by this process's CPU time.",
+        ],
+        table=align(rows) + f"\nThe aim is {AIM:,} images/s per core.",
+        config=config.to_dict(),
+    )
