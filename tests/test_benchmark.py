@@ -1,8 +1,16 @@
 """The benchmarks run and say what they measured."""
 
+import contextlib
 import itertools
+import json
 
-from vpm_jax.benchmark import main, measure
+import numpy as np
+import pytest
+from tiny import shrunk
+
+from vpm_jax.benchmark import main, measure, step
+from vpm_jax.benchmark.report import Row
+from vpm_jax.errors import UserError
 
 
 def test_measure_leaves_out_the_warm_up():
@@ -20,3 +28,85 @@ def test_data(monkeypatch, capsys):
         (line,) = (line for line in out.splitlines() if line.startswith(row))
         per_second, per_core = (float(number.replace(",", "")) for number in line[len(row) :].split()[:2])
         assert per_second > 0 and per_core > 0
+
+
+class FakeSide:
+    """A side whose step takes 0.1 s in JAX, 0.2 s in eager and 0.15 s in compiled PyTorch; each turn all slow down."""
+
+    def __init__(self, name: str, seconds: dict[str, float], facts: dict):
+        self.facts, self.offers, self._seconds, self._turns = facts, list(seconds), seconds, 0
+
+    def time(self, what, repetitions):
+        self._turns += what == "step"
+        return dict.fromkeys(("wall", "cpu"), self._seconds[what] * repetitions * self._turns)
+
+    def repetitions(self, what, args):
+        return 3
+
+
+def fake_side(kind, *arguments):
+    if not arguments:
+        return contextlib.nullcontext(FakeSide("", {}, {"platform": "cpu", "device": "the CPU"}))
+    if kind == "jax":
+        facts = {"flops": 4e9, "bytes": 1e9, "limits": {"matmul": 1e10, "copy": 1e9}}
+        return contextlib.nullcontext(FakeSide("JAX", {"step": 0.1, "matmul": 0.2, "copy": 0.05}, facts))
+    seconds = 0.15 if arguments[-1] else 0.2
+    return contextlib.nullcontext(FakeSide("PyTorch", {"step": seconds, "matmul": 0.1}, {}))
+
+
+def test_step_divides_what_it_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(step, "side", fake_side)
+    file = tmp_path / "step.json"
+    main(["step", "--against=torch", "--batch=8", "--rounds=3", f"--json={file}"])
+    rows = {
+        (r["name"], r["limit_is"].split()[0] if r["limit_is"] else ""): r for r in json.loads(file.read_text())["rows"]
+    }
+    # The second of three turns, twice as slow as said: 0.2 s for 8 images; the ratio is that of the faster PyTorch.
+    ours = rows["step float32: JAX", "matmul"]
+    assert ours["value"] == pytest.approx(8 / 0.2)
+    assert ours["limit"] == pytest.approx(8 * (1e10 / 0.1) / 4e9)  # PyTorch's product is the faster
+    assert rows["step float32: JAX", "roofline,"]["limit"] == pytest.approx(8 * (1e9 / 0.05) / 1e9)
+    assert rows["step float32: PyTorch, eager", "matmul"]["value"] == pytest.approx(8 / 0.4)
+    assert rows["step float32: JAX / PyTorch, compiled", ""]["value"] == pytest.approx(1.5)
+    assert "step float32: JAX" in capsys.readouterr().out
+
+
+def test_step_says_why_torch_was_not_compiled(monkeypatch, capsys):
+    def no_compiler(kind, *arguments):
+        if kind == "torch" and arguments[-1]:
+            raise UserError("no compiler here")
+        return fake_side(kind, *arguments)
+
+    monkeypatch.setattr(step, "side", no_compiler)
+    main(["step", "--against=torch", "--batch=8"])
+    out = capsys.readouterr().out
+    assert "no compiler here" in out and "JAX / PyTorch, eager" in out and "PyTorch, compiled" not in out
+
+
+def test_steps_batch_is_one_that_training_draws():
+    config = step.fixed(shrunk("market"))
+    batch = step.random_batch(config, 8)
+    assert batch["image"].shape == (8, 64, 32, 3) and batch["image"].dtype == np.uint8
+    identities, counts = np.unique(batch["identity"], return_counts=True)
+    assert len(identities) > 1 and counts.min() > 1 and identities.max() < config.model.num_identities
+    assert not batch["visible"].all() and batch["visible"].any(axis=1).all()
+    for labels, visible in zip(batch["labels"], batch["visible"], strict=True):
+        assert set(np.unique(labels)) == set(np.flatnonzero(visible))
+
+
+@pytest.mark.parametrize(("arguments", "named"), [(["--batch=1"], "--batch"), (["--dtype=float16"], "--dtype")])
+def test_step_refuses_what_it_cannot_measure(monkeypatch, arguments, named):
+    monkeypatch.setattr(step, "side", fake_side)
+    with pytest.raises(UserError, match=named):
+        main(["step", *arguments])
+
+
+def test_a_share_of_a_time_is_the_limit_over_it():
+    assert Row("", 4.0, "s", 2.0).share == 0.5 and Row("", 2.0, "images/s", 4.0).share == 0.5
+
+
+@pytest.mark.slow  # compiles in processes of their own
+def test_step_runs(capsys):
+    config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=18"]
+    main(["step", "--batch=8", "--rounds=2", "--steps=1", "--dtype=float32", "--config.model.grid=(3,1)", *config])
+    assert "step float32: JAX" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The training step: images/s beside the machine's matmul and memory limits, and PyTorch's.
+"""The training step: images/s beside what the machine's matrix products and memory allow, and PyTorch's.
 
 Compiled, with donated state and a random batch on one device, as training runs it. Each side runs in a process of its
 own, so that neither's threads nor memory are the other's, and they take turns.
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {args.dtype}: expected float32, bfloat16 or float32,bfloat16.")
-    report = Report(rows=[], device=here["device"], config=config.to_dict())
+    report = Report(rows=[], device="" if here["platform"] == "cpu" else here["device"], config=config.to_dict())
     m, (images, height, width, _) = config.model, batch["image"].shape
     report.lines.append(
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch; "
@@ -165,20 +165,12 @@ def add_rates(
         report.rows.append(Row(f"step {dtype}: {name}", images / median(seconds), "images/s", limit, limit_is))
     if limit and accessed:
         report.lines.append(
-            f"{dtype}: the compiled step computes {flops / 1e9:,.4g} GFLOP and accesses {accessed / 1e9:,.4g} GB, caches "
-            f"not counted; memory moves {bandwidth / 1e9:,.4g} GB/s (a copy). The roofline is the lesser of both limits."
+            f"{dtype}: the compiled step computes {flops / 1e9:,.4g} GFLOP and accesses {accessed / 1e9:,.4g} GB (no "
+            f"cache counted); a copy moves {bandwidth / 1e9:,.4g} GB/s. The roofline is the lesser of the two limits."
         )
-        by_bytes = images * bandwidth / accessed
-        rate = report.rows[-len(step_times)].value
-        report.rows.append(
-            Row(
-                f"step {dtype}: JAX",
-                rate,
-                "images/s",
-                min(limit, by_bytes),
-                f"roofline, {'bytes' if by_bytes < limit else 'FLOPs'}",
-            )
-        )
+        by_bytes, rate = images * bandwidth / accessed, images / median(step_times["JAX"])
+        which = "roofline, bytes" if by_bytes < limit else "roofline, FLOPs"
+        report.rows.append(Row(f"step {dtype}: JAX", rate, "images/s", min(limit, by_bytes), which))
 
 
 # ---- Processes -------------------------------------------------------------------------------------------
