@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Gallery features on the device at a time; queries take a quarter of it. Large enough for matrix products at
 # full speed (Market-1501 with 6 x 2048 floats: chunks of 2,500 x 600 images), small beside the features themselves.
@@ -16,7 +18,21 @@ CHUNK_BYTES = 128 * 2**20
 # Where |q - g|^2 falls below this share of |q|^2 + |g|^2 the float32 expansion has lost too many digits.
 NEAR = 1e-3
 
+# Candidates that `top_k` keeps beyond k, so that one reading of the gallery nearly always proves its answer.
+SPARE = 16
+FARTHEST = np.finfo(np.float32).max
+
 Features = np.ndarray | jax.Array  # or anything that has a shape and gives such rows for a slice
+
+
+class Gallery(Protocol):
+    """What `vpm_jax.store.Store` is: features [G, P, C] that give rows for slices and indices, visibility [G, P]."""
+
+    @property
+    def features(self) -> Any: ...
+
+    @property
+    def visibility(self) -> np.ndarray: ...
 
 
 def match_visibility(visibility: np.ndarray, mode: str, cells: float = 1.0) -> np.ndarray:
@@ -188,9 +204,12 @@ def _prepare(features: jax.Array, weight: jax.Array, centre: jax.Array) -> tuple
     return x, jnp.sum(x * x, axis=-1), weight.T
 
 
-@partial(jax.jit, static_argnames="squared")
-def _block(query: tuple, gallery: tuple, squared: bool) -> tuple[jax.Array, jax.Array]:
-    """Distances [q, g] of two chunks, and the pairs bool [q, g] that want more digits; one region at a time."""
+@partial(jax.jit, static_argnames=("squared", "slack"))
+def _block(query: tuple, gallery: tuple, squared: bool, slack: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Distances [q, g] of two chunks, and the pairs bool [q, g] that want more digits; one region at a time.
+
+    `slack` is taken off the squared local distances, as a share of |q|^2 + |g|^2.
+    """
     (q, q_norm, q_weight), (g, g_norm, g_weight) = query, gallery
 
     def add_region(i, sums):
@@ -198,7 +217,7 @@ def _block(query: tuple, gallery: tuple, squared: bool) -> tuple[jax.Array, jax.
         weight = q_weight[i][:, None] * g_weight[i][None, :]
         norms = q_norm[i][:, None] + g_norm[i][None, :]
         # HIGHEST: the default is bfloat16 products on TPU and TF32 on GPU, far too coarse for this difference.
-        local = norms - 2 * jnp.matmul(q[i], g[i].T, precision=jax.lax.Precision.HIGHEST)
+        local = norms * (1 - slack) - 2 * jnp.matmul(q[i], g[i].T, precision=jax.lax.Precision.HIGHEST)
         near |= (weight > 0) & (local < NEAR * norms)
         local = jnp.maximum(local, 0)
         return total + weight * (local if squared else jnp.sqrt(local)), weights + weight, near
@@ -227,3 +246,163 @@ def _recompute(
         weight = q_weight[i] * g_weight[j]
         total = (weight * (local if squared else np.sqrt(local))).sum(axis=1)
         distance[i, j] = total / weight.sum(axis=1)
+
+
+def top_k(
+    query_features: Features,
+    query_visibility: Features,
+    gallery: Gallery | tuple[Any, np.ndarray],
+    k: int,
+    squared: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest gallery images of every query by Eq. 4, exactly, for galleries far larger than memory.
+
+    The gallery is read once, in chunks shared out over the devices, which keep the candidates: the k + SPARE images
+    with the smallest lower bounds of the distance. The bound is the float32 distance less what rounding can add to it
+    (Higham and Mary's probabilistic bound, SIAM J. Sci. Comput. 2019). Candidates are then compared by their distances
+    in float64. Where the k-th of these is below every bound that was left out, nothing nearer was missed; for the
+    queries where that cannot be said (more images than SPARE as far away as the k-th, to the last digits), the gallery
+    is read again with four times the candidates. Beyond the inputs, about 4 * CHUNK_BYTES are needed.
+
+    Args:
+      query_features: [Q, P, C], of any float type, used as given.
+      query_visibility: [Q, P], not negative; see `match_visibility`.
+      gallery: a `vpm_jax.store.Store`, or (features [G, P, C], visibility [G, P]), where features may be anything that
+        has a shape and gives rows for a slice and for an array of indices.
+      k: how many.
+      squared: weigh squared local distances.
+      devices: where to compute (default: all of this process). Any number gives the same answers.
+
+    Returns:
+      (distance float32 [Q, k], index int64 [Q, k]), nearest first, equal distances in gallery order; a pair that shares
+      no region is +inf far. k is that of the arguments, or G if the gallery is smaller.
+
+    Raises:
+      ValueError: for k below 1, and as `region_distance`.
+    """
+    features, visibility = gallery if isinstance(gallery, tuple) else (gallery.features, gallery.visibility)
+    if k < 1:
+        raise ValueError(f"k is {k}, expected at least 1")
+    _check_shapes(query_features, query_visibility, features, visibility)
+    query_weight = _checked_visibility(query_visibility, "query")
+    gallery_weight = _checked_visibility(visibility, "gallery")
+    queries, k = len(query_weight), min(k, len(gallery_weight))
+    distance, index = np.empty((queries, k), np.float32), np.empty((queries, k), np.int64)
+    if not distance.size:
+        return distance, index
+
+    centre = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
+    mesh = Mesh(np.array(devices or jax.local_devices()), ("gallery",))
+    todo = [(np.arange(queries), k + SPARE)]
+    while todo:
+        rows, kept = todo.pop()
+        kept = min(kept, len(gallery_weight))
+        # Queries at a time: by the memory of their features, and of the pairs with a chunk or with the candidates.
+        size = max(1, CHUNK_BYTES // 4 // max(4 * centre.size, 4 * _chunk_size(centre.size), 32 * kept))
+        if len(rows) > size:
+            todo += [(rows[start : start + size], kept) for start in range(0, len(rows), size)]
+            continue
+        query = np.asarray(query_features[rows])
+        bound, candidates = _scan((query, query_weight[rows]), (features, gallery_weight), centre, kept, squared, mesh)
+        exact = _exact((query, query_weight[rows]), (features, gallery_weight), candidates, squared)
+        order = np.lexsort((candidates, exact))[:, :k]
+        distance[rows], index[rows] = (np.take_along_axis(x, order, axis=1) for x in (exact, candidates))
+        last = distance[rows, -1]
+        # Nothing is nearer than +inf that is not a candidate, and those +inf far came first in the gallery.
+        unsure = ~((last < bound[:, -1]) | np.isinf(last))
+        if kept < len(gallery_weight) and unsure.any():
+            todo.append((rows[unsure], 4 * kept))
+    return distance, index
+
+
+def _chunk_size(width: int) -> int:
+    """Gallery images at a time, of `width` numbers each."""
+    return max(1, CHUNK_BYTES // 2 // (4 * width))
+
+
+def _scan(
+    query: tuple[np.ndarray, np.ndarray],
+    gallery: tuple[Any, np.ndarray],
+    centre: np.ndarray,
+    kept: int,
+    squared: bool,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `kept` smallest lower bounds of each query, increasing, and their gallery images: [q, kept] each."""
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("gallery",)))
+    features, weight = gallery
+    prepared = _prepare(*query, centre)
+    bad = np.flatnonzero(~np.isfinite(np.asarray(prepared[1])).all(axis=0))
+    if len(bad):
+        raise ValueError(f"the features of query image {bad[0]} are not finite, or overflow when squared")
+    prepared, centre = jax.device_put((prepared, centre), everywhere)
+    count = -(-len(weight) // _chunk_size(centre.size))
+    size = -(-len(weight) // count)
+    size += -size % mesh.size
+    shape = (mesh.size, len(query[0]), kept)
+    none = np.iinfo(np.int32).max
+    state = (np.full(shape, np.inf, np.float32), np.full(shape, none, np.int32), np.full(mesh.size, none, np.int32))
+    state = jax.device_put(state, split)
+    scan_chunk = _scanner(mesh, squared)
+    for start in range(0, len(weight), size):
+        chunk, chunk_weight = np.asarray(features[start : start + size]), weight[start : start + size]
+        if padding := size - len(chunk):
+            chunk = np.pad(chunk, ((0, padding), (0, 0), (0, 0)))
+            chunk_weight = np.pad(chunk_weight, ((0, padding), (0, 0)))
+        before = state
+        state = scan_chunk(state, prepared, *jax.device_put((chunk, chunk_weight), split), centre, np.int32(start))
+        jax.block_until_ready(before)  # read one chunk ahead of the devices, no more
+    bound, index, broken = (np.asarray(x) for x in state)
+    if broken.min() < none:
+        raise ValueError(f"the features of gallery image {broken.min()} are not finite, or overflow when squared")
+    bound, index = (np.moveaxis(x, 0, 1).reshape(len(query[0]), -1) for x in (bound, index))
+    order = np.lexsort((index, bound))[:, :kept]
+    bound = np.where(bound == FARTHEST, np.inf, bound)
+    return np.take_along_axis(bound, order, axis=1), np.take_along_axis(index, order, axis=1).astype(np.int64)
+
+
+@lru_cache
+def _scanner(mesh: Mesh, squared: bool) -> Any:
+    """A compiled step of `_scan`: each device adds its part of a chunk to the candidates that it keeps."""
+
+    def scan(state, query, features, weight, centre, start):
+        bound, index, broken = (x[0] for x in state)
+        gallery = _prepare(features, weight, centre)
+        length, kept = len(features), bound.shape[1]
+        # Errors of a sum of C products, in units of the rounding error: 4 sqrt(C) is four times what they add up to.
+        slack = (16 + 4 * features.shape[-1] ** 0.5) * 2.0**-24
+        lowest = _block(query, gallery, squared, slack)[0] * (1 - 1e-5)  # as do those of the P terms of Eq. 4
+        # Pairs without a shared region come before what is no pair at all, and after all others.
+        lowest, at = jax.lax.top_k(-jnp.minimum(lowest, FARTHEST), min(kept, length))
+        first = start + jax.lax.axis_index("gallery") * length
+        # Of equals, top_k takes the first: candidates so far, then this chunk's in their order.
+        lowest, which = jax.lax.top_k(jnp.concatenate([-bound, lowest], axis=1), kept)
+        index = jnp.concatenate([index, first + at.astype(jnp.int32)], axis=1)
+        finite = jnp.isfinite(gallery[1]).all(axis=0)
+        wrong = jnp.where(finite, broken, first + jnp.arange(length, dtype=jnp.int32))
+        return -lowest[None], jnp.take_along_axis(index, which, axis=1)[None], jnp.minimum(broken, wrong.min())[None]
+
+    on_each, same = PartitionSpec("gallery"), PartitionSpec()
+    in_specs = (on_each, same, on_each, on_each, same, same)
+    return jax.jit(jax.shard_map(scan, mesh=mesh, in_specs=in_specs, out_specs=on_each, check_vma=False))
+
+
+def _exact(
+    query: tuple[np.ndarray, np.ndarray], gallery: tuple[Any, np.ndarray], index: np.ndarray, squared: bool
+) -> np.ndarray:
+    """Eq. 4 of every query and each of its candidates, index [q, n], in float64: float32 [q, n]."""
+    (q, q_weight), (features, g_weight) = query, gallery
+    distance = np.empty(index.shape, np.float32)
+    step = max(1, 2**20 // q[0].size)  # pairs at a time: some MiB
+    for row, candidates in enumerate(index):
+        for start in range(0, len(candidates), step):
+            part = candidates[start : start + step]
+            difference = np.asarray(features[part]).astype(np.float64) - q[row].astype(np.float64)
+            local = np.einsum("npc,npc->np", difference, difference)
+            weight = (q_weight[row] * g_weight[part]).astype(np.float64)
+            weights = weight.sum(axis=1)
+            total = (weight * (local if squared else np.sqrt(local))).sum(axis=1)
+            near = np.divide(total, weights, out=np.full(len(part), np.inf), where=weights > 0)
+            distance[row, start : start + step] = near
+    return distance
