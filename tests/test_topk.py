@@ -53,7 +53,7 @@ def counted(monkeypatch):
     kept, scan = [], matching._scan
 
     def counting(*args):
-        kept.append(args[3])
+        kept.append(args[2])
         return scan(*args)
 
     monkeypatch.setattr(matching, "_scan", counting)
@@ -181,7 +181,8 @@ def test_what_is_refused(monkeypatch):
     broken[77, 2, 3] = np.nan
     with pytest.raises(ValueError, match="features of gallery image 77 are not finite"):
         top_k(q, q_weight, (broken, g_weight), K)
-    broken = q.copy()
-    broken[4] = 1e30
-    with pytest.raises(ValueError, match="features of query image 4 are not finite"):
-        top_k(broken, q_weight, (g, g_weight), K)
+    for value in (np.nan, 1e30):
+        broken = q.copy()
+        broken[4] = value
+        with pytest.raises(ValueError, match="features of query image 4 are not finite"):
+            top_k(broken, q_weight, (g, g_weight), K)

@@ -292,20 +292,23 @@ def top_k(
     if not distance.size:
         return distance, index
 
-    centre = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
+    width = int(np.prod(np.shape(features)[1:]))
     mesh = Mesh(np.array(devices or jax.local_devices()), ("gallery",))
     todo = [(np.arange(queries), k + SPARE)]
     while todo:
         rows, kept = todo.pop()
         kept = min(kept, len(gallery_weight))
         # Queries at a time: by the memory of their features, and of the pairs with a chunk or with the candidates.
-        size = max(1, CHUNK_BYTES // 4 // max(4 * centre.size, 4 * _chunk_size(centre.size), 32 * kept))
+        size = max(1, CHUNK_BYTES // 4 // max(4 * width, 4 * _chunk_size(width), 32 * kept))
         if len(rows) > size:
             todo += [(rows[start : start + size], kept) for start in range(0, len(rows), size)]
             continue
-        query = np.asarray(query_features[rows])
-        bound, candidates = _scan((query, query_weight[rows]), (features, gallery_weight), centre, kept, squared, mesh)
-        exact = _exact((query, query_weight[rows]), (features, gallery_weight), candidates, squared)
+        query = np.asarray(query_features[rows], np.float32), query_weight[rows]
+        bad = np.flatnonzero(~np.isfinite(4 * np.einsum("qpc,qpc->q", query[0], query[0])))
+        if len(bad):
+            raise ValueError(f"the features of query image {rows[bad[0]]} are not finite, or overflow when squared")
+        bound, candidates = _scan(query, (features, gallery_weight), kept, squared, mesh)
+        exact = _exact(query, (features, gallery_weight), candidates, squared)
         order = np.lexsort((candidates, exact))[:, :k]
         distance[rows], index[rows] = (np.take_along_axis(x, order, axis=1) for x in (exact, candidates))
         last = distance[rows, -1]
@@ -324,7 +327,6 @@ def _chunk_size(width: int) -> int:
 def _scan(
     query: tuple[np.ndarray, np.ndarray],
     gallery: tuple[Any, np.ndarray],
-    centre: np.ndarray,
     kept: int,
     squared: bool,
     mesh: Mesh,
@@ -332,11 +334,8 @@ def _scan(
     """The `kept` smallest lower bounds of each query, increasing, and their gallery images: [q, kept] each."""
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("gallery",)))
     features, weight = gallery
-    prepared = _prepare(*query, centre)
-    bad = np.flatnonzero(~np.isfinite(np.asarray(prepared[1])).all(axis=0))
-    if len(bad):
-        raise ValueError(f"the features of query image {bad[0]} are not finite, or overflow when squared")
-    prepared, centre = jax.device_put((prepared, centre), everywhere)
+    centre = query[0].mean(axis=0)  # any common origin leaves distances as they are
+    prepared, centre = jax.device_put((_prepare(*query, centre), centre), everywhere)
     count = -(-len(weight) // _chunk_size(centre.size))
     size = -(-len(weight) // count)
     size += -size % mesh.size
