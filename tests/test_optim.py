@@ -13,6 +13,7 @@ from tiny import recipe
 
 from vpm_jax import optim
 from vpm_jax.config import default, stage
+from vpm_jax.data.sampling import schedule
 from vpm_jax.train import resolve
 
 
@@ -25,16 +26,24 @@ class Market:
         return 12936
 
 
+def total_steps(config):
+    return schedule(config)[-1].end_step
+
+
+def stage_starts(config):
+    return [stage.first_step for stage in schedule(config)]
+
+
 def schedules(config):
     """(learning rate, triplet weight) of every step, and one step beyond."""
-    steps = jnp.arange(optim.total_steps(config) + 1)
-    return (np.asarray(jax.vmap(schedule(config))(steps)) for schedule in (optim.learning_rate, optim.triplet_weight))
+    steps = jnp.arange(total_steps(config) + 1)
+    return (np.asarray(jax.vmap(one(config))(steps)) for one in (optim.learning_rate, optim.triplet_weight))
 
 
 def test_market_trains_50_epochs_of_202_steps_and_80_of_93():
     config = resolve(recipe("market"), Market())
-    assert optim.total_steps(config) == 50 * 202 + 80 * 93
-    assert optim.stage_starts(config) == [0, 50 * 202]
+    assert total_steps(config) == 50 * 202 + 80 * 93
+    assert stage_starts(config) == [0, 50 * 202]
     rate, triplet = schedules(config)
     high1, low1, high2 = 30 * 202, 20 * 202, 30 * 93
     low2 = 50 * 93 + 1
@@ -44,7 +53,7 @@ def test_market_trains_50_epochs_of_202_steps_and_80_of_93():
 
 def test_market_released_trains_130_epochs_of_93_steps():
     config = resolve(recipe("market_released"), Market())
-    assert optim.total_steps(config) == 130 * 93 and optim.stage_starts(config) == [0]
+    assert total_steps(config) == 130 * 93 and stage_starts(config) == [0]
     rate, triplet = schedules(config)
     np.testing.assert_allclose(rate, [0.1] * 80 * 93 + [0.02] * (50 * 93 + 1), rtol=1e-6)
     np.testing.assert_array_equal(triplet, 3)
@@ -55,7 +64,7 @@ def test_small_warms_up_and_follows_a_cosine():
     # What is tuned may change here; the shape may not.
     epochs, warmup, start = (config.stage2[key] for key in ("epochs", "warmup_epochs", "triplet_start"))
     peak, weight = config.stage2.learning_rate, config.stage2.triplet_weight
-    assert optim.total_steps(config) == epochs * 93 and warmup > 0 and 0 < start < epochs
+    assert total_steps(config) == epochs * 93 and warmup > 0 and 0 < start < epochs
     rate, triplet = schedules(config)
     steps = np.arange(epochs * 93 + 1)
     cosine = peak * (1 + np.cos(np.pi * steps / (epochs * 93))) / 2
@@ -74,7 +83,7 @@ def sgd_config(nesterov):
     config.optim.weight_decay = 0.05
     config.stage1 = stage(epochs=2, steps_per_epoch=2, learning_rate=0.1, decay_epochs=(1,))
     config.stage2 = stage(epochs=5, steps_per_epoch=1, learning_rate=0.2, decay_epochs=(3,), decay=0.5)
-    assert optim.total_steps(config) == STEPS and optim.stage_starts(config)[1] == BOUNDARY
+    assert total_steps(config) == STEPS and stage_starts(config)[1] == BOUNDARY
     return config
 
 

@@ -1,6 +1,7 @@
 """Optimiser and schedules: SGD with Nesterov momentum and coupled weight decay, in one or two stages.
 
-Everything is a function of the step, so that both stages are one compiled training step.
+Everything is a function of the step, so that both stages are one compiled training step. Configs are resolved ones
+(`train.resolve`), whose stages have their steps per epoch.
 """
 
 from __future__ import annotations
@@ -13,30 +14,19 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from vpm_jax.data.sampling import schedule
+
 Schedule = Callable[[Any], Any]
 
 
-def stages(config: ConfigDict) -> list[ConfigDict]:
-    """The stages that train at all, in order."""
-    return [s for s in (config.stage1, config.stage2) if s.epochs > 0]
+def _starts(config: ConfigDict) -> list[int]:
+    """The first step of each stage but the first."""
+    return [stage.first_step for stage in schedule(config)[1:]]
 
 
-def total_steps(config: ConfigDict) -> int:
-    """Steps of the whole training; needs resolved steps_per_epoch."""
-    return sum(s.epochs * s.steps_per_epoch for s in stages(config))
-
-
-def stage_starts(config: ConfigDict) -> list[int]:
-    """The first step of each stage."""
-    starts, step = [], 0
-    for s in stages(config):
-        starts.append(step)
-        step += s.epochs * s.steps_per_epoch
-    return starts
-
-
-def _join(parts: list[Schedule], config: ConfigDict) -> Schedule:
-    return optax.join_schedules(parts, stage_starts(config)[1:])
+def _join(one: Callable[[ConfigDict], Schedule], config: ConfigDict) -> Schedule:
+    """The schedule of each stage, counted from its first step, one after the other."""
+    return optax.join_schedules([one(config[stage.name]) for stage in schedule(config)], _starts(config))
 
 
 def learning_rate(config: ConfigDict) -> Schedule:
@@ -55,7 +45,7 @@ def learning_rate(config: ConfigDict) -> Schedule:
             return main
         return lambda step: main(step) * jnp.minimum((step + 1) / warmup, 1)
 
-    return _join([one(s) for s in stages(config)], config)
+    return _join(one, config)
 
 
 def triplet_weight(config: ConfigDict) -> Schedule:
@@ -65,7 +55,7 @@ def triplet_weight(config: ConfigDict) -> Schedule:
         start = int(s.triplet_start * s.steps_per_epoch)
         return lambda step: jnp.where(step >= start, s.triplet_weight, 0.0)
 
-    return _join([one(s) for s in stages(config)], config)
+    return _join(one, config)
 
 
 class RestartState(NamedTuple):
@@ -102,7 +92,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     sgd = optax.chain(optax.add_decayed_weights(o.weight_decay), optax.trace(o.momentum, o.nesterov))
     return optax.chain(
-        restart(sgd, stage_starts(config)[1:]),
+        restart(sgd, _starts(config)),
         optax.stateless(multiply),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

@@ -227,8 +227,8 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
 
 def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     """The result of a run that has finished in its workdir."""
-    from vpm_jax import optim
     from vpm_jax.checkpoints import Checkpoints
+    from vpm_jax.data.sampling import schedule
 
     workdir = workdirs / run.name
     evaluation = json.loads((workdir / "evaluation.json").read_text())
@@ -238,7 +238,7 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     assert config is not None
     with Checkpoints(workdir, keep=0) as checkpoints:
         seconds = checkpoints.meta()["seconds"]
-    images = optim.total_steps(config) * config.stage2.identities * config.stage2.images_per_identity
+    images = sum(stage.steps * stage.batch for stage in schedule(config))
     rates = [record["images_per_second"] for record in estimate.records(workdir)]
     return results.record(run, evaluation, experiments.fingerprint(config), images, seconds, median(rates))
 

@@ -52,9 +52,10 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     parallel.prepare_backend()
     import jax
 
-    from vpm_jax import evaluate, models, optim, plots, step
+    from vpm_jax import evaluate, models, plots, step
     from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.pipeline import train_batches
+    from vpm_jax.data.sampling import schedule
     from vpm_jax.data.sources import load_dataset
 
     # ---- What the workdir holds already ----------------------------------------------------------------
@@ -90,7 +91,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         state = step.new_state(config, pretrained.apply_to(variables, backbone))
-    total, steps = optim.total_steps(config), 0
+    total, steps = schedule(config)[-1].end_step, 0
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(
         f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
@@ -238,11 +239,10 @@ def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
 
 def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
     """(number of finished steps within the stage, the stage) after `steps` finished steps."""
-    from vpm_jax import optim
+    from vpm_jax.data.sampling import schedule, stage_at
 
-    starts, active = optim.stage_starts(config), optim.stages(config)
-    number = max(i for i, start in enumerate(starts) if start < max(steps, 1))
-    return steps - starts[number], active[number]
+    stage = stage_at(schedule(config), max(steps, 1) - 1)
+    return steps - stage.first_step, config[stage.name]
 
 
 def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:

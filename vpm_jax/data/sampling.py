@@ -75,11 +75,16 @@ def _pass_order(seed: int, stage: int, number: int, count: int) -> np.ndarray:
     return order
 
 
-def schedule(config: ConfigDict, num_images: int, num_identities: int) -> tuple[Stage, ...]:
+def schedule(config: ConfigDict, num_images: int | None = None, num_identities: int | None = None) -> tuple[Stage, ...]:
     """The stages that have epochs, in order, with the steps of an epoch resolved.
 
     Where `steps_per_epoch` is 0 an epoch is one pass: images // batch steps of a "plain" stage,
     identities // stage.identities of a "pk" stage (751 // 8 = 93), at least one.
+
+    Args:
+      config: the experiment's.
+      num_images, num_identities: of the training set. A resolved config, whose `steps_per_epoch` are set, needs
+        none; of another, an epoch is one step without them.
 
     Raises:
       UserError: if a value is out of range, the batches of the stages differ, no stage has an epoch,
@@ -102,13 +107,15 @@ def schedule(config: ConfigDict, num_images: int, num_identities: int) -> tuple[
                 f"config.{name} has batches of {values.identities} x {values.images_per_identity} images, "
                 "expected at least 1 x 1."
             )
-        if values.sampling == "pk" and values.identities > num_identities:
+        if values.sampling == "pk" and num_identities is not None and values.identities > num_identities:
             raise UserError(
                 f"config.{name}.identities is {values.identities}, but the training set has {num_identities}: "
                 "lower it or use more data."
             )
         batch = values.identities * values.images_per_identity
-        one_pass = num_images // batch if values.sampling == "plain" else num_identities // values.identities
+        one_pass = (num_identities or 0) // values.identities
+        if values.sampling == "plain":
+            one_pass = (num_images or 0) // batch
         stage = Stage(
             name=name,
             index=index,
