@@ -26,7 +26,7 @@ def figures(monkeypatch):
 
 
 def panel(figure, title):
-    return next(axes for axes in figure.axes if axes.get_title() == title)
+    return next(axes for axes in figure.axes if title in (axes.get_title(), axes.get_title(loc="left")))
 
 
 def curves(axes):
@@ -41,11 +41,32 @@ def test_gamma_curves(tmp_path, figures):
     plots.gamma_curves(tmp_path / "gamma.png", results, "a recipe", chance=0.01)
     assert curves(panel(figures[0], "rank-1"))["VPM"] == ([0.5, 1.0], [0.2, 0.7])
     assert curves(panel(figures[0], "mAP"))["VPM"] == ([0.5, 1.0], [0.1, 0.5])
-    assert "chance (1 %)" in curves(panel(figures[0], "rank-1"))
-    assert "chance (1 %)" not in curves(panel(figures[0], "mAP"))
-    assert Image.open(tmp_path / "gamma.png").size == (1280, 576)
+    assert "chance (1%)" in curves(panel(figures[0], "rank-1"))
+    assert "chance (1%)" not in curves(panel(figures[0], "mAP"))
+    assert Image.open(tmp_path / "gamma.png").size == (1376, 624)
     plots.gamma_curves(tmp_path / "gamma.svg", results, "a recipe")
     assert "<svg" in (tmp_path / "gamma.svg").read_text()[:2000]
+
+
+def test_gamma_curves_beside_the_papers(tmp_path, figures):
+    values = {0.5: {"rank-1": 0.4, "mAP": 0.3}, 1.0: {"rank-1": 0.6, "mAP": 0.5}}
+    results = {"baseline": values, "p = 2": values, "p = 8": values}
+    spread = {"p = 2": {0.5: {"rank-1": 0.1, "mAP": 0.0}, 1.0: {"rank-1": 0.05, "mAP": 0.0}}}
+    published = {"p = 8": {0.5: {"rank-1": 0.7, "mAP": 0.5}, 0.9: {"rank-1": 0.9}}, "of others": values}
+    plots.gamma_curves(
+        tmp_path / "gamma.png", results, "title", spread=spread, published=published, shades=("p = 2", "p = 8")
+    )
+    axes = panel(figures[0], "rank-1")
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in dashed] == [([0.5, 0.9], [0.7, 0.9])]
+    own = {line.get_label(): line for line in axes.lines}
+    assert (
+        dashed[0].get_color() is own["p = 8"].get_color() and own["p = 8"].get_color() is not own["p = 2"].get_color()
+    )
+    band = axes.collections[0].get_datalim(axes.transData)
+    assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
+    assert "the paper's" in figures[0].legends[0].get_texts()[-1].get_text()
+    assert "40%" in [label.get_text() for label in panel(figures[0], "mAP").get_yticklabels()]
 
 
 def line(step, **changes):
@@ -63,7 +84,7 @@ def test_training_curves(tmp_path, figures):
     np.testing.assert_allclose(loss["total"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
     accuracy = panel(figures[0], "accuracy and shares")
-    np.testing.assert_allclose(curves(accuracy)["identity, mean"], [[1, 2, 3], [0.3] * 3])
+    np.testing.assert_allclose(curves(accuracy)["identity, mean and range of heads"], [[1, 2, 3], [0.3] * 3])
     band = accuracy.collections[0].get_datalim(accuracy.transData)
     assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
     assert "comparable anchors" not in curves(accuracy)
@@ -75,7 +96,7 @@ def test_training_curves_of_little(tmp_path, figures):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5, "loss": 2.0, "accuracy_identity": 0.5, "learning_rate": 0.0, "note": "x"}\n')
     plots.training_curves(tmp_path / "training.png", path)
-    assert curves(panel(figures[0], "accuracy and shares"))["identity, mean"] == ([5], [0.5])
+    assert curves(panel(figures[0], "accuracy and shares"))["identity, mean and range of heads"] == ([5], [0.5])
     path.write_text("nothing\n[1]\n{}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl holds no line with a step"):
         plots.training_curves(tmp_path / "training.png", path)
@@ -87,20 +108,31 @@ def test_running_mean():
     np.testing.assert_allclose(plots._running_mean(values, 5), expected)
 
 
-@pytest.mark.parametrize(("count", "regions"), [(1, 3), (6, 4), (2, 14)])
-def test_region_maps(tmp_path, figures, count, regions):
+@pytest.mark.parametrize(("count", "grid"), [(1, (3, 1)), (6, (4, 1)), (2, (14, 1)), (3, (3, 2))])
+def test_region_maps(tmp_path, figures, count, grid):
+    regions = grid[0] * grid[1]
     prob = np.random.default_rng(0).dirichlet(np.ones(regions), (count, 8, 2))
     images = np.full((count, 32, 16, 3), 128, np.uint8)
-    plots.region_maps(tmp_path / "regions.png", images, prob, prob.sum((1, 2)))
-    drawn = [axes for axes in figures[0].axes if axes.axison]
-    assert len(drawn) == count
-    np.testing.assert_allclose([bar.get_width() for bar in drawn[-1].patches], prob[-1].sum((0, 1)))
-    # The overlay shows each cell in the colour of its most probable region's bar.
-    overlays = [axes.images[1].get_array() for axes in figures[0].axes if len(axes.images) == 2]
-    colours = np.array([bar.get_facecolor()[:3] for bar in drawn[0].patches])
+    captions = [f"picture {i}" for i in range(count)]
+    plots.region_maps(tmp_path / "regions.png", images, prob, prob.sum((1, 2)), grid, captions)
+    *bars, key = [axes for axes in figures[0].axes if axes.axison]
+    assert len(bars) == count
+    np.testing.assert_allclose([bar.get_width() for bar in bars[-1].patches], prob[-1].sum((0, 1)))
+    assert [text.get_text() for text in bars[-1].texts] == [f"{score:.0f}" for score in prob[-1].sum((0, 1))]
+    # The overlay shows each cell in the colour of its most probable region's bar, and so does the key.
+    overlays = [axes for axes in figures[0].axes if len(axes.images) == 2]
+    colours = np.array([bar.get_facecolor()[:3] for bar in bars[0].patches])
     assert len({tuple(colour) for colour in colours}) == regions
-    np.testing.assert_allclose(overlays[0][..., :3], colours[prob[0].argmax(-1)])
-    assert Image.open(tmp_path / "regions.png").size[0] == round(496 * min(count, 4))
+    best = prob[0].argmax(-1)
+    np.testing.assert_allclose(overlays[0].images[1].get_array()[..., :3], colours[best])
+    np.testing.assert_allclose(key.images[0].get_array(), colours.reshape(*grid, 3))
+    assert [text.get_text() for text in key.texts] == [str(i) for i in range(regions)]
+    # A line between each two neighbouring cells of different regions, one cell (4 or 8 pixels) long.
+    lines = [np.array(line) for line in overlays[0].collections[0].get_segments()]
+    assert len(lines) == (best[1:] != best[:-1]).sum() + (best[:, 1:] != best[:, :-1]).sum()
+    assert {tuple(np.ptp(line, axis=0)) for line in lines} <= {(8.0, 0.0), (0.0, 4.0)}
+    assert {axes.get_title(loc="left") for axes in figures[0].axes} >= set(captions)
+    assert Image.open(tmp_path / "regions.png").size[0] == 496 * min(count, 4) + 144
 
 
 def test_region_maps_names_the_shapes():

@@ -15,19 +15,29 @@ from typing import IO, Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; yellow left out, too faint for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+_LEGEND: Any = dict(frameon=False, fontsize=8, borderpad=0.2, handlelength=1.4, columnspacing=1.0, handletextpad=0.5)
+
+
+Curves = Mapping[str, Mapping[float, Mapping[str, float]]]  # {method: {gamma: {"rank-1": ..., "mAP": ...}}}
 
 
 def gamma_curves(
     path: str | Path | IO[bytes],
-    results: Mapping[str, Mapping[float, Mapping[str, float]]],
+    results: Curves,
     title: str,
     chance: float | None = None,
+    *,
+    spread: Curves | None = None,
+    published: Curves | None = None,
+    shades: Sequence[str] = (),
 ) -> None:
     """Rank-1 and mAP of every method against gamma, the kept area ratio, side by side.
 
@@ -36,33 +46,63 @@ def gamma_curves(
       results: {method: {gamma: {"rank-1": ..., "mAP": ...}}}, as fractions in [0, 1].
       title: recipe and protocol.
       chance: the rank-1 of random rankings, drawn as a line.
+      spread: of the same form, what is drawn as a band of so much below and above.
+      published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's colour.
+      shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colours.
     """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
+    colours = _method_colours(list(results), shades)
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
         for index, (name, by_gamma) in enumerate(results.items()):
             gammas = sorted(by_gamma)
+            values = np.array([by_gamma[gamma][metric] for gamma in gammas])
+            if spread and (widths := spread.get(name)):
+                width = np.array([widths.get(gamma, {}).get(metric, 0.0) for gamma in gammas])
+                axes.fill_between(gammas, values - width, values + width, color=colours[name], alpha=0.18, linewidth=0)
             axes.plot(
                 gammas,
-                [by_gamma[gamma][metric] for gamma in gammas],
-                color=COLOURS[index % len(COLOURS)],
+                values,
+                color=colours[name],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=5,
                 linewidth=1.8,
                 label=name,
             )
+            theirs = [(g, v[metric]) for g, v in sorted((published or {}).get(name, {}).items()) if metric in v]
+            if theirs:
+                axes.plot(*zip(*theirs, strict=True), color=colours[name], linewidth=0.9, linestyle=(0, (4, 2)))
         if chance is not None and metric == "rank-1":
-            axes.axhline(chance, color="0.45", linestyle="--", linewidth=1.2, label=f"chance ({100 * chance:.2g} %)")
+            axes.axhline(chance, color="0.45", linestyle=":", linewidth=1.2, label=f"chance ({100 * chance:.2g}%)")
         axes.set_xlabel("gamma (kept area ratio)")
         axes.set_title(metric, fontsize=11)
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # room for a chance line close to zero
         axes.set_xticks(sorted({gamma for by_gamma in results.values() for gamma in by_gamma}))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
     handles, labels = panels[0].get_legend_handles_labels()
+    if any(name in results for name in published or {}):
+        handles.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle=(0, (4, 2))))
+        labels.append("the paper's, in the same colour")
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=160)
+
+
+@FuncFormatter
+def _percent(value: float, position: int | None = None) -> str:
+    return f"{100 * value:.4g}%"
+
+
+def _method_colours(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any]:
+    """A colour for each method: unlike ones, but of `shades` from light to dark."""
+    others = [name for name in names if name not in shades]
+    colours: dict[str, Any] = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    if shades:
+        colours = {name: ("0.45", *COLOURS[1:])[i % len(COLOURS)] for i, name in enumerate(others)}
+        scale = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(shades)))
+        colours |= dict(zip(shades, scale, strict=True))
+    return colours
 
 
 def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path) -> None:
@@ -83,26 +123,24 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         {"loss": "total", "loss_region": "region", "loss_identity": "identity", "loss_triplet": "triplet"}.items()
     ):
         _curve(losses, lines, key, label, COLOURS[-1] if key == "loss" else COLOURS[index - 1])
-    losses.set_title("loss", fontsize=11)
+    losses.set_title("loss", fontsize=11, loc="left", pad=20)
 
     heads = [(step, np.ravel(value)) for step, value in _values(lines, "accuracy_identity")]
     if any(len(head) > 1 for _, head in heads):
         steps = [step for step, _ in heads]
         low, high = [head.min() for _, head in heads], [head.max() for _, head in heads]
-        accuracies.fill_between(
-            steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="identity, lowest to highest head"
-        )
-    _curve(accuracies, lines, "accuracy_identity", "identity, mean", COLOURS[0])
+        accuracies.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    _curve(accuracies, lines, "accuracy_identity", "identity, mean and range of heads", COLOURS[0])
     _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLOURS[1])
     _curve(accuracies, lines, "comparable", "comparable anchors", COLOURS[2])
-    accuracies.set_title("accuracy and shares", fontsize=11)
+    accuracies.set_title("accuracy and shares", fontsize=11, loc="left", pad=20)
     accuracies.set_ylim(0, 1.02)
     accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
     _curve(rate, lines, "learning_rate", None, COLOURS[0], smooth=False)
-    rate.set_title("learning rate", fontsize=11)
+    rate.set_title("learning rate", fontsize=11, loc="left")
     _curve(gradient, lines, "grad_norm", None, COLOURS[0])
-    gradient.set_title("gradient norm", fontsize=11)
+    gradient.set_title("gradient norm", fontsize=11, loc="left")
     for axes in (losses, gradient):
         _log_scale(axes)
     for axes in (rate, gradient):
@@ -116,7 +154,8 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
             axes.axvline(step, color="0.6", linestyle=":", linewidth=1.2)
         _plain(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
+            # Above the panel, where no line runs.
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4, **_LEGEND)
     speed = [float(value) for _, value in _values(lines, "images_per_second")]
     notes = [f"{max(lines):,} steps"]
     notes += [f"{np.median(speed):,.0f} images/s"] if speed else []
@@ -126,18 +165,28 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
 
 
 def region_maps(
-    path: str | Path | IO[bytes], images: np.ndarray, locator_prob: np.ndarray, visibility: np.ndarray
+    path: str | Path | IO[bytes],
+    images: np.ndarray,
+    locator_prob: np.ndarray,
+    visibility: np.ndarray,
+    grid: tuple[int, int] | None = None,
+    captions: Sequence[str] = (),
+    across: int = 4,
 ) -> None:
     """A contact sheet of what the locator sees: each image, its region map and its visibility scores.
 
-    Every cell of the feature map takes the colour of its most probable region, the stronger the surer; the bars, in
-    the same colours and from region 0 downwards, are the visibility scores C in cells.
+    Every cell of the feature map takes the colour of its most probable region, the stronger the surer, with a line
+    where regions meet; the bars, in the same colours and from region 0 downwards, are the visibility scores C in
+    cells. A legend shows where the regions lie on a whole person.
 
     Args:
       path: the picture to write.
       images: uint8 [N, H, W, 3], RGB.
       locator_prob: [N, h, w, P], the probabilities of Eq. 1 (w = 1 for a row locator).
       visibility: [N, P], the scores of Eq. 2.
+      grid: (rows, columns) of the region grid, rows x columns = P; (P, 1) without.
+      captions: above each image, such as "gamma 0.5".
+      across: images side by side.
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -157,15 +206,21 @@ def region_maps(
         )
     count, height, width = images.shape[:3]
     regions = prob.shape[-1]
-    colours = region_colours(regions)
-    across = min(count, 4)
+    grid = grid or (regions, 1)
+    if grid[0] * grid[1] != regions:
+        raise ValueError(f"a grid of {grid[0]} x {grid[1]} for {regions} regions, expected as many")
+    colours = region_colours(regions, grid[1])
+    across = min(count, across)
     rows = -(-count // across)
-    figure = Figure(figsize=(3.1 * across, (0.8 * height / width + 0.4) * rows), layout="constrained")
+    caption = 0.22 if captions else 0.0
+    size = (3.1 * across + 0.9, (0.76 * height / width + 0.2 + caption) * rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    sheet, key = figure.subfigures(1, 2, width_ratios=[size[0] - 0.9, 0.9])
     # Three panels for each image and an empty one that keeps the bars from the next image.
-    panels = figure.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.15] * across)
+    panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
     for axes in panels.flat:
         axes.set_axis_off()
-    longest = max(float(scores.max()), 1e-6) * 1.05
+    longest = max(float(scores.max()), 1e-6)
     for index in range(count):
         plain, overlay, bars, _ = panels.flat[4 * index : 4 * index + 4]
         best = prob[index].argmax(axis=-1)
@@ -177,18 +232,52 @@ def region_maps(
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             interpolation="nearest",
         )
-        bars.set_axis_on()
-        bars.barh(range(regions), scores[index], color=colours, height=0.8)
-        bars.set_ylim(regions - 0.5, -0.5)
-        bars.set_xlim(0, longest)
-        bars.set_yticks(range(regions))
-        bars.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-        bars.tick_params(labelsize=7, length=2)
-        bars.spines[["top", "right"]].set_visible(False)
-        bars.set_box_aspect(height / width)
-        if index >= count - across:
-            bars.set_xlabel("cells", fontsize=8)
+        overlay.add_collection(LineCollection(_borders(best, height, width), colors="white", linewidths=1.0))
+        if index < len(captions):
+            plain.set_title(captions[index], fontsize=8, loc="left", pad=3)
+        _score_bars(bars, scores[index], colours, longest, height / width)
+    _region_key(key, grid, colours)
     figure.savefig(path, dpi=160)
+
+
+def _borders(best: np.ndarray, height: int, width: int) -> list[list[tuple[float, float]]]:
+    """Where cells [h, w] of different regions meet, as line segments in pixels of the image."""
+    h, w = best.shape
+    x, y = np.linspace(-0.5, width - 0.5, w + 1), np.linspace(-0.5, height - 0.5, h + 1)
+    across = [[(x[j], y[i + 1]), (x[j + 1], y[i + 1])] for i, j in np.argwhere(best[1:] != best[:-1])]
+    down = [[(x[j + 1], y[i]), (x[j + 1], y[i + 1])] for i, j in np.argwhere(best[:, 1:] != best[:, :-1])]
+    return across + down
+
+
+def _score_bars(axes: Axes, scores: np.ndarray, colours: np.ndarray, longest: float, aspect: float) -> None:
+    """Visibility scores as bars with their numbers, region 0 on top."""
+    axes.set_axis_on()
+    axes.barh(range(len(scores)), scores, color=colours, height=0.72)
+    for region, score in enumerate(scores):
+        axes.text(score + 0.03 * longest, region, f"{score:.0f}", va="center", fontsize=7, color="0.25")
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    axes.set_xlim(0, 1.35 * longest)
+    axes.set_xticks([])
+    axes.set_yticks(range(len(scores)))
+    axes.tick_params(labelsize=7, length=0, pad=2)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color("0.6")
+    axes.set_box_aspect(aspect)
+
+
+def _region_key(figure: Any, grid: tuple[int, int], colours: np.ndarray) -> None:
+    """The regions of a whole person, in their colours with their numbers."""
+    axes = figure.subplots()
+    axes.imshow(colours.reshape(*grid, 3), extent=(0, 1, 2, 0), alpha=0.75)
+    rows, columns = grid
+    for region in range(rows * columns):
+        row, column = divmod(region, columns)
+        axes.text((column + 0.5) / columns, 2 * (row + 0.5) / rows, str(region), ha="center", va="center", fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title("regions", fontsize=8)
+    axes.set_xlabel("bars: visibility\nin cells", fontsize=7)
 
 
 def _plain(axes: Axes) -> None:
@@ -255,8 +344,11 @@ def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return (total[end] - total[begin]) / (end - begin)
 
 
-def region_colours(regions: int) -> np.ndarray:
-    """Colours [P, 3], as different as so many can be."""
+def region_colours(regions: int, columns: int = 1) -> np.ndarray:
+    """Colours [P, 3], as different as so many can be; with columns, a hue for each row of them, paler to the right."""
+    if columns > 1:
+        hues, right = region_colours(-(-regions // columns)), np.arange(regions) % columns / columns
+        return 1 - (1 - hues[np.arange(regions) // columns]) * (1 - 0.8 * right)[:, None]
     if regions <= 10:
         return colormaps["tab10"](np.arange(regions))[:, :3]
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, regions))[:, :3]
