@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax import results
-from vpm_jax.benchmark import table
+from vpm_jax.benchmark.report import align
 from vpm_jax.experiments import Run
 from vpm_jax.logs import duration
 
@@ -131,7 +131,7 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
         rows.append((run.name, f"{count:,}" if count else "–", duration(seconds), "; ".join(notes)))
         total, total_images = total + seconds, total_images + left
     cost = f"in all {total_images:,} images, about {duration(total)} on {results.hardware()}"
-    return f"{table(rows)}\n{cost}, by {' and '.join(sorted(source))}"
+    return f"{align(rows)}\n{cost}, by {' and '.join(sorted(source))}"
 
 
 def batch(config: ConfigDict) -> int:

@@ -215,7 +215,8 @@ def region_maps(
     caption = 0.22 if captions else 0.0
     size = (3.1 * across + 0.9, (0.76 * height / width + 0.2 + caption) * rows + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    sheet, key = figure.subfigures(1, 2, width_ratios=[size[0] - 0.9, 0.9])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[size[0] - 0.9, 0.9])
+    sheet, key = parts
     # Three panels for each image and an empty one that keeps the bars from the next image.
     panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
     for axes in panels.flat:

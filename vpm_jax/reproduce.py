@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # ---- What is to be done, and its cost ----------------------------------------------------------------
     missing = [run for run in runs if run.name not in done]
-    print(f"{len(runs)} runs for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} finished before")
+    print(
+        f"{len(runs)} run{'s' * (len(runs) > 1)} for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} finished before"
+    )
     if missing:
         print(estimate.describe(missing, args.results, args.workdirs))
     if args.plan:

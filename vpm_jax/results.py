@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import subprocess
 import threading
@@ -20,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpm_jax import __version__
 from vpm_jax import config as config_lib
+from vpm_jax.benchmark import report
 from vpm_jax.errors import UserError, writing
 from vpm_jax.experiments import Run, fingerprint
 from vpm_jax.logs import duration, write_atomically
@@ -101,7 +101,7 @@ def record(
             "images_per_second": round(rate, 2),
             "evaluation_seconds": evaluation["seconds"],
             "hardware": hardware(),
-            "versions": versions(),
+            "versions": f"vpm_jax {__version__}, {report.versions()}",
             "commit": commit(),
             "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "resolved": {key: value for key, value in resolved.items() if asked.get(key) != value},
@@ -129,29 +129,11 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def hardware() -> str:
-    """The class of this machine: the devices that JAX uses, of a CPU its model and the cores this process may use."""
+    """The class of this machine: the devices that JAX uses, and the cores that this process may use."""
     import jax
 
     devices = jax.devices()
-    if devices[0].platform != "cpu":
-        return f"{len(devices)} x {devices[0].device_kind}"
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    every = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else every
-    return f"{mine} of {every} cores of {model}"
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that results depend on."""
-    names = ("vpm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "opencv-python-headless")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return report.hardware("" if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}")
 
 
 def commit() -> str | None:

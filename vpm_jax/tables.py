@@ -162,8 +162,7 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
             f"{median(r['images_per_second'] for r in here):,.0f} images/s in the middle, {duration(sum(seconds))} "
             "in all."
         )
-    for versions in dict.fromkeys(tuple(result["versions"].items()) for result in done):
-        lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in versions) + ".")
+    lines += [f"- Versions: {versions}." for versions in dict.fromkeys(result["versions"] for result in done)]
     commits = sorted({str(result["commit"]) for result in done} - {"None"})
     if commits:
         lines.append(f"- Commit{'s' * (len(commits) > 1)} {', '.join(commits)}.")
