@@ -1,4 +1,4 @@
-"""Turns a dataset's folder or official zip into ArrayRecord: a few large files instead of tens of thousands.
+"""Turns a dataset's folder, official zip or CSV into ArrayRecord: a few large files instead of tens of thousands.
 
     python -m vpm_jax.prepare market1501 --source Market-1501-v15.09.15.zip --output data
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--source",
         default="",
         metavar="PATH",
-        help="folder or zip, or a folder that holds it; default $VPM_DATA or ./data",
+        help="folder, zip or CSV, or a folder that holds it; default $VPM_DATA or ./data",
     )
     parser.add_argument(
         "--output", default="", metavar="DIR", help="gets DATASET/VERSION/ inside; default $VPM_DATA or ./data"
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"))
     print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
-    print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}")
+    if len(dataset.train):
+        print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}")
+    else:
+        print(f"Evaluate on it with python -m vpm_jax.evaluate --workdir RUN --dataset {args.dataset} --root {folder}")
     for left in sorted(folder.parent.glob("incomplete.*")):
         print(f"{left} was left by a run that was killed, and may be deleted.")
 
@@ -64,7 +67,8 @@ def _load(name: str, root: str) -> Dataset:
 
 
 def _sizes(dataset: Dataset) -> str:
-    return f"{len(dataset.train):,} training, {len(dataset.query):,} query and {len(dataset.gallery):,} gallery images"
+    training = f"{len(dataset.train):,} training, " if len(dataset.train) else ""
+    return f"{training}{len(dataset.query):,} query and {len(dataset.gallery):,} gallery images"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                 {
                     "image": tfds.features.Image(),
                     "identity": np.int32,  # -1 junk, 0 distractor
-                    "camera": np.int32,
+                    "camera": np.int32,  # -1: the dataset has none
                     "name": tfds.features.Text(),
                 }
             ),
@@ -67,9 +67,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         index: dict[str, Any] = {"notes": list(self._dataset.notes[1:])}  # the first tells the path of the source
         for name in SPLITS:
             split: Split = getattr(self._dataset, name)
-            index[name] = dict(names=split.names, identity=split.identity.tolist(), camera=split.camera.tolist())
+            camera = None if split.camera is None else split.camera.tolist()
+            index[name] = dict(names=split.names, identity=split.identity.tolist(), camera=camera)
         (Path(self.data_dir) / INDEX).write_text(json.dumps(index))
-        return {name: self._generate_examples(getattr(self._dataset, name)) for name in SPLITS}
+        return {name: self._generate_examples(getattr(self._dataset, name)) for name in SPLITS if index[name]["names"]}
 
     def _generate_examples(self, split: Split):
         for i in self._progress(range(len(split)), split.name):
@@ -78,7 +79,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                 {
                     "image": split.read(i),
                     "identity": split.identity[i],
-                    "camera": split.camera[i],
+                    "camera": -1 if split.camera is None else split.camera[i],
                     "name": split.names[i],
                 },
             )
@@ -124,10 +125,13 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         splits = {}
         for split in SPLITS:
             listed, reader = index[split], Reader(folder, split)
-            identity, camera = (np.array(listed[key], np.int32) for key in ("identity", "camera"))
+            identity = np.array(listed["identity"], np.int32)
+            camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
             splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader)
-            source = _open(str(folder), split, os.getpid())
-            if not len(source) == len(listed["names"]) == len(identity) == len(camera):
+            lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
+            if listed["names"]:  # TFDS has no split without images
+                lengths.add(len(_open(str(folder), split, os.getpid())))
+            if len(lengths) > 1:
                 raise ValueError(f"{INDEX} and the records of {split} differ in length")
         held = tfds.builder_from_directory(folder).info.name
     except Exception as error:  # TFDS and its formats raise a dozen kinds
@@ -139,7 +143,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         raise UserError(
             f"{folder} holds {held}, but config.data.name is {name}: give the root of {name}, or the other name."
         )
-    for images in splits.values():
+    for images in filter(len, splits.values()):
         images.read(len(images) - 1)  # a truncated file opens, and fails at the first image only
     return splits, index["notes"]
 

@@ -84,11 +84,16 @@ class _Loader:
         return np.empty((self._count, self._height, self._width, 3), np.uint8)
 
 
+def _cameras(split: Split) -> np.ndarray:
+    """int32 [N], -1 in a dataset without cameras."""
+    return np.full(len(split), -1, np.int32) if split.camera is None else np.asarray(split.camera, np.int32)
+
+
 class _TrainLoader(_Loader):
     def __init__(
         self, config: ConfigDict, split: Split, feature_shape: tuple[int, int], host_index: int, host_count: int
     ):
-        self._identity, self._camera = np.asarray(split.labels(), np.int32), np.asarray(split.camera, np.int32)
+        self._identity, self._camera = np.asarray(split.labels(), np.int32), _cameras(split)
         self._sampler = Sampler(config, self._identity)
         super().__init__(config, split, self._sampler.batch, host_index, host_count)
         self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
@@ -126,7 +131,7 @@ class _EvalLoader(_Loader):
         self, config: ConfigDict, split: Split, crop: str, gamma: float, batch: int, host_index: int, host_count: int
     ):
         super().__init__(config, split, batch, host_index, host_count)
-        self._identity, self._camera = np.asarray(split.identity, np.int32), np.asarray(split.camera, np.int32)
+        self._identity, self._camera = np.asarray(split.identity, np.int32), _cameras(split)
         if crop in ("bilateral", "horizontal", "any"):
             # The protocol's own stream, not the training seed's: every run is asked the same question.
             draws = uniform((0, 0, 3), 3 * len(split)).reshape(-1, 3).tolist()
@@ -173,7 +178,7 @@ def train_batches(
 
     Returns:
       An iterator (`close()` ends its threads and processes) of dicts, b = B / host_count:
-      image uint8 [b, H, W, 3] RGB; identity int32 [b], 0..K-1; camera int32 [b];
+      image uint8 [b, H, W, 3] RGB; identity int32 [b], 0..K-1; camera int32 [b], -1 where there are none;
       labels int32 [b, h, w]; visible bool [b, P].
 
     Raises:

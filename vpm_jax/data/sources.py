@@ -1,4 +1,4 @@
-"""Datasets: Market-1501, DukeMTMC-reID and the synthetic pedestrians, from a folder, an official zip or ArrayRecord.
+"""Datasets from a folder, an official zip or ArrayRecord, and own images listed in a CSV.
 
 `load_dataset` reads names only. A Split hands out the encoded bytes of an image, and travels to loader
 processes, which open the files themselves.
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vpm_jax.data import folders
+from vpm_jax.data import folders, table
 from vpm_jax.data.folders import TITLES, Place
 from vpm_jax.errors import UserError
 
@@ -22,6 +22,8 @@ from vpm_jax.errors import UserError
 OFFICIAL = {
     "market1501": {"train": (12936, 751), "query": (3368, 750), "gallery": (19732, 750)},
     "dukemtmc": {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)},
+    "partial_reid": {"query": (300, 60), "gallery": (300, 60)},
+    "partial_ilids": {"query": (119, 119), "gallery": (119, 119)},
 }
 
 
@@ -38,7 +40,7 @@ class Split:
     name: str  # "train" | "query" | "gallery"
     names: tuple[str, ...]  # an image's path inside the dataset
     identity: np.ndarray  # int32 [N], as in the dataset: -1 junk, 0 distractor
-    camera: np.ndarray  # int32 [N]
+    camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras, so metrics drop nothing by camera
     reader: Reader | None = None
     position: np.ndarray | None = None  # int64 [N], of each image in the reader's source; None: 0..N-1
 
@@ -57,7 +59,7 @@ class Split:
             self,
             names=tuple(self.names[i] for i in chosen),
             identity=self.identity[chosen],
-            camera=self.camera[chosen],
+            camera=None if self.camera is None else self.camera[chosen],
             position=chosen if self.position is None else self.position[chosen],
         )
 
@@ -74,7 +76,7 @@ class Split:
 @dataclass(frozen=True, eq=False)
 class Dataset:
     name: str
-    train: Split
+    train: Split  # empty where there is nothing to train on: Partial-REID, Partial-iLIDS
     query: Split
     gallery: Split
     notes: tuple[str, ...]  # plain sentences: where it was found, what is missing or unexpected
@@ -89,9 +91,10 @@ def load_dataset(config_data: Any) -> Dataset:
     """Finds and lists the dataset that `config.data` names (keys name, root, synthetic, holdout_identities).
 
     The root is a dataset's folder, its official zip, a folder of `vpm_jax.prepare`, or a folder that holds one of
-    these under a usual name. Synthetic pedestrians are rendered under the root unless it is such a dataset itself.
-    Raises UserError for an unknown name, and when no whole dataset is there. Counts that differ from the official
-    ones are notes, not errors: people use subsets.
+    these under a usual name; of own images it is their CSV (see `vpm_jax.data.table`), or the folder that holds it.
+    Synthetic pedestrians are rendered under the root unless it is such a dataset itself. A dataset for testing alone
+    has an empty training set. Raises UserError for an unknown name, and when no whole dataset is there. Counts that
+    differ from the official ones are notes, not errors: people use subsets.
     """
     name, root = config_data.name, data_root(config_data.root)
     if name not in TITLES:
@@ -99,29 +102,42 @@ def load_dataset(config_data: Any) -> Dataset:
     place = _synthetic_place(config_data, root) if name == "synthetic" else _place(config_data, root)
     notes: list[str] = []
     splits = _prepared_splits(place, name, notes) if place.form == "prepared" else _file_splits(place, name, notes)
+    for split in {"train", "query", "gallery"} - set(splits):
+        splits[split] = Split(split, (), np.empty(0, np.int32), None)
     notes = [_summary(name, place, splits), *notes, *_unexpected(name, splits)]
     dataset = Dataset(name, notes=tuple(dict.fromkeys(notes)), **splits)  # a prepared one repeats what it was told
-    return _hold_out(dataset, config_data.holdout_identities)
+    dataset = _hold_out(dataset, config_data.holdout_identities)
+    for test in (dataset.query, dataset.gallery):
+        if not len(test):
+            raise UserError(
+                f"{place} has no {test.name} image, so nothing can be evaluated: "
+                "add some, or set config.data.holdout_identities to make them of training identities."
+            )
+    return dataset
 
 
 def _place(config_data: Any, root: Path) -> Place:
     title = TITLES[config_data.name]
     default = "$VPM_DATA" if os.environ.get("VPM_DATA") else "./data"
     origin = "" if config_data.root else f" ({default}, for config.data.root is not set)"
-    advice = (
-        f"set config.data.root to the folder or the zip of {title}, "
-        "or use config.data.name=synthetic, which needs no download"
-    )
+    if config_data.name == "csv":
+        lacks = "no CSV: neither dataset.csv nor exactly one other"
+        advice = f"set config.data.root to a CSV with the header {','.join(table.COLUMNS)}"
+    else:
+        official = ", ".join(folders.LAYOUTS[config_data.name].official.values())
+        lacks = f"no {title}: neither the folders {official}, nor a folder or zip under a usual name such as {title}"
+        advice = f"set config.data.root to the folder or the zip of {title}, " + (
+            "or use config.data.name=synthetic, which needs no download"
+            if "train" in folders.LAYOUTS[config_data.name].folders
+            else "or give it by python -m vpm_jax.evaluate --root"
+        )
     if not root.exists():
         raise UserError(f"{root}{origin} does not exist: {advice}.")
     place = folders.locate(root, config_data.name)
     if place is None and not any(root.iterdir()):
         raise UserError(f"{root}{origin} is empty: {advice}.")
     if place is None:
-        raise UserError(
-            f"{root}{origin} holds no {title}: neither the folders {', '.join(folders.FOLDERS.values())}, "
-            f"nor a folder or zip under a usual name such as {title}; {advice}."
-        )
+        raise UserError(f"{root}{origin} holds {lacks}; {advice}.")
     return place
 
 
@@ -142,27 +158,29 @@ def _show_rendering(done: int, total: int) -> None:
 
 
 def _file_splits(place: Place, name: str, notes: list[str]) -> dict[str, Split]:
-    """The splits of a folder or zip; what was left out goes to `notes`."""
+    """The splits of a folder, a zip or a CSV; what was left out goes to `notes`."""
     reader: Reader
     if place.form == "zip":
-        inside, listings = folders.list_zip(place.path, name)
+        inside, listings, found = folders.list_zip(place.path, name)
         reader = folders.ZipReader(place.path.absolute(), inside)
+    elif place.form == "csv":
+        listings, found = table.read(place.path)
+        reader = folders.FolderReader(place.path.absolute().parent)
     else:
-        listings = folders.list_folder(place.path)
+        listings, found = folders.list_folder(place.path, name)
         reader = folders.FolderReader(place.path.absolute())
+    notes += found
     splits = {}
     for split, listing in listings.items():
         splits[split] = Split(split, listing.names, listing.identity, listing.camera, reader)
-    ignored = [name for listing in listings.values() for name in listing.ignored]
-    if ignored:
-        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        notes.append(f"Ignored {_count(len(ignored), 'file')} not named as an image of a person: {some}.")
-    nobody = splits["train"].identity <= 0
-    if nobody.all():
-        raise UserError(f"{place} has no training image of an identity above 0, so nothing can be learned from it.")
-    if nobody.any():
-        notes.append(f"Left out {_count(nobody.sum(), 'training image')} of identity -1 or 0, which stand for nobody.")
-        splits["train"] = splits["train"].take(~nobody)
+    if "train" in splits:
+        nobody = splits["train"].identity <= 0
+        if nobody.all():
+            raise UserError(f"{place} has no training image of an identity above 0, so nothing can be learned from it.")
+        if nobody.any():
+            images = _count(nobody.sum(), "training image")
+            notes.append(f"Left out {images} of identity -1 or 0, which stand for nobody.")
+            splits["train"] = splits["train"].take(~nobody)
     return splits
 
 
@@ -177,6 +195,8 @@ def _prepared_splits(place: Place, name: str, notes: list[str]) -> dict[str, Spl
 def _summary(name: str, place: Place, splits: dict[str, Split]) -> str:
     parts = []
     for split, title in (("train", "training image"), ("query", "query image"), ("gallery", "gallery image")):
+        if not len(splits[split]):
+            continue
         images, identities = _counts(splits[split])
         parts.append(f"{_count(images, title)} of {_count(identities, 'identity', 'identities')}")
     junk = int((splits["gallery"].identity == -1).sum())
@@ -186,14 +206,15 @@ def _summary(name: str, place: Place, splits: dict[str, Split]) -> str:
 
 def _unexpected(name: str, splits: dict[str, Split]) -> list[str]:
     notes = []
+    official = folders.LAYOUTS[name].official if name in OFFICIAL else {}
     for split, (images, identities) in OFFICIAL.get(name, {}).items():
         have, who = _counts(splits[split], junk=True)
         if (have, who) != (images, identities):
             notes.append(
-                f"{folders.FOLDERS[split]} is not the official one: it has {have:,} images of {who:,} identities, "
+                f"{official[split]} is not the official one: it has {have:,} images of {who:,} identities, "
                 f"{TITLES[name]} {images:,} of {identities:,}; results do not compare with published ones."
             )
-    people = {split: set(np.unique(s.identity[s.identity > 0]).tolist()) for split, s in splits.items()}
+    people = {split: set(_people(s).tolist()) for split, s in splits.items()}
     both = people["train"] & (people["query"] | people["gallery"])
     if both:
         notes.append(f"{_count(len(both), 'identity is', 'identities are')} in both the training and the test set.")
@@ -204,8 +225,13 @@ def _unexpected(name: str, splits: dict[str, Split]) -> list[str]:
 
 
 def _counts(split: Split, junk: bool = False) -> tuple[int, int]:
-    """Images (without identity -1 unless `junk`) and identities above 0."""
-    return len(split) if junk else int((split.identity != -1).sum()), len(np.unique(split.identity[split.identity > 0]))
+    """Images (without identity -1 unless `junk`) and identities."""
+    return len(split) if junk else int((split.identity != -1).sum()), len(_people(split))
+
+
+def _people(split: Split) -> np.ndarray:
+    """The identities: 0 stands for distractors in Market-1501's layout, which has cameras, for a person elsewhere."""
+    return np.unique(split.identity[split.identity > (-1 if split.camera is None else 0)])
 
 
 def _hold_out(dataset: Dataset, count: int) -> Dataset:
@@ -221,7 +247,8 @@ def _hold_out(dataset: Dataset, count: int) -> Dataset:
         )
     chosen = identities[(2 * np.arange(count) + 1) * len(identities) // (2 * count)]
     held = np.flatnonzero(np.isin(train.identity, chosen))
-    pairs = np.stack([train.identity[held], train.camera[held]], axis=1)
+    cameras = np.zeros_like(train.identity) if train.camera is None else train.camera
+    pairs = np.stack([train.identity[held], cameras[held]], axis=1)
     first = np.unique(pairs, axis=0, return_index=True)[1]  # of each identity and camera, the first image by name
     query, gallery = held[np.sort(first)], np.delete(held, first)
     if not len(gallery):
