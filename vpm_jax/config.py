@@ -48,8 +48,11 @@ def default() -> ConfigDict:
     c.pretrained = "keras"
 
     c.data = ConfigDict()
-    c.data.name = "market1501"  # market1501 | dukemtmc | synthetic
-    c.data.root = ""  # the dataset's folder or zip, or a folder that holds it; "" is $VPM_DATA, else ./data
+    c.data.name = "market1501"  # market1501 | dukemtmc | synthetic | csv (own images); for testing alone partial_reid,
+    #                             partial_ilids
+    c.data.root = (
+        ""  # the dataset's folder or zip (csv: the file), or a folder that holds it; "" is $VPM_DATA, else ./data
+    )
     c.data.height = 384
     c.data.width = 128
     c.data.crop = "top"  # what a training crop keeps: see vpm_jax.regions.CROPS
@@ -164,7 +167,7 @@ def small() -> ConfigDict:
 
 
 _CHOICES: dict[str, tuple] = {
-    "data.name": ("market1501", "dukemtmc", "synthetic"),
+    "data.name": ("market1501", "dukemtmc", "synthetic", "csv", "partial_reid", "partial_ilids"),
     "data.crop": CROPS,
     "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
     "eval.crop": CROPS,

@@ -2,6 +2,11 @@
 
 Queries are cropped to every gamma (kept area ratio), the gallery stays whole, Eq. 4 compares them. Writes
 evaluation.json, evaluation.md and gamma.png into the workdir.
+
+    python -m vpm_jax.evaluate --workdir runs/market --dataset partial_reid --root Partial-REID_Dataset.zip
+
+evaluates the same weights on another dataset's test set, into evaluation-DATASET.json and .md (and gamma-DATASET.png):
+on Partial-REID and Partial-iLIDS by their own protocols, where the partial images are queries as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
+from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
 
@@ -34,10 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vpm_jax.evaluate",
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
     parser.add_argument("--output", type=Path, help="where results go (default: the workdir)")
+    parser.add_argument("--dataset", metavar="NAME", help=f"another than the run's: {', '.join(TITLES)}")
+    parser.add_argument(
+        "--root",
+        metavar="PATH",
+        help="the dataset's folder, zip or CSV, or a folder that holds it (default: the run's, and of --dataset "
+        "$VPM_DATA or ./data)",
+    )
     args, overrides = parser.parse_known_args(argv)
     saved = config_lib.read(args.workdir)
     if saved is None:
@@ -51,14 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"The run in {args.workdir} was trained with another config ({changed[0]}): an evaluation may change "
             "keys of data.root, data.workers, data.threads, eval and match only."
         )
+    if args.dataset:
+        if args.dataset not in TITLES:
+            raise UserError(f"--dataset is {args.dataset!r}, but the known ones are {', '.join(TITLES)}.")
+        if config.data.root == saved.data.root:
+            config.data.root = ""
+        config.data.name, config.data.holdout_identities = args.dataset, 0
+    config.data.root = args.root or config.data.root
 
     parallel.prepare_backend()
 
-    from vpm_jax import step
+    from vpm_jax import partial, step
     from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.sources import load_dataset
 
     dataset = load_dataset(config.data)
+    if args.dataset:
+        print(*dataset.notes, sep="\n")
     check(config, dataset)
     mesh = parallel.data_mesh(config.eval.batch)
     output = args.output or args.workdir
@@ -66,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Checkpoints(args.workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
-    evaluate_and_report(config, variables, dataset, mesh, output, int(state.step))
+    trained_on = saved.data.name if args.dataset else None
+    if dataset.name in partial.DATASETS:
+        partial.evaluate_and_report(config, variables, dataset, mesh, output, int(state.step), saved.data.name)
+    else:
+        evaluate_and_report(config, variables, dataset, mesh, output, int(state.step), trained_on=trained_on)
     return 0
 
 
@@ -152,24 +179,28 @@ def ranked(gallery: Any) -> Any:
 
 def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dict[float, dict[str, Any]]:
     """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas, gallery whole."""
-    from vpm_jax.matching import match_visibility, region_distance
-
     query, gallery = dataset.query, ranked(dataset.gallery)
     jobs = [(gallery, 1.0)] + [(query, gamma) for gamma in config.eval.gammas]
     whole, *cropped = extract_many(config, variables, jobs, mesh)
-    mode = config.match.visibility
-    gallery_visibility = match_visibility(whole.visibility, mode)
     results = {}
     for gamma, part in zip(config.eval.gammas, cropped, strict=True):
-        distance = region_distance(
-            part.features,
-            match_visibility(part.visibility, mode),
-            whole.features,
-            gallery_visibility,
-            squared=config.match.squared,
-        )
+        distance = match(config, part, whole)
         results[gamma] = metrics.rank_metrics(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     return results
+
+
+def match(config: ConfigDict, query: Features, gallery: Features) -> np.ndarray:
+    """Distances float32 [Q, G], by Eq. 4 as config.match says."""
+    from vpm_jax.matching import match_visibility, region_distance
+
+    mode = config.match.visibility
+    return region_distance(
+        query.features,
+        match_visibility(query.visibility, mode),
+        gallery.features,
+        match_visibility(gallery.visibility, mode),
+        squared=config.match.squared,
+    )
 
 
 def compared_model(config: ConfigDict) -> str:
@@ -195,9 +226,10 @@ def evaluate_and_report(
     output: Path,
     steps: int,
     results: dict[float, dict[str, Any]] | None = None,
+    trained_on: str | None = None,
 ) -> dict[float, dict[str, Any]]:
     """Evaluates (unless `results` are given), prints the table, and writes evaluation.json, evaluation.md and
-    gamma.png into `output`."""
+    gamma.png into `output`; evaluation-DATASET.json and so on with the name of the dataset that it was `trained_on`."""
     import jax
 
     started = time.monotonic()
@@ -206,25 +238,28 @@ def evaluate_and_report(
     junk = len(dataset.gallery) - len(gallery)
     chance = metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
     skipped = next(iter(results.values()))["skipped"]
+    dropped = "same identity and camera dropped" if query.camera is not None else "no cameras, so nothing is dropped"
     lines = [
-        f"Recipe {config.recipe}, seed {config.seed}, {steps} steps, on {dataset.name}.",
+        headline(config, dataset, steps, trained_on),
         f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
-        f"images whole ({junk} of identity -1 left out); same identity and camera dropped; {skipped} queries without "
-        "a match skipped.",
+        f"images whole ({junk} of identity -1 left out); {dropped}; {skipped} queries without a match skipped.",
         f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' * config.match.squared}distances. "
         f"Chance: rank-1 {chance:.2%} (mean over random rankings).",
     ]
     text = "\n".join(lines) + "\n\n" + metrics.gamma_table(results)
-    if config.eval.crop == "top" and not config.data.holdout_identities:  # the paper's protocol
+    suffix = f"-{dataset.name}" if trained_on else ""
+    own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
+    if config.eval.crop == "top" and own_test_set:  # the paper's protocol
         text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
     text = text.rstrip()
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
-    write_atomically(output / "evaluation.md", text + "\n")
+    write_atomically(output / f"evaluation{suffix}.md", text + "\n")
     record = {
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": steps,
         "dataset": dataset.name,
+        **({"trained_on": trained_on, "notes": dataset.notes} if trained_on else {}),
         "protocol": {"crop": config.eval.crop, "queries": len(query), "gallery": len(gallery), "skipped": skipped},
         "match": config.match.to_dict(),
         "chance_rank1": chance,
@@ -234,11 +269,19 @@ def evaluate_and_report(
             str(gamma): {"cmc": r["cmc"].tolist(), "mAP": r["mAP"], "mINP": r["mINP"]} for gamma, r in results.items()
         },
     }
-    write_atomically(output / "evaluation.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(output / f"evaluation{suffix}.json", json.dumps(record, indent=1) + "\n")
     curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
-    with replacing(output / "gamma.png") as path:
+    with replacing(output / f"gamma{suffix}.png") as path:
         plots.gamma_curves(path, {config.recipe: curve}, f"{dataset.name}, queries cropped to gamma", chance)
     return results
+
+
+def headline(config: ConfigDict, dataset: Any, steps: int, trained_on: str | None = None) -> str:
+    """What was trained and where it is evaluated; on another dataset, also what is there."""
+    run = f"Recipe {config.recipe}, seed {config.seed}, {steps} steps, "
+    if trained_on is None:
+        return f"{run}on {dataset.name}."
+    return "\n".join([f"{run}trained on {trained_on}, evaluated on {dataset.name}.", *dataset.notes])
 
 
 if __name__ == "__main__":

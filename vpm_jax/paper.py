@@ -204,6 +204,28 @@ def comparison(
     return text
 
 
+def beside(ours: Mapping[str, Mapping[str, Any]], dataset: str) -> str:
+    """Our numbers on a dataset of partial images above all that is published of it, in percent, as a Markdown table.
+
+    Args:
+      ours: {protocol: {"cmc": [ranks] in [0, 1], optionally "mAP": float}}; differences are those of the first.
+      dataset: "partial_reid" or "partial_ilids".
+    """
+    names = ("R-1", "R-3", "R-5", "mAP")
+    lines = ["| | " + " | ".join(names) + " | ours less theirs: R-1 | R-3 |", "|---|" + "---:|" * (len(names) + 2)]
+    for protocol, result in ours.items():
+        have = [f"{100 * _measured(result, n):.1f}" if n != "mAP" or n in result else "–" for n in names]
+        lines.append(f"| **ours, {protocol}** | " + " | ".join([*have, "", ""]) + " |")
+    first = next(iter(ours.values()))
+    for row in PAPER + REPRODUCTION:
+        if row.dataset == dataset:
+            scores = row.scores[1.0]
+            theirs = [f"{scores[n]:.1f}" if n in scores else "–" for n in names]
+            theirs += [f"{round(100 * _measured(first, n), 1) - scores[n]:+.1f}" for n in ("R-1", "R-3")]
+            lines.append(f"| {row.method}, {row.where} | " + " | ".join(theirs) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _measured(result: Mapping[str, Any], metric: str) -> float:
     if metric == "mAP":
         return float(result["mAP"])

@@ -67,6 +67,11 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
     for note in dataset.notes:
         print(f"  {note}")
+    if not len(dataset.train):
+        raise UserError(
+            f"{dataset.name} has no training images: train on another dataset, then evaluate on this one by "
+            f"python -m vpm_jax.evaluate --workdir {workdir} --dataset {dataset.name}."
+        )
     evaluate.check(config, dataset)
     config = resolve(config, dataset.train)
     backbone = None
