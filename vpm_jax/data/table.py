@@ -72,11 +72,12 @@ def read(path: Path) -> tuple[dict[str, Listing], list[str]]:
     cameras = _cameras(path, rows)
     listings = {}
     for split in SPLITS:
-        chosen = sorted((row.path, i) for i, row in enumerate(rows) if row.split == split)
-        if chosen:
-            names, order = zip(*chosen, strict=True)
+        order = [i for i, row in enumerate(rows) if row.split == split]
+        order.sort(key=lambda i: os.path.normpath(rows[i].path))
+        if order:
             identity = np.array([numbers[rows[i].identity] for i in order], np.int32)
-            listings[split] = Listing(names, identity, None if cameras is None else cameras[list(order)])
+            camera = None if cameras is None else cameras[order]
+            listings[split] = Listing(tuple(rows[i].path for i in order), identity, camera)
     return listings, notes
 
 
