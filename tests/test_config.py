@@ -9,7 +9,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.config import changed_keys, check, default, flatten, from_json, set_key, small, stage, to_json
 from vpm_jax.errors import UserError
 
-ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + [("market", "small")]
+ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + [("market", "small"), ("own", "small")]
 
 
 def test_the_configs_of_the_readme_are_here():

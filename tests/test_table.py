@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_sources import config, content, fails, jpeg
 
+from vpm_jax import config as config_lib
 from vpm_jax.data import arrayrecord
+from vpm_jax.data.pipeline import eval_batches
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
 from vpm_jax.prepare import main as prepare
@@ -236,6 +239,20 @@ def test_prepared_is_the_same(table, tmp_path, capsys):
                 assert dataset.train.read(2) == expected["train"][2][3]
             else:
                 assert content(dataset) == expected
+
+
+def test_own_pictures_are_turned_as_a_viewer_shows_them(table):
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 8:] = 255  # white on the right; the tag says that this side is to be the bottom
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(table.parent / "images" / "c1.jpg", exif=exif)
+    settings = config_lib.default()
+    settings.data.height, settings.data.width, settings.data.threads, settings.eval.batch = 16, 8, 0, 1
+    for root in (table, arrayrecord.write(read(table), table.parent / "out")):
+        [batch] = eval_batches(settings, load_dataset(config(root, "csv")).query)
+        assert batch["image"][0, :6].max() < 50 and batch["image"][0, 10:].min() > 200
+        assert batch["camera"].tolist() == [1]
 
 
 def test_an_image_that_vanished_is_named(table):

@@ -127,7 +127,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
             listed, reader = index[split], Reader(folder, split)
             identity = np.array(listed["identity"], np.int32)
             camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
-            splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader)
+            splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=name == "csv")
             lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
             if listed["names"]:  # TFDS has no split without images
                 lengths.add(len(_open(str(folder), split, os.getpid())))

@@ -73,7 +73,7 @@ class _Loader:
 
     def _load(self, index: int, crop: Crop, flip: bool, out: np.ndarray) -> tuple[tuple[int, int, int, int], int, int]:
         """Fills `out` with one image; the box it was cut at, and the decoded image's height and width."""
-        image = decode(self._split.read(index), self._names[index])
+        image = decode(self._split.read(index), self._names[index], self._split.upright)
         height, width = image.shape[:2]
         box = pixel_box(crop, height, width)
         resize(cut(image, box, flip), (self._height, self._width), self._filter, out)

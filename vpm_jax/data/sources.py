@@ -43,6 +43,7 @@ class Split:
     camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras, so metrics drop nothing by camera
     reader: Reader | None = None
     position: np.ndarray | None = None  # int64 [N], of each image in the reader's source; None: 0..N-1
+    upright: bool = False  # whether images are turned as their EXIF orientation says: own pictures, no dataset's
 
     def __len__(self) -> int:
         return len(self.names)
@@ -172,7 +173,7 @@ def _file_splits(place: Place, name: str, notes: list[str]) -> dict[str, Split]:
     notes += found
     splits = {}
     for split, listing in listings.items():
-        splits[split] = Split(split, listing.names, listing.identity, listing.camera, reader)
+        splits[split] = Split(split, listing.names, listing.identity, listing.camera, reader, upright=name == "csv")
     if "train" in splits:
         nobody = splits["train"].identity <= 0
         if nobody.all():
