@@ -57,7 +57,7 @@ figcaption { line-height: 1.35; margin-top: .25rem; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .1rem .35rem; align-items: center; margin-top: .3rem;
   font-size: .72rem; line-height: 1.2; color: var(--soft); font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: .6rem; border-radius: 2px; min-width: 1px; }
-.bars .off { opacity: .35; }
+.bars i.off { opacity: .3; }
 """
 
 
@@ -162,7 +162,12 @@ def overlay(pixels: np.ndarray, region_map: np.ndarray, height: int = 256) -> np
 
 
 def bars(
-    values: np.ndarray, label: str, longest: float, form: str = "{:.1f}", counted: np.ndarray | None = None
+    values: np.ndarray,
+    label: str,
+    longest: float,
+    form: str = "{:.1f}",
+    counted: np.ndarray | None = None,
+    notes: Sequence[str] | None = None,
 ) -> str:
     """A bar for each region, in its colour and with its number, from region 0 downwards.
 
@@ -172,9 +177,12 @@ def bars(
       longest: the value of a full bar.
       form: how a value is written.
       counted: bool [P]; the others are faint.
+      notes: [P], what is written after each value.
     """
     colours = (255 * region_colours(len(values))).round().astype(int)
     texts = [form.format(float(value)) for value in values]
+    if notes is not None:
+        texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
     said = "; ".join(f"region {i}: {text}" for i, text in enumerate(texts))
     lines = []
     for i, (value, text, colour) in enumerate(zip(values, texts, colours, strict=True)):

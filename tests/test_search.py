@@ -1,0 +1,372 @@
+"""Search as a user runs it: a folder of odd pictures is indexed, changed, searched, and looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_convert import make_run
+from test_decode import encode, oriented, with_size
+from test_html import Reader
+from tiny_runs import quick_compiler
+
+from vpm_jax import VPM, answers, search
+from vpm_jax.data.decode import decode
+from vpm_jax.errors import UserError
+from vpm_jax.store import Store
+
+RANDOM = np.random.default_rng(7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(compile_cache):
+    with quick_compiler(compile_cache) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a tiny run with random weights."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return VPM.load(run)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(model, run, monkeypatch):
+    """The commands of this process load the run's model once."""
+    load = VPM.load
+    monkeypatch.setattr(VPM, "load", lambda path: model if Path(path) == run else load(path))
+
+
+def picture(height=80, width=30):
+    """Blobs of colour: as different from each other as photographs are."""
+    small = Image.fromarray(RANDOM.integers(0, 256, (6, 3, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """9 good pictures at several depths, and other things."""
+    folder = tmp_path / "pictures"
+    for name in ("a.jpg", "b.PNG", "deep/c.jpg.jpg", "deep/er/d.webp", "deep/er/e.bmp", "f.jpeg", "g.tif"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture().save(path)
+    (folder / "行人 <b>&.png").write_bytes(encode(picture(200, 90), "PNG"))
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(encode(picture(), "PNG"))
+    for name in (".hidden.jpg", "._a.jpg", ".git/x.jpg", "notes.txt", "deep/Thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def index(folder, run, *more):
+    return search.main(["index", str(folder), "--workdir", str(run), "--index", str(folder.parent / "store"), *more])
+
+
+def rows(store):
+    """{name: (features, visibility)}."""
+    features = np.asarray(store.features)
+    return {name: (features[i], store.visibility[i]) for i, name in enumerate(store.names)}
+
+
+def assert_describes(store, folder, model, dtype="float16"):
+    """The store holds what the model says of each of its images."""
+    for name, (features, visibility) in rows(store).items():
+        said = model.features(folder / name)
+        np.testing.assert_allclose(features, said.features[0], atol=2e-3 if dtype == "float16" else 1e-5)
+        np.testing.assert_allclose(visibility, said.visibility[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_index_describes_every_image_of_a_folder(folder, run, model, capsys, dtype):
+    assert index(folder, run, "--dtype", dtype, "--batch", "4") == 0
+    store = Store(folder.parent / "store")
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    expected = [n for n in found if not re.search(r"(^|/)\.|notes|Thumbs", n)]
+    assert sorted(store.names) == expected and len(expected) == 9
+    assert store.about.dtype == dtype and store.about.model == model.fingerprint
+    assert_describes(store, folder, model, dtype)
+    said = capsys.readouterr().out
+    assert "images 9/9" in said and "9 images of" in said and "(9 new; 2 other files left out)" in said
+
+
+def test_what_is_new_changed_and_deleted(folder, run, model, capsys):
+    index(folder, run)
+    (folder / "a.jpg").unlink()
+    picture().save(folder / "f.jpeg")
+    os.utime(folder / "f.jpeg", ns=(1, 1))
+    picture().save(folder / "deep" / "new.png")
+    assert index(folder, run) == 0
+    assert "9 images of" in (said := capsys.readouterr().out) and "(1 new, 1 changed, 1 deleted;" in said
+    store = Store(folder.parent / "store")
+    assert "a.jpg" not in store.names and "deep/new.png" in store.names
+    assert_describes(store, folder, model)
+    assert index(folder, run) == 0
+    assert "(nothing changed; " in capsys.readouterr().out
+    assert Store(folder.parent / "store").about == store.about
+
+
+def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys):
+    good = {
+        "grey.jpg": encode(picture().convert("L"), "JPEG"),
+        "rgba.png": encode(picture().convert("RGBA"), "PNG"),
+        "cmyk.jpg": encode(picture().convert("CMYK"), "JPEG"),
+        "turned.jpg": oriented("JPEG", 6),
+        "one-pixel.png": encode(picture(1, 1), "PNG"),
+        "animated.gif": encode(picture(), "GIF", save_all=True, append_images=[picture()]),
+    }
+    bad = {
+        "empty.jpg": (b"", "is not an image: found an empty file"),
+        "text.jpg": (b"hello world", "is not an image"),
+        "cut.jpg": (encode(picture(), "JPEG")[:600], "is a damaged JPEG"),
+        "bomb.jpg": (with_size(encode(picture(), "JPEG"), 65_000, 65_000), "Pillow's limit"),
+        "bomb.png": (with_size(encode(picture(), "PNG"), 65_000, 65_000), "Pillow's limit"),
+    }
+    for name, data in (good | {name: data for name, (data, _) in bad.items()}).items():
+        (folder / name).write_bytes(data)
+    (folder / "gone.jpg").symlink_to(folder / "nowhere")
+    assert index(folder, run) == search.INCOMPLETE == 3
+    said = capsys.readouterr().err
+    for name, (_, sentence) in bad.items():
+        assert re.search(rf"skipped: .*{name} .*{sentence}", said)
+    assert re.search(r"skipped: .*gone\.jpg cannot be read \(No such file", said)
+    assert "6 of 21 images could not be read and were skipped." in said
+    store = Store(folder.parent / "store")
+    assert len(store) == 15 and set(good) < set(store.names)
+    assert_describes(store, folder, model)
+    upright = model.features(np.rot90(decode(oriented("JPEG", 6), "a"), -1))
+    np.testing.assert_allclose(rows(store)["turned.jpg"][0], upright.features[0], atol=2e-3)
+
+
+def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
+    stream = VPM.stream
+    monkeypatch.setattr(search, "_COMMIT_SECONDS", 0)
+
+    def stopping(self, images, batch):
+        for number, part in enumerate(stream(self, images, batch)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(VPM, "stream", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, run, "--batch", "2")
+    assert len(Store(folder.parent / "store")) == 4
+    monkeypatch.setattr(VPM, "stream", stream)
+    capsys.readouterr()
+    assert index(folder, run, "--batch", "2") == 0
+    assert "(5 new;" in capsys.readouterr().out
+    assert_describes(Store(folder.parent / "store"), folder, model)
+    assert len(Store(folder.parent / "store")) == 9
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path, run, model, compiler):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(300):
+        picture().save(folder / f"{i}.png")
+    store = tmp_path / "store"
+    code = "import sys; from vpm_jax import search; search._COMMIT_SECONDS = 0; sys.exit(search.main(sys.argv[1:]))"
+    arguments = ["index", str(folder), "--workdir", str(run), "--index", str(store), "--batch", "8"]
+    draw, kills = np.random.default_rng(0), 0
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | compiler)
+        while process.poll() is None and not (store / "store.json").exists():
+            time.sleep(0.05)
+        before = len(Store(store)) if (store / "store.json").exists() else 0
+        while process.poll() is None and len(Store(store)) <= before:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        elif process.returncode == 0:
+            break
+        process.wait()
+        Store(store).verify()
+    assert kills >= 3
+    assert search.main(arguments) == 0
+    assert sorted(Store(store).names) == sorted(f"{i}.png" for i in range(300))
+    assert_describes(Store(store), folder, model)
+
+
+def test_another_folder_or_model_is_refused(folder, run, tmp_path, capsys):
+    index(folder, run)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    with pytest.raises(UserError, match=r"store is the index of .*pictures: give that folder"):
+        index(other, run)
+    stranger = tmp_path / "stranger"
+    make_run(stranger, model__grid=(2, 1))
+    for command in (
+        ["index", str(folder), "--workdir", str(stranger), "--index", str(tmp_path / "store")],
+        ["query", str(folder / "a.jpg"), "--workdir", str(stranger), "--index", str(tmp_path / "store")],
+    ):
+        with pytest.raises(UserError, match=r"made by another model \(fingerprint"):
+            search.main(command)
+    assert len(Store(tmp_path / "store")) == 9
+    folder.rename(tmp_path / "moved")  # the same folder under another name
+    assert index(tmp_path / "moved", run) == 0
+    assert "(nothing changed" in capsys.readouterr().out
+    assert Store(tmp_path / "store").about.extra["folder"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere", r"nowhere cannot be read \(No such file or directory\)"),
+        ("a.jpg", r"a\.jpg cannot be read \(Not a directory\)"),
+        (".git", "holds no images"),
+    ],
+)
+def test_what_is_no_folder_of_images(folder, run, name, sentence):
+    (folder / ".git" / "x.jpg").unlink()
+    with pytest.raises(UserError, match=sentence):
+        search.main(
+            ["index", str(folder / name), "--workdir", str(run), "--index", str(folder.parent / "new" / "store")]
+        )
+    assert not (folder.parent / "new").exists()
+
+
+def test_links_are_followed_once(folder, run):
+    (folder / "deep" / "round").symlink_to(folder)
+    assert len(search.list_images(folder)[0]) == 9
+
+
+def test_a_store_without_a_model_or_images(folder, run, tmp_path):
+    with pytest.raises(UserError, match="names no model: give --workdir RUN"):
+        search.main(["index", str(folder), "--index", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="holds no feature store"):
+        search.main(["query", str(folder / "a.jpg"), "--index", str(tmp_path / "new")])
+    for path in folder.rglob("*.*"):
+        if path.is_file() and not path.name.startswith("."):
+            path.unlink()
+    (folder / "empty.jpg").touch()
+    assert index(folder, run) == 3
+    with pytest.raises(UserError, match="holds no images yet"):
+        search.main(["query", str(folder / "empty.jpg"), "--index", str(tmp_path / "store")])
+
+
+# ---- Queries ----
+
+
+@pytest.fixture
+def indexed(folder, run, capsys):
+    index(folder, run, "--dtype", "float32")
+    capsys.readouterr()
+    return folder.parent / "store"
+
+
+def test_a_query_ranks_as_matching_does(folder, indexed, model, capsys):
+    queries = [folder / "deep" / "er" / "d.webp", folder / "a.jpg"]
+    ranking = folder.parent / "ranking.json"
+    command = ["query", *map(str, queries), "--index", str(indexed), "--top", "5", "--json", str(ranking)]
+    assert search.main(command) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(ranking.read_text())
+    assert found["images"] == 9 and found["model"] == {"fingerprint": model.fingerprint, "grid": [3, 1]}
+    store = Store(indexed)
+    for query, answer in zip(queries, found["queries"], strict=True):
+        distance = model.match(query, [folder / name for name in store.names])[0]
+        order = np.argsort(distance)[:5]
+        results = answer["results"]
+        assert [r["image"] for r in results] == [store.names[i] for i in order]
+        assert [r["rank"] for r in results] == [1, 2, 3, 4, 5]
+        assert results[0]["image"] == str(query.relative_to(folder))
+        np.testing.assert_allclose([r["distance"] for r in results], distance[order], atol=2e-5)
+        for r in results:
+            assert sum(r["weight"]) == pytest.approx(1, abs=1e-5)
+            assert np.dot(r["weight"], r["region_distance"]) == pytest.approx(r["distance"], abs=1e-5)
+            assert r["counted"] == [i for i in range(3) if r["weight"][i] >= 0.05]
+            assert f"{r['rank']:4}  {r['distance']:8.4f}  " in printed
+        np.testing.assert_allclose(answer["visibility"], model.features(query).visibility[0], rtol=1e-3, atol=1e-6)
+        assert answer["visible"] == [i for i in range(3) if answer["visibility"][i] >= 1]
+    assert list(folder.parent.glob("*.html")) == []  # pictures are written where the user asks, nowhere else
+
+
+def test_json_for_a_pipe_is_all_there_is(folder, indexed, capsys):
+    assert search.main(["query", str(folder / "a.jpg"), "--index", str(indexed), "--json", "-"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["queries"][0]["results"]) == 9
+
+
+def test_the_page_shows_what_was_found_and_asks_nobody(folder, indexed, tmp_path):
+    (folder / "b.PNG").unlink()
+    page = tmp_path / "page.html"
+    query = folder / "行人 <b>&.png"
+    assert search.main(["query", str(query), "--index", str(indexed), "--html", str(page)]) == 0
+    read = Reader(page.read_text())
+    images = [attributes for tag, attributes in read.tags if tag == "img"]
+    assert len(images) == 2 + 8  # the query, its region map, and every picture that is still there
+    for attributes in images:
+        assert attributes["src"].startswith("data:image/") and attributes["alt"]
+    assert [a["alt"] for a in images[:3]] == [
+        "query 行人 <b>&.png",
+        "region map of query 行人 <b>&.png",
+        "rank 1: 行人 <b>&.png",
+    ]
+    assert "This picture is not there any more" in read.words and "b.PNG" in read.words
+    assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "b"}
+    assert "http" not in page.read_text().replace("http-equiv", "")
+    bars = [a["aria-label"] for _, a in read.tags if a.get("class") == "bars"]
+    assert len(bars) == 1 + 9 and bars[1].startswith("distance in each region, and its share")
+
+
+def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypatch, capsys):
+    """By "binary" visibility, where no score reaches a cell."""
+    features = VPM.features
+
+    def blind(self, images, batch=64):
+        said = features(self, images, batch)
+        said.visibility[: min(1, len(said))] = 0.5
+        return said
+
+    monkeypatch.setattr(VPM, "features", blind)
+    monkeypatch.setitem(model.config.match, "visibility", "binary")
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html")}
+    command = ["query", str(folder / "a.jpg"), str(folder / "f.jpeg"), "--index", str(indexed)]
+    assert search.main([*command, "--json", str(files["json"]), "--html", str(files["html"])]) == search.INCOMPLETE
+    said = capsys.readouterr()
+    assert re.search(r"a\.jpg shares no visible region with any image: there is nothing to rank\.", said.err)
+    assert "a.jpg shows regions none of 0 to 2" in said.out
+    first, second = json.loads(files["json"].read_text())["queries"]
+    assert first["results"] == [] and len(second["results"]) > 0
+    assert "there is nothing to rank" in files["html"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("nowhere.jpg", "nowhere.jpg cannot be read"), ("notes.txt", "is not an image"), ("deep", "is a folder")],
+)
+def test_a_query_that_is_no_image(folder, indexed, name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        search.main(["query", str(folder / name), "--index", str(indexed)])
+
+
+def test_how_many_is_at_least_one(folder, indexed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        search.main(["query", "a.jpg", "--index", str(indexed), "--top", "0"])
+    assert "0, expected at least 1" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_printed(indexed, folder, capsys):
+    assert answers.printable(os.fsdecode(b"\xff.png")) == "?.png"
+    assert search.main(["query", str(folder / os.fsdecode(b"\xff.png")), "--index", str(indexed)]) == 0
+    capsys.readouterr().out.encode()

@@ -1,0 +1,166 @@
+"""What a query finds in a feature store, and why: as Python, as JSON, and as a page to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vpm_jax import api, html
+from vpm_jax.api import VPM, Description
+from vpm_jax.errors import UserError
+from vpm_jax.store import Store
+
+_LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
+_VISIBLE_CELLS = 1.0  # see matching.match_visibility
+
+
+class Result(NamedTuple):
+    """One image of a ranking; arrays are [P]."""
+
+    name: str
+    path: Path
+    distance: float
+    region_distance: np.ndarray
+    weight: np.ndarray  # the share of each region in the distance; they sum to 1
+    visibility: np.ndarray  # of the gallery image, Eq. 2
+
+    @property
+    def counted(self) -> np.ndarray:
+        return self.weight >= _LEAST_SHARE
+
+
+class Answer(NamedTuple):
+    """What one query image finds."""
+
+    path: Path
+    query: Description
+    results: list[Result]  # nearest first; none that shares no region
+
+    @property
+    def visible(self) -> np.ndarray:
+        return self.query.visibility[0] >= _VISIBLE_CELLS
+
+
+def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[Answer]:
+    """The `top` nearest images of the store for each query image, with what their distances are made of.
+
+    Raises:
+      UserError: for an image that cannot be read, or a store of another model.
+    """
+    from vpm_jax.matching import local_distances, match_visibility, top_k
+
+    store.check_model(model.fingerprint, model.source)
+    described = model.features(list(images))
+    match = model.config.match
+    weight = match_visibility(described.visibility, match.visibility)
+    gallery_weight = match_visibility(store.visibility, match.visibility)
+    distance, index = top_k(described.features, weight, (store.features, gallery_weight), top, match.squared)
+    root, names = Path(store.about.extra.get("folder", "")), store.names
+    answers = []
+    for row, path in enumerate(images):
+        found = index[row][np.isfinite(distance[row])]
+        parts, shares = local_distances(
+            described.features[row : row + 1],
+            weight[row : row + 1],
+            store.features[found],
+            gallery_weight[found],
+            match.squared,
+        )
+        results = [
+            Result(names[i], root / names[i], float(distance[row, rank]), parts[0, rank], shares[0, rank], scores)
+            for rank, (i, scores) in enumerate(zip(found, store.visibility[found], strict=True))
+        ]
+        answers.append(Answer(path, described[row], results))
+    return answers
+
+
+def numbers(which: np.ndarray) -> str:
+    """The regions where `which` [P] is true: "0 1 2"."""
+    return " ".join(str(i) for i in np.flatnonzero(which)) or "none"
+
+
+def printable(text: object) -> str:
+    """A file's name as people read it: names that are no UTF-8 cannot be printed or written."""
+    return str(text).encode(errors="replace").decode()
+
+
+def record(model: VPM, store: Store, answers: list[Answer]) -> dict[str, Any]:
+    """The rankings as JSON; visibility is in cells of the feature map, weights are shares."""
+
+    def listed(values: np.ndarray) -> list[float]:
+        return [float(f"{value:.6g}") for value in values]
+
+    return {
+        "index": str(store.folder),
+        "images": len(store),
+        "model": {"fingerprint": model.fingerprint, "grid": [model.grid.rows, model.grid.cols]},
+        "match": model.config.match.to_dict(),
+        "queries": [
+            {
+                "image": str(answer.path),
+                "visibility": listed(answer.query.visibility[0]),
+                "visible": [int(i) for i in np.flatnonzero(answer.visible)],
+                "results": [
+                    {
+                        "rank": rank,
+                        "image": result.name,
+                        "path": str(result.path),
+                        "distance": float(f"{result.distance:.6g}"),
+                        "region_distance": listed(result.region_distance),
+                        "weight": listed(result.weight),
+                        "counted": [int(i) for i in np.flatnonzero(result.counted)],
+                        "visibility": listed(result.visibility),
+                    }
+                    for rank, result in enumerate(answer.results, 1)
+                ],
+            }
+            for answer in answers
+        ],
+    }
+
+
+# ---- The page ----
+
+
+def page(model: VPM, store: Store, answers: list[Answer]) -> str:
+    """One self-contained HTML file. Pictures are read from the folder that was indexed."""
+    rows, cols = model.grid.rows, model.grid.cols
+    order = "from the top down" if cols == 1 else f"{rows} rows of {cols}, from the top left"
+    folder = html.escape(printable(store.about.extra.get("folder", store.folder)))
+    intro = (
+        f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both pictures show. "
+        f"Regions are numbered {order}.</p>"
+        '<p class="soft">Under a query: how much of the picture shows each region, in cells of the feature map. Under '
+        "a result: how far apart the two pictures are in each region, and the region's share in the overall distance, "
+        f"which is the more the better both show it. Regions with less than {100 * _LEAST_SHARE:.0f} % are faint.</p>"
+    )
+    return html.page("Search results", intro + "".join(_section(answer) for answer in answers))
+
+
+def _section(answer: Answer) -> str:
+    name = printable(answer.path.name)
+    pixels = api.read(answer.path)
+    seen = html.regions(pixels, answer.query.region_maps[0], answer.query.visibility[0], f"query {name}")
+    body = html.row([html.card(seen, f"shows regions {numbers(answer.visible)}", "query", "Query")], wide=True)
+    if answer.results:
+        longest = max(float(result.region_distance.max()) for result in answer.results)
+        cards = [_card(rank, result, longest) for rank, result in enumerate(answer.results, 1)]
+        body += f"<h3>{len(cards)} nearest</h3>\n" + html.row(cards, wide=True)
+    else:
+        body += "<p>It shares no visible region with any image: there is nothing to rank.</p>"
+    return html.section(name, body)
+
+
+def _card(rank: int, result: Result, longest: float) -> str:
+    name = printable(result.name)
+    try:
+        shown = html.picture(api.read(result.path), f"rank {rank}: {name}")
+    except UserError:
+        shown = '<p class="soft">This picture is not there any more, or cannot be read.</p>'
+    shares = [f"· {100 * weight:.0f} %" for weight in result.weight]
+    label = "distance in each region, and its share in the overall distance"
+    shown += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares)
+    return html.card(shown, name, mark=f"{rank}. distance {result.distance:.3f}")

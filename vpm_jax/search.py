@@ -1,0 +1,277 @@
+"""Search your own pictures with a partial one.
+
+    python -m vpm_jax.search index FOLDER --workdir runs/synthetic --index STORE
+    python -m vpm_jax.search query IMAGE... --index STORE --top 20
+
+`index` describes every image of a folder, and of the folders in it, into a feature store: again after a change, it
+describes what is new or changed and drops what is gone; stopped or killed, it goes on. `query` ranks the images of a
+store by Eq. 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vpm_jax import answers as answers_lib
+from vpm_jax import cli
+from vpm_jax import config as config_lib
+from vpm_jax.answers import Answer, numbers, printable
+from vpm_jax.api import VPM
+from vpm_jax.errors import UserError
+from vpm_jax.logs import Status, duration, write_atomically
+from vpm_jax.store import DTYPES, About, Entry, Store, Writer
+
+IMAGES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+INCOMPLETE = 3  # the exit code of a command that did what it could
+_COMMIT_SECONDS = 5.0  # what a kill can lose
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpm_jax.search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for what was named on stderr: images that "
+        "cannot\nbe read (index), queries that show no region (query).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index | query")
+    one = commands.add_parser(
+        "index", help="describe the images of a folder", description="Describe a folder's images."
+    )
+    one.add_argument("folder", type=Path, metavar="FOLDER", help=f"with images ({', '.join(IMAGES)}) at any depth")
+    one.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
+    _add_model(one)
+    one.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")
+    one.add_argument("--batch", type=_positive, default=64, help="images computed together (default: %(default)s)")
+    two = commands.add_parser("query", help="rank the images of a store", description="Rank the images of a store.")
+    two.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture of a person, or of a part of one")
+    two.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
+    _add_model(two)
+    two.add_argument("--top", type=_positive, default=20, help="how many images to rank (default: %(default)s)")
+    two.add_argument("--json", metavar="FILE", help="write the ranking for programs; - is the standard output")
+    two.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures, self-contained")
+    args = parser.parse_args(argv)
+    model = args.workdir or args.model
+    if args.command == "index":
+        return index(args.folder, args.index, model, args.dtype, args.batch)
+    return query(args.images, args.index, model, args.top, args.json, args.html)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
+    either.add_argument("--model", type=Path, metavar="FILE", help="the model: a file (default: the store's model)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, expected at least 1")
+    return value
+
+
+# ---- Index ----
+
+
+def index(folder: Path, store: Path, model_path: Path | None, dtype: str = "float16", batch: int = 64) -> int:
+    """Makes `store` hold what the model says of every image under `folder`; the exit code.
+
+    Raises:
+      UserError: for a folder without images, a store of another folder or model, or a disk that is full.
+    """
+    found, others = list_images(folder)
+    there = Store(store) if (store / "store.json").exists() else None
+    if there is not None:
+        _check_root(there, folder)
+    model_path = model_path or _model_of(there, store)
+    model = VPM.load(model_path)
+    root = str(folder.resolve())
+    nothing = model.features([])
+    about = About(
+        model=model.fingerprint,
+        config=config_digest(model),
+        regions=nothing.features.shape[1],
+        channels=nothing.features.shape[2],
+        dtype=there.about.dtype if there is not None else dtype,
+        extra={"folder": root, "model": str(model_path.resolve())},
+    )
+    with Writer(store, about) as writer:
+        before = {entry.name: entry for entry in Store(store).entries}
+        fresh = [entry for entry in found if before.get(entry.name) != entry]
+        changed = sum(entry.name in before for entry in fresh)
+        names = {entry.name for entry in found}
+        gone = sum(name not in names for name in before)
+        stale = {entry.name for entry in fresh}
+        writer.keep(np.array([name in names and name not in stale for name in before], bool))
+        unreadable = _describe(model, folder, fresh, writer, batch)
+    news = {"new": len(fresh) - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
+    said = ", ".join(f"{number} {word}" for word, number in news.items() if number) or "nothing changed"
+    total = len(Store(store))
+    print(f"{store}: {total} images of {printable(root)} ({said}; {others} other files left out).")
+    if unreadable:
+        print(f"{unreadable} of {len(found)} images could not be read and were skipped.", file=sys.stderr)
+    return INCOMPLETE if unreadable else 0
+
+
+def list_images(folder: Path) -> tuple[list[Entry], int]:
+    """Every image under the folder, sorted by its path there, and the number of other files.
+
+    By their suffix (IMAGES); hidden files and folders are passed over, links are followed.
+
+    Raises:
+      UserError: if the folder or one in it cannot be read, or there is no image.
+    """
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): expected a folder of images.")
+
+    entries, others, seen = [], 0, set()
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real in seen:  # links may go round in circles
+            continue
+        seen.add(real)
+        for name in files:
+            if name.startswith("."):
+                continue
+            if not name.lower().endswith(IMAGES):
+                others += 1
+                continue
+            path = os.path.join(parent, name)
+            try:
+                status = os.stat(path)
+            except OSError:  # a broken link: reading it says so
+                entries.append(Entry(os.path.relpath(path, folder)))
+            else:
+                entries.append(Entry(os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+    if not entries:
+        raise UserError(
+            f"{folder} holds no images ({others} other files): expected files that end in {', '.join(IMAGES)}."
+        )
+    return sorted(entries), others
+
+
+def _check_root(store: Store, folder: Path) -> None:
+    """Refuses a store of another folder, unless that one has moved."""
+    root = store.about.extra.get("folder", "")
+    if root and Path(root).is_dir() and not Path(root).samefile(folder):
+        raise UserError(f"{store.folder} is the index of {root}: give that folder, or another --index.")
+
+
+def _model_of(store: Store | None, folder: Path) -> Path:
+    path = store.about.extra.get("model") if store is not None else None
+    if not path:
+        raise UserError(f"{folder} names no model: give --workdir RUN, the folder of a training run, or --model FILE.")
+    return Path(path)
+
+
+def config_digest(model: VPM) -> str:
+    """16 hexadecimal digits of the model's whole config."""
+    return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
+
+
+def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, batch: int) -> int:
+    """Appends what the model says of the images; those that cannot be read are named and counted."""
+    ready: deque[Entry] = deque()
+    unreadable = 0
+
+    def prepare(entry: Entry) -> np.ndarray | UserError:
+        try:
+            return model.prepare(folder / entry.name)
+        except UserError as error:
+            return error
+
+    def pixels() -> Iterator[np.ndarray]:
+        nonlocal unreadable
+        images = iter(entries)
+        with ThreadPoolExecutor(os.cpu_count(), "vpm_jax-read") as pool:
+            while some := list(itertools.islice(images, batch)):
+                for entry, image in zip(some, pool.map(prepare, some), strict=True):
+                    if isinstance(image, UserError):
+                        unreadable += 1
+                        print(f"skipped: {image}", file=sys.stderr)
+                    else:
+                        ready.append(entry)
+                        yield image
+
+    status, started, done, committed = Status(), time.monotonic(), 0, time.monotonic()
+    for part in model.stream(pixels(), batch):
+        writer.append([ready.popleft() for _ in range(len(part))], part.features, part.visibility)
+        done, now = done + len(part), time.monotonic()
+        if now - committed > _COMMIT_SECONDS:
+            writer.commit()
+            committed = now
+        rate = done / (now - started)
+        left = len(entries) - done - unreadable
+        status.show(
+            f"images {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
+            final=not left,
+        )
+    return unreadable
+
+
+# ---- Query ----
+
+
+def query(
+    images: Sequence[Path],
+    store: Path,
+    model_path: Path | None,
+    top: int = 20,
+    json_file: str | None = None,
+    html_file: Path | None = None,
+) -> int:
+    """Prints and writes the rankings of the store's images for each query; the exit code.
+
+    Raises:
+      UserError: for an image that cannot be read, a store that is damaged or empty, or one of another model.
+    """
+    there = Store(store)
+    if not len(there):
+        raise UserError(f"{store} holds no images yet: run python -m vpm_jax.search index.")
+    model = VPM.load(model_path or _model_of(there, store))
+    answers = answers_lib.search(model, there, images, top)
+    if json_file:
+        text = json.dumps(answers_lib.record(model, there, answers), indent=1, allow_nan=False) + "\n"
+        if json_file == "-":
+            print(text, end="")
+        else:
+            write_atomically(Path(json_file), text)
+    if html_file:
+        write_atomically(html_file, answers_lib.page(model, there, answers))
+    if json_file != "-":
+        _print(answers)
+    empty = [answer for answer in answers if not answer.results]
+    for answer in empty:
+        print(f"{answer.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)
+    return INCOMPLETE if empty else 0
+
+
+def _print(answers: list[Answer]) -> None:
+    for answer in answers:
+        count, shown = answer.query.visibility.shape[1], numbers(answer.visible)
+        print(f"\n{printable(answer.path)} shows regions {shown} of 0 to {count - 1} (from the top left).")
+        if not answer.results:
+            continue
+        width = max(4 * count, len("share of each region, %"))
+        print(f"rank  distance  {'share of each region, %':{width}}  image")
+        for rank, result in enumerate(answer.results, 1):
+            shares = "".join(f"{100 * weight:4.0f}" for weight in result.weight)
+            print(f"{rank:4}  {result.distance:8.4f}  {shares:{width}}  {printable(result.name)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
