@@ -55,11 +55,14 @@ def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] |
 
     Of the same scale and method, else of the same scale; None without any.
     """
-    here = [r for r in finished if r["scale"] == run.scale and r["hardware"] == results.hardware() and r["images"]]
-    same = [r for r in here if r["method"] == run.method] or here
-    if not same:
+    here = [r for r in finished if r["scale"] == run.scale and r["hardware"] == results.hardware()]
+    trained = [r for r in here if r["images"]]
+    if not trained:
         return None
-    return median(r["images"] / r["seconds"] for r in same), median(r["evaluation_seconds"] for r in same)
+    evaluated = [r for r in here if r["test"] == (run.test or run.dataset)] or here
+    trained = [r for r in trained if r["method"] == run.method] or trained
+    speed = median(r["images"] / r["seconds"] for r in trained)
+    return speed, median(r["evaluation_seconds"] for r in evaluated)
 
 
 def timed_rate(config: ConfigDict, steps: int = 3) -> float:

@@ -65,6 +65,9 @@ class Exhibit(NamedTuple):
 
     title: str
     methods: tuple[str, ...]
+    tests: tuple[str, ...] = ()  # datasets of partial images that the trained models are evaluated on too
+    shaded: bool = False  # its methods differ in a number, and are drawn from light to dark in its order
+    maps: bool = False  # it shows pictures with the regions found in them
 
 
 EXHIBITS: dict[str, Exhibit] = {
@@ -72,12 +75,18 @@ EXHIBITS: dict[str, Exhibit] = {
         "Table 1: VPM, the global feature and PCB over gamma",
         ("vpm", "baseline", "pcb", "vpm-nocrops", "baseline-nocrops", "pcb-crops"),
     ),
+    "table 2": Exhibit(
+        "Table 2: training crops of the bottom, the top, or either, and real partial images",
+        ("vpm-bottom", "vpm-top", "vpm-bilateral"),
+        ("partial_reid", "partial_ilids"),
+    ),
     "table 3": Exhibit(
         "Table 3: what self-supervision contributes",
         ("vpm", "vpm-notriplet", "mvpm-1", "mvpm-2", "mvpm-3", "mvpm-4"),
+        ("partial_ilids",),
     ),
-    "figure 4": Exhibit("Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _PARTS))),
-    "figure 5": Exhibit("Figure 5: regions found", ("vpm", "vpm-3x2")),
+    "figure 4": Exhibit("Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _PARTS)), shaded=True),
+    "figure 5": Exhibit("Figure 5: the regions found", ("vpm", "vpm-3x2"), maps=True),
 }
 
 
@@ -147,13 +156,13 @@ class Run:
     config: ConfigDict
     base: ConfigDict  # of the scale, without overrides
     of: Run | None = None  # the run whose checkpoint this one evaluates
+    test: str = ""  # the dataset of partial images that it evaluates on; "": its own test set
 
     @property
     def name(self) -> str:
         """What its result file and its workdir are called."""
-        return (
-            f"{family(self.dataset, self.scale)}-{self.method}{'-' * bool(self.variant)}{self.variant}-seed{self.seed}"
-        )
+        what = f"-{self.variant}" * bool(self.variant) + f"-on-{self.test}" * bool(self.test)
+        return f"{family(self.dataset, self.scale)}-{self.method}{what}-seed{self.seed}"
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -168,6 +177,7 @@ class Run:
         else:
             start = f"python -m vpm_jax.evaluate --workdir runs/{self.of.name} --output runs/{self.name}"
             begin = self.of.config
+        start += f" --dataset {self.test}" * bool(self.test)
         return " ".join([start, *(_argument(*item) for item in differences(begin, self.config).items())])
 
 
@@ -203,13 +213,20 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, Any]:
 
 
 def make_run(
-    dataset: str, scale: str, method: str, seed: int = 0, variant: str = "", overrides: Sequence[str] = ()
+    dataset: str,
+    scale: str,
+    method: str,
+    seed: int = 0,
+    test: str = "",
+    variant: str = "",
+    overrides: Sequence[str] = (),
 ) -> Run:
     """The run of a method. What changes nothing (p = 4 where VPM has 4 regions) is VPM's own run, by its name.
 
     Args:
       dataset, scale: keys of `config.data.name` and SCALES.
       method: a key of METHODS.
+      test: a dataset of partial images, to evaluate on that instead of training.
       variant: the name of what the overrides make.
       overrides: --config.KEY=VALUE, for every method alike.
 
@@ -231,19 +248,52 @@ def make_run(
     if not own.of and not differences(plain, config):
         method = "vpm"
     config.seed = base.seed = seed
-    parent = make_run(dataset, scale, own.of, seed, variant, overrides) if own.of else None
-    return Run(dataset, scale, method, variant, seed, config, base, parent)
+    parent = None
+    if own.of or test:
+        parent = make_run(dataset, scale, own.of or method, seed, "", variant, overrides)
+    return Run(dataset, scale, method, variant, seed, config, base, parent, test)
+
+
+class Cell(NamedTuple):
+    """Where a run stands in the tables."""
+
+    method: str
+    test: str
+    seed: int
 
 
 def plan(
-    methods: Sequence[str], dataset: str, scale: str, seeds: int, variant: str = "", overrides: Sequence[str] = ()
-) -> dict[tuple[str, int], Run]:
-    """{(method, seed): its run}, seed by seed; methods that come to the same share a run. Raises as `make_run`."""
-    return {
-        (method, seed): make_run(dataset, scale, method, seed, variant, overrides)
-        for seed in range(seeds)
-        for method in methods
-    }
+    exhibits: Sequence[str],
+    dataset: str,
+    scale: str,
+    seeds: int,
+    models: Sequence[str] = (),
+    variant: str = "",
+    overrides: Sequence[str] = (),
+) -> dict[Cell, Run]:
+    """The runs of tables and figures, seed by seed; cells that come to the same share a run.
+
+    Partial images are test sets: a scale that holds out identities evaluates on none; nor do synthetic pedestrians,
+    which look like nobody there.
+
+    Args:
+      exhibits: keys of EXHIBITS.
+      dataset, scale, variant, overrides: as of `make_run`.
+      seeds: 0 to seeds - 1.
+      models: only these methods; all without.
+
+    Raises:
+      UserError: as `make_run`.
+    """
+    cells: dict[Cell, Run] = {}
+    for seed in range(seeds):
+        for exhibit in map(EXHIBITS.__getitem__, exhibits):
+            for method in (m for m in exhibit.methods if not models or m in models):
+                own = make_run(dataset, scale, method, seed, "", variant, overrides)
+                cells[Cell(method, "", seed)] = own
+                for test in exhibit.tests if dataset != "synthetic" and not own.config.data.holdout_identities else ():
+                    cells[Cell(method, test, seed)] = make_run(dataset, scale, method, seed, test, variant, overrides)
+    return cells
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:

@@ -8,82 +8,74 @@ that folder divide the runs among them. --plan shows what is missing and what it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vpm_jax import cli, estimate, experiments, parallel, plots, results, tables
+from vpm_jax import cli, estimate, experiments, figures, parallel, results, tables
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.experiments import EXHIBITS, METHODS, SCALES, Run
-from vpm_jax.logs import make_folder, replacing, write_atomically
+from vpm_jax.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
+from vpm_jax.logs import make_folder, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(argv)
     scale, dataset, exhibits = choose(args)
-    methods = list(
-        dict.fromkeys(m for e in exhibits for m in EXHIBITS[e].methods if not args.models or m in args.models)
-    )
-    if not methods:
-        raise UserError(f"--models {' '.join(args.models)}: {' and '.join(exhibits)} need none of these.")
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}, expected how many, at least 1.")
     parallel.prepare_backend()
-    grid = experiments.plan(methods, dataset, scale, args.seeds, args.variant, overrides)
-    runs = experiments.distinct(grid.values())
+    cells = experiments.plan(exhibits, dataset, scale, args.seeds, args.models, args.variant, overrides)
+    if not cells:
+        raise UserError(f"--models {' '.join(args.models)}: {' and '.join(exhibits)} need none of these.")
+    runs = experiments.distinct(cells.values())
     done = {run.name: result for run in runs if (result := results.read(args.results, run))}
+    missing = [run for run in runs if run.name not in done]
+    left = {} if args.plan else without_data(missing)  # {run: why it has no result}
+    missing = [run for run in missing if run.name not in left]
 
     # ---- What is to be done, and its cost ----------------------------------------------------------------
-    missing = [run for run in runs if run.name not in done]
-    print(
-        f"{len(runs)} run{'s' * (len(runs) > 1)} for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} finished before"
-    )
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    print(f"{count} for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} finished before")
     if missing:
         print(estimate.describe(missing, args.results, args.workdirs))
+    for reason in dict.fromkeys(left.values()):
+        print(f"{sum(r == reason for r in left.values())} of them not to be done here: {reason}")
     if args.plan:
         return 0
 
     # ---- The runs ----------------------------------------------------------------------------------------
     for folder in (args.results, args.workdirs):
         make_folder(folder)
-    if missing:
-        check_data(missing)
-    left: dict[str, str] = {}  # {run: why it has no result}
-    stopped = 0
+    stopped, skipped = 0, len(left)
     for number, run in enumerate(missing, 1):
         print(f"\n[{number}/{len(missing)}] {run.name}", flush=True)
-        code, reason = perform(run, args.results, args.workdirs)
+        stopped, reason = perform(run, args.results, args.workdirs)
         result = results.read(args.results, run)
         if result is not None:
             done[run.name] = result
-        elif reason:
+        else:
             left[run.name] = reason
             print(f"{run.name} {reason}", file=sys.stderr, flush=True)
-        if code:
-            stopped = code
+        if stopped:
             break
 
     # ---- The report --------------------------------------------------------------------------------------
-    name = experiments.family(dataset, scale) + "-" * bool(args.variant) + args.variant
+    name = experiments.family(dataset, scale) + f"-{args.variant}" * bool(args.variant)
     output = args.output or Path("docs/results") / name
     if done:
-        report(output, exhibits, grid, done, left, command_line(argv))
-        print(f"\nreport of {len(done)} of {len(runs)} runs: {output / 'report.md'}")
+        report(output, exhibits, cells, done, left, command_line(argv), args.workdirs)
+        print(f"\nreport of {len(done)} of {count}: {output / 'report.md'}")
     if stopped:
         print("Stopped: run the same command to go on.")
         return stopped
-    if left:
-        raise UserError(
-            f"{len(left)} of {len(runs)} runs have no result ("
-            + "; ".join(f"{name} {reason.rstrip('.')}" for name, reason in left.items())
-            + "): run the same command again for them."
-        )
+    if len(left) > skipped or not done:
+        reasons = "; ".join(f"{name} {reason.rstrip('.')}" for name, reason in left.items())
+        raise UserError(f"{len(left)} of {count} have no result ({reasons}): run the same command again for them.")
     return 0
 
 
@@ -148,16 +140,49 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
     exhibits = [f"table {n}" for n in dict.fromkeys(args.table)] + [f"figure {n}" for n in dict.fromkeys(args.figure)]
     if not exhibits:
         raise UserError("Nothing was asked for: name a --table (1 to 3) or a --figure (4 or 5).")
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}, expected how many, at least 1.")
     if args.variant and not args.variant.replace("_", "").replace(".", "").isalnum():
         raise UserError(f"--variant {args.variant}: expected letters, digits, dots and underscores, for a file's name.")
     return scale, dataset, exhibits
 
 
-def check_data(missing: Sequence[Run]) -> None:
-    """Refuses at once, before the first run, data that are not there."""
+def without_data(missing: Sequence[Run]) -> dict[str, str]:
+    """{run: why} of those whose dataset of partial images is not there: they are left out, the others go on.
+
+    Raises:
+      UserError: if what is to be trained on is not there, before the first run.
+    """
     from vpm_jax.data.sources import load_dataset
 
-    load_dataset(missing[0].config.data)  # all runs have the same
+    if missing:
+        load_dataset(missing[0].config.data)  # all runs have the same
+    reasons = {}
+    for test in dict.fromkeys(run.test for run in missing if run.test):
+        try:
+            root_of(test, missing[0].config.data)
+        except UserError as error:
+            reasons[test] = f"is left out: {error}"
+    return {run.name: reasons[run.test] for run in missing if run.test in reasons}
+
+
+def root_of(test: str, config_data: Any) -> str:
+    """Where a dataset of partial images lies: under data.root, else under $VPM_DATA or ./data.
+
+    Raises:
+      UserError: if it is in neither.
+    """
+    from vpm_jax.data.sources import load_dataset
+
+    data = config_data.copy_and_resolve_references()
+    data.name = test
+    if data.root:
+        with contextlib.suppress(UserError):
+            load_dataset(data)
+            return data.root
+    data.root = ""
+    load_dataset(data)
+    return ""
 
 
 def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
@@ -218,13 +243,12 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
     if other:
         raise UserError(f"{workdir} is not the run of {folder / run.of.name}.json, for {other[0]} differs: delete it")
     changes = experiments.differences(run.of.config, run.config)
-    arguments = [f"--config.{key}={value}" for key, value in changes.items()]
-    arguments += [
-        f"--config.{key}={run.config.data[key.partition('.')[2]]}" for key in ("data.workers", "data.threads")
-    ]
-    if run.config.data.root:
-        arguments.append(f"--config.data.root={run.config.data.root}")
-    return evaluate.main(["--workdir", str(workdir), "--output", str(workdirs / run.name), *arguments])
+    changes |= {f"data.{key}": run.config.data[key] for key in ("workers", "threads")}
+    arguments = ["--workdir", str(workdir), "--output", str(workdirs / run.name)]
+    arguments += ["--dataset", run.test] if run.test else []
+    root = root_of(run.test, run.config.data) if run.test else run.config.data.root
+    arguments += ["--root", root] if root else []
+    return evaluate.main(arguments + [f"--config.{key}={value}" for key, value in changes.items()])
 
 
 def gather(run: Run, workdirs: Path) -> dict[str, Any]:
@@ -233,7 +257,7 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     from vpm_jax.data.sampling import schedule
 
     workdir = workdirs / run.name
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation = json.loads((workdir / f"evaluation{f'-{run.test}' * bool(run.test)}.json").read_text())
     if run.of is not None:
         return results.record(run, evaluation, {}, images=0, seconds=0.0, rate=0.0)
     config = config_lib.read(workdir)
@@ -262,63 +286,74 @@ def command_line(argv: Sequence[str] | None) -> str:
 def report(
     output: Path,
     exhibits: Sequence[str],
-    grid: dict[tuple[str, int], Run],
-    done: dict[str, dict[str, Any]],
-    left: dict[str, str],
+    cells: Mapping[Cell, Run],
+    done: Mapping[str, Mapping[str, Any]],
+    left: Mapping[str, str],
     command: str,
+    workdirs: Path,
 ) -> None:
-    """Writes report.md, report.json and a plot for each exhibit into `output`."""
+    """Writes report.md, report.json and the pictures of each exhibit into `output`."""
     make_folder(output)
-    one = next(iter(grid.values()))
-    runs = experiments.distinct(grid.values())
+    runs = experiments.distinct(cells.values())
+    one = runs[0]
+    variant = f", variant {one.variant}" * bool(one.variant)
     lines = [
-        f"# {', '.join(e.capitalize() for e in exhibits)}: {one.dataset}, scale {one.scale}"
-        + (f", variant {one.variant}" if one.variant else ""),
+        f"# {', '.join(e.capitalize() for e in exhibits)}: {one.dataset}, scale {one.scale}{variant}",
         "",
         f"    {command}",
         "",
-        f"- Recipe {one.config.recipe}: `{experiments.config_file(one.scale, one.dataset)}`"
-        + (f" with {differing(one)}" if differing(one) else "")
-        + ".",
+        f"- Recipe {one.config.recipe}: `{experiments.config_file(one.scale, one.dataset)}`{differing(one)}.",
         *tables.conditions(runs, done),
         *(f"- Not in this report: {name} {reason.rstrip('.')}." for name, reason in left.items()),
         "",
     ]
     data: dict[str, Any] = {"command": command, "spread": tables.SPREAD, "exhibits": {}}
-    for exhibit in exhibits:
-        rows = tables.rows(EXHIBITS[exhibit].methods, grid, done)
-        data["exhibits"][exhibit] = rows
-        lines.append(tables.markdown(exhibit, rows))
-        if rows:
-            picture = exhibit.replace(" ", "-") + ".png"
-            draw(output / picture, rows, f"{EXHIBITS[exhibit].title}; {one.dataset}, {one.scale}")
-            lines += [f"![{EXHIBITS[exhibit].title}]({picture})", ""]
+    for name in exhibits:
+        exhibit, stem = EXHIBITS[name], name.replace(" ", "-")
+        found = tables.rows(name, cells, done)
+        data["exhibits"][name] = {"sweep": found}
+        lines += [f"## {exhibit.title}", ""]
+        if found:
+            lines += tables.sweep(found)
+            chance = done[found[0]["runs"][0]]["chance_rank1"]
+            title = f"{exhibit.title.partition(':')[0]}: {one.dataset}, {one.scale}"
+            figures.gamma_curves(output / f"{stem}.png", found, title, chance, exhibit.shaded)
+            lines += [f"![{exhibit.title}]({stem}.png)", ""]
+        for test in exhibit.tests:
+            if found := tables.rows(name, cells, done, test):
+                data["exhibits"][name][test] = found
+                lines += tables.partial(found, test)
+        if exhibit.maps:
+            lines += maps(
+                output, stem, [run for cell, run in cells.items() if cell.method in exhibit.methods], workdirs
+            )
     lines += tables.listing(runs, done)
     write_atomically(output / "report.md", "\n".join(lines).rstrip() + "\n")
     write_atomically(output / "report.json", json.dumps(data, indent=1) + "\n")
 
 
+def maps(output: Path, stem: str, runs: Sequence[Run], workdirs: Path) -> list[str]:
+    """Draws the regions that each run finds; the lines of the report about them."""
+    lines = []
+    for run in (run for run in experiments.distinct(runs) if run.seed == 0 and run.of is None):
+        picture = f"{stem}-{run.method}.png"
+        try:
+            figures.region_maps(output / picture, workdirs / run.name)
+            text = "synthetic pedestrians, the cells in the colour of their most probable region"
+            lines += [f"Regions found by `{run.name}`: {text}.", "", f"![{run.name}]({picture})", ""]
+        except UserError as error:
+            lines += [f"Regions found by `{run.name}` are not shown: {error}", ""]
+    return lines
+
+
 def differing(run: Run) -> str:
     """The keys by which every run differs from the scale's file, as text."""
     plain = cli.load_config(experiments.config_file(run.scale, run.dataset))
-    changes = dict(SCALES[run.scale].changes)
-    if plain.data.name != run.dataset:
-        changes = {"data.name": run.dataset} | changes
+    changes = {"data.name": run.dataset} if plain.data.name != run.dataset else {}
+    changes |= SCALES[run.scale].changes
     changes |= {key: value for key, value in run.changes.items() if key not in METHODS[run.method].changes}
-    return ", ".join(f"{key} = {value}" for key, value in changes.items())
-
-
-def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """The gamma curves of one exhibit."""
-    curves = {
-        row["title"]: {
-            float(gamma): {"rank-1": values["R-1"]["mean"] / 100, "mAP": values["mAP"]["mean"] / 100}
-            for gamma, values in row["gammas"].items()
-        }
-        for row in rows
-    }
-    with replacing(path) as temporary:
-        plots.gamma_curves(temporary, curves, title)
+    keys = ", ".join(f"{key} = {value}" for key, value in changes.items())
+    return f" with {keys}" if keys else ""
 
 
 if __name__ == "__main__":

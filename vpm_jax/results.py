@@ -42,10 +42,13 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
     try:
         result = json.loads(path.read_text())
         saved = result["config"]
-        if not set(result) >= {"gammas", "images", "seconds", "hardware", "protocol"}:
-            raise KeyError("gammas")
+        needed = {"protocols" if run.test else "gammas", "images", "seconds", "hardware", "protocol"}
+        if absent := needed - set(result):
+            raise KeyError(min(absent))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the result of a run ({error}): delete it and run again.") from error
+        raise UserError(
+            f"{path} is not the result of a run ({type(error).__name__}: {error}): delete it and run again."
+        ) from error
     asked, known = plain(fingerprint(run.config)), plain(fingerprint(config_lib.default()))
     differ = [
         f"{key}: {saved.get(key, known.get(key))} there, {asked.get(key, 'unknown')} asked"
@@ -79,7 +82,8 @@ def record(
       rate: images per second of training.
     """
     asked = fingerprint(run.config)
-    gammas = {gamma: dict(values, cmc=values["cmc"][:RANKS]) for gamma, values in evaluation["gammas"].items()}
+    found = evaluation["results" if run.test else "gammas"]
+    numbers = {row: dict(values, cmc=values["cmc"][:RANKS]) for row, values in found.items()}
     return plain(
         {
             "dataset": run.dataset,
@@ -87,6 +91,7 @@ def record(
             "method": run.method,
             "variant": run.variant,
             "seed": run.seed,
+            "test": run.test or run.dataset,
             "recipe": run.config.recipe,
             "command": run.command(),
             "changes": run.changes,
@@ -94,7 +99,7 @@ def record(
             "protocol": evaluation["protocol"] | {"held out identities": run.config.data.holdout_identities},
             "match": evaluation["match"],
             "chance_rank1": evaluation["chance_rank1"],
-            "gammas": gammas,
+            "protocols" if run.test else "gammas": numbers,
             "steps": evaluation["steps"],
             "images": images,
             "seconds": round(seconds, 1),

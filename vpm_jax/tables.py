@@ -1,4 +1,4 @@
-"""The report of `reproduce`: finished runs as tables beside the paper's, in Markdown and as data."""
+"""The tables of `reproduce`: finished runs beside the paper's numbers, in Markdown and as data."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from vpm_jax import paper
-from vpm_jax.experiments import EXHIBITS, METHODS, Run
+from vpm_jax.data.folders import TITLES
+from vpm_jax.experiments import EXHIBITS, METHODS, Cell, Run
 from vpm_jax.logs import duration
 
 METRICS = ("R-1", "R-5", "R-10", "mAP", "mINP")
+PARTIAL_METRICS = ("R-1", "R-3", "R-5", "mAP")
 SPREAD = "± is the sample standard deviation over the seeds"
 
 Results = Mapping[str, Mapping[str, Any]]  # {name of a run: its result}
+Row = dict[str, Any]
 
 
-def measured(result: Mapping[str, Any], gamma: str, metric: str) -> float:
-    """One number of a result, in percent."""
-    values = result["gammas"][gamma]
-    if metric in ("mAP", "mINP"):
-        return 100 * values[metric]
+def numbers(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """{gamma, or protocol of a dataset of partial images: {"cmc", "mAP", ...}} of a result."""
+    return result.get("gammas") or result["protocols"]
+
+
+def measured(values: Mapping[str, Any], metric: str) -> float | None:
+    """One number in percent, None where it was not measured."""
+    if not metric.startswith("R-"):
+        return 100 * values[metric] if metric in values else None
     cmc = values["cmc"]
     return 100 * cmc[min(int(metric.removeprefix("R-")), len(cmc)) - 1]
 
@@ -41,54 +48,70 @@ def summary(values: Sequence[float], published: float | None = None) -> dict[str
     return found
 
 
-def rows(methods: Sequence[str], runs: Mapping[tuple[str, int], Run], results: Results) -> list[dict[str, Any]]:
-    """For each method with a finished run: its seeds and, of every gamma and metric, the `summary` over them."""
+def rows(exhibit: str, cells: Mapping[Cell, Run], results: Results, test: str = "") -> list[Row]:
+    """For each method of an exhibit with a finished run: its seeds and the `summary` of every number.
+
+    Args:
+      exhibit: a key of EXHIBITS.
+      cells: of `experiments.plan`.
+      results: {name of a run: its result}.
+      test: a dataset of partial images; "": the sweep over gamma on the test set of the training's dataset.
+    """
     found = []
-    for method in methods:
-        mine = {seed: run for (m, seed), run in runs.items() if m == method and run.name in results}
-        if not mine:
+    for method in EXHIBITS[exhibit].methods:
+        runs = {
+            cell.seed: run
+            for cell, run in cells.items()
+            if (cell.method, cell.test) == (method, test) and run.name in results
+        }
+        if not runs:
             continue
-        one = next(iter(mine.values()))
-        config = one.config
-        compared = None
-        if config.eval.crop == "top" and not config.data.holdout_identities:  # the paper's protocol
-            compared = paper.published(one.dataset, METHODS[method].published)
-        gammas: dict[str, Any] = {}
-        for gamma in results[one.name]["gammas"]:
-            theirs = {} if compared is None else compared.scores.get(float(gamma), {})
-            gammas[gamma] = {}
-            for metric in METRICS:
-                values = [measured(results[run.name], gamma, metric) for run in mine.values()]
-                misprint = compared is not None and compared.misprinted(float(gamma), metric)
-                gammas[gamma][metric] = summary(values, None if misprint else theirs.get(metric))
+        one = next(iter(runs.values()))
+        compared = _published(one, METHODS[method].published)
+        table: dict[str, dict[str, Any]] = {}
+        for key in numbers(results[one.name]):
+            gamma = 1.0 if test else float(key)
+            table[key] = {}
+            for metric in PARTIAL_METRICS if test else METRICS:
+                values = [measured(numbers(results[run.name])[key], metric) for run in runs.values()]
+                theirs = compared.scores.get(gamma, {}).get(metric) if compared else None
+                if compared and compared.misprinted(gamma, metric):
+                    theirs = None
+                known = [value for value in values if value is not None]
+                if known:
+                    table[key][metric] = summary(known, theirs)
         found.append(
             {
                 "method": method,
                 "title": METHODS[method].title,
-                "seeds": list(mine),
-                "runs": [run.name for run in mine.values()],
+                "seeds": list(runs),
+                "runs": [run.name for run in runs.values()],
                 "compared with": compared.where if compared else None,
-                "gammas": gammas,
+                "numbers": table,
             }
         )
     return found
 
 
-def markdown(exhibit: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """The tables of one exhibit; `found` is of `rows`."""
-    lines = [f"## {EXHIBITS[exhibit].title}", ""]
-    if not found:
-        return "\n".join([*lines, "No run has finished yet.", ""])
-    gammas = list(dict.fromkeys(gamma for row in found for gamma in row["gammas"]))
-    seeds = {len(row["seeds"]) for row in found}
-    several = f"; mean over seeds, {SPREAD}" if max(seeds) > 1 else ""
-    lines += [f"Rank-1 / mAP in percent at each gamma{several}.", ""]
+def _published(run: Run, method: str) -> paper.Published | None:
+    """What the paper reports of a method by the protocol of a run, if it does."""
+    if run.test:
+        return paper.published(run.test, method) if run.dataset == "market1501" else None
+    if run.config.eval.crop != "top" or run.config.data.holdout_identities:
+        return None
+    return paper.published(run.dataset, method)
+
+
+def sweep(found: Sequence[Row]) -> list[str]:
+    """The table over gamma of every method, the first one's lead, and each beside the paper's numbers."""
+    gammas = list(dict.fromkeys(gamma for row in found for gamma in row["numbers"]))
+    lines = [f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}.", ""]
     table = [["method", "seeds", *gammas]]
     for row in found:
         cells = [row["title"], str(len(row["seeds"]))]
         for gamma in gammas:
-            values = row["gammas"].get(gamma)
-            cells.append("–" if values is None else " / ".join(_number(values[m]) for m in ("R-1", "mAP")))
+            values = row["numbers"].get(gamma)
+            cells.append(" / ".join(_number(values[m]) for m in ("R-1", "mAP")) if values else "–")
         table.append(cells)
     lines += _table(table)
     if len(found) > 1:
@@ -98,40 +121,67 @@ def markdown(exhibit: str, found: Sequence[Mapping[str, Any]]) -> str:
         for row in found[1:]:
             cells = [row["title"]]
             for gamma in gammas:
-                one, two = first["gammas"].get(gamma), row["gammas"].get(gamma)
+                one, two = first["numbers"].get(gamma), row["numbers"].get(gamma)
                 differences = [one[m]["mean"] - two[m]["mean"] for m in ("R-1", "mAP")] if one and two else []
                 cells.append(" / ".join(f"{d:+.1f}" for d in differences) or "–")
             table.append(cells)
         lines += _table(table)
     for row in found:
-        if row["compared with"]:
-            lines += _beside_the_paper(row)
-    return "\n".join(lines)
+        lines += _beside_the_paper(row)
+    return lines
 
 
-def _beside_the_paper(row: Mapping[str, Any]) -> list[str]:
-    shown = [metric for metric in METRICS if any("paper" in values[metric] for values in row["gammas"].values())]
+def partial(found: Sequence[Row], test: str) -> list[str]:
+    """The table of a dataset of partial images: for each protocol the methods beside the paper's numbers."""
+    protocols = list(dict.fromkeys(key for row in found for key in row["numbers"]))
+    lines = [f"### {TITLES[test]}", "", f"In percent{_of_seeds(found)}.", ""]
+    header = ["method", "protocol", "seeds"]
+    metrics = [m for m in PARTIAL_METRICS if any(m in v for row in found for v in row["numbers"].values())]
+    theirs = [m for m in metrics if any("paper" in v.get(m, {}) for row in found for v in row["numbers"].values())]
+    for metric in metrics:
+        header += [metric, *(["paper", "difference"] if metric in theirs else [])]
+    table = [header]
+    for row in found:
+        for protocol in protocols:
+            values = row["numbers"].get(protocol)
+            if values is None:
+                continue
+            cells = [row["title"], protocol, str(len(row["seeds"]))]
+            for metric in metrics:
+                cells.append(_number(values[metric]) if metric in values else "–")
+                cells += _against(values.get(metric, {})) if metric in theirs else []
+            table.append(cells)
+    return [*lines, *_table(table)]
+
+
+def _of_seeds(found: Sequence[Row]) -> str:
+    return f"; mean over seeds, {SPREAD}" if max(len(row["seeds"]) for row in found) > 1 else ""
+
+
+def _beside_the_paper(row: Row) -> list[str]:
+    shown = [metric for metric in METRICS if any("paper" in values[metric] for values in row["numbers"].values())]
+    if not shown:
+        return []
     table = [["gamma", *(cell for m in shown for cell in (f"{m} ours", "paper", "difference"))]]
-    for gamma, values in row["gammas"].items():
-        if not any("paper" in values[metric] for metric in shown):
-            continue
-        cells = [f"{float(gamma):g}"]
-        for metric in shown:
-            value = values[metric]
-            cells.append(_number(value))
-            # Of the rounded number, so that a reader who subtracts finds the same.
-            cells += (
-                [f"{value['paper']:.1f}", f"{round(value['mean'], 1) - value['paper']:+.1f}"]
-                if "paper" in value
-                else ["–", "–"]
-            )
-        table.append(cells)
+    for gamma, values in row["numbers"].items():
+        if any("paper" in values[metric] for metric in shown):
+            cells = [f"{float(gamma):g}"]
+            for metric in shown:
+                cells += [_number(values[metric]), *_against(values[metric])]
+            table.append(cells)
     return [f"{row['title']} beside the paper's {row['compared with']}:", "", *_table(table)]
 
 
 def _number(value: Mapping[str, Any]) -> str:
     spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
     return f"{value['mean']:.1f}{spread}"
+
+
+def _against(value: Mapping[str, Any]) -> list[str]:
+    """The paper's number and the difference; of the rounded number, so that a reader who subtracts finds the same."""
+    if "paper" not in value:
+        return ["–", "–"]
+    return [f"{value['paper']:.1f}", f"{round(value['mean'], 1) - value['paper']:+.1f}"]
 
 
 def _table(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -142,25 +192,31 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
 def conditions(runs: Sequence[Run], results: Results) -> list[str]:
     """How the numbers came about: protocol, chance, size of training, hardware, time, versions."""
     done = [results[run.name] for run in runs if run.name in results]
-    if not done:
-        return []
-    one = done[0]
-    held, protocol = one["protocol"]["held out identities"], one["protocol"]
-    whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
-    lines = [
-        f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
-        f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole; same identity and camera dropped, "
-        f"{protocol['skipped']} queries without a match skipped. Chance: rank-1 {one['chance_rank1']:.2%}.",
-    ]
+    lines = []
+    for one in {result["test"]: result for result in reversed(done)}.values():
+        protocol, chance = one["protocol"], f"Chance: rank-1 {one['chance_rank1']:.2%}."
+        if "protocols" in one:
+            lines.append(
+                f"- {TITLES[one['test']]}: {protocol['queries']} partial images as queries, as they are, against "
+                f"{protocol['gallery']} whole ones; no cameras, nothing is dropped. {chance}"
+            )
+            continue
+        held = protocol["held out identities"]
+        whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
+        lines.append(
+            f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
+            f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole; same identity and camera dropped, "
+            f"{protocol['skipped']} queries without a match skipped. {chance}"
+        )
     trained = [result for result in done if result["images"]]
     for hardware in dict.fromkeys(result["hardware"] for result in trained):
         here = [result for result in trained if result["hardware"] == hardware]
         seconds, images = [result["seconds"] for result in here], [result["images"] for result in here]
+        rate = median(result["images_per_second"] for result in here)
+        times = " to ".join(dict.fromkeys(duration(f(seconds)) for f in (min, max)))
         lines.append(
-            f"- {len(here)} training{'s' * (len(here) > 1)} on {hardware}: {_range(images)} images "
-            f"in {duration(min(seconds))} to {duration(max(seconds))} each, "
-            f"{median(r['images_per_second'] for r in here):,.0f} images/s in the middle, {duration(sum(seconds))} "
-            "in all."
+            f"- {len(here)} training{'s' * (len(here) > 1)} on {hardware}, {_range(images)} images each in {times} "
+            f"({rate:,.0f} images/s, the median), {duration(sum(seconds))} in all."
         )
     lines += [f"- Versions: {versions}." for versions in dict.fromkeys(result["versions"] for result in done)]
     commits = sorted({str(result["commit"]) for result in done} - {"None"})
@@ -175,15 +231,14 @@ def _range(values: Sequence[float]) -> str:
 
 
 def listing(runs: Sequence[Run], results: Results) -> list[str]:
-    """Every finished run with its keys and its command."""
+    """Every finished run with its time and its command."""
     lines = ["## Runs", ""]
     for run in runs:
-        result = results.get(run.name)
-        if result is None:
-            continue
-        time = f"{duration(result['seconds'])} of training, " if result["images"] else ""
-        lines += [
-            f"- `{run.name}` ({time}{duration(result['evaluation_seconds'])} of evaluation; {result['finished']}):",
-            f"  `{result['command']}`",
-        ]
+        if (result := results.get(run.name)) is not None:
+            training = f"{duration(result['seconds'])} of training, " if result["images"] else ""
+            evaluation = f"{duration(result['evaluation_seconds'])} of evaluation"
+            lines += [
+                f"- `{run.name}` ({training}{evaluation}; {result['finished']}):",
+                f"  `{result['command']}`",
+            ]
     return [*lines, ""]

@@ -1,0 +1,514 @@
+"""The tables by one command: what is run, what is kept, what is never repeated, and the numbers of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiny_runs import KEYS, quick_compiler
+
+from vpm_jax import estimate, experiments, paper, reproduce, results, tables
+from vpm_jax.config import flatten
+from vpm_jax.errors import UserError
+from vpm_jax.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
+
+
+def names(runs):
+    return [run.name for run in experiments.distinct(runs)]
+
+
+# ---- What is run ----------------------------------------------------------------------------------------
+
+
+def test_methods_are_the_keys_of_the_readme():
+    config = make_run("market1501", "paper", "pcb").config
+    assert (config.model.locator, config.loss.region_weight, config.data.crop) == ("stripes", 0, "none")
+    assert (config.loss.identity_regions, config.loss.triplet_pairs) == ("all", "all")
+    assert config.match.visibility == "uniform"
+    for method, changes in {
+        "vpm": {},
+        "baseline": {"model.grid": (1, 1)},
+        "vpm-notriplet": {"stage2.triplet_weight": 0.0},
+        "mvpm-1": {"match.visibility": "uniform"},
+        "mvpm-4": {"loss.triplet_pairs": "all", "loss.identity_regions": "all"},
+        "vpm-3x2": {"model.grid": (3, 2)},
+        "vpm-bottom": {"data.crop": "bottom"},
+    }.items():
+        assert make_run("market1501", "paper", method, seed=3).changes == changes
+    assert make_run("dukemtmc", "paper", "vpm").config.stage1.steps_per_epoch == 0  # of configs/duke.py
+    assert make_run("dukemtmc", "small", "vpm").config.data.name == "dukemtmc"
+    assert make_run("market1501", "released", "vpm").config.recipe == "released"
+
+
+def test_every_method_has_the_papers_numbers_where_it_has_any():
+    for exhibit, dataset in (("table 1", "market1501"), ("table 3", "market1501"), ("table 2", "partial_reid")):
+        known = {p.method for p in paper.PAPER if p.where.lower() == exhibit and p.dataset == dataset}
+        known -= {"MTRC", "AMC+SWM", "DSR", "SFR"}  # other people's methods
+        assert {METHODS[m].published for m in EXHIBITS[exhibit].methods} >= known
+
+
+def test_what_comes_to_the_same_is_one_run():
+    cells = plan(["figure 4", "table 1"], "market1501", "small", 2)
+    assert cells[Cell("vpm-p4", "", 1)].name == cells[Cell("vpm", "", 1)].name == "market1501-small-vpm-seed1"
+    assert cells[Cell("vpm-p6", "", 0)].name == "market1501-small-vpm-p6-seed0"
+    assert [run.config.seed for run in cells.values()] == [cell.seed for cell in cells]
+    found = names(cells.values())
+    assert len(found) == len(set(found)) == 2 * (6 + 4)
+    assert found[: len(found) // 2] == [name for name in found if name.endswith("seed0")]  # seed by seed
+    assert names(plan(["table 2"], "market1501", "paper", 1).values())[0] == "market1501-paper-vpm-bottom-seed0"
+
+
+def test_mvpm_1_and_partial_images_evaluate_what_was_trained():
+    cells = plan(["table 3"], "market1501", "small", 1)
+    one = cells[Cell("mvpm-1", "partial_ilids", 0)]
+    assert one.name == "market1501-small-mvpm-1-on-partial_ilids-seed0" and one.of.name == "market1501-small-vpm-seed0"
+    assert cells[Cell("mvpm-2", "partial_ilids", 0)].of.name == "market1501-small-mvpm-2-seed0"
+    order = names([one])  # asked for alone, it brings the training
+    assert order == ["market1501-small-vpm-seed0", one.name]
+    assert one.command() == (
+        "python -m vpm_jax.evaluate --workdir runs/market1501-small-vpm-seed0 --output "
+        "runs/market1501-small-mvpm-1-on-partial_ilids-seed0 --dataset partial_ilids --config.match.visibility=uniform"
+    )
+
+
+def test_screening_never_sees_a_test_set():
+    cells = plan(["table 2", "table 3"], "market1501", "screen", 1)
+    assert all(run.config.data.holdout_identities == 100 and not run.test for run in cells.values())
+    assert not any(run.test for run in plan(["table 2"], "synthetic", "synthetic", 1).values())
+    with pytest.raises(UserError, match="never looks at a test set"):
+        make_run("market1501", "screen", "vpm", variant="x", overrides=["--config.data.holdout_identities=0"])
+
+
+def test_the_command_of_a_run_is_its_config(monkeypatch):
+    """The command that a result carries sets every key that differs from its config file."""
+    from vpm_jax import cli
+
+    for method in METHODS:
+        run = make_run("market1501", "screen", method, seed=2, variant="x", overrides=["--config.data.gamma=0.4,1.0"])
+        if run.of is not None:
+            continue
+        *_, spec = re.search(r"--config (\S+)", run.command()).groups()
+        keys = [part.replace("'", "") for part in re.findall(r"--config\.\S+?=(?:'[^']*'|\S+)", run.command())]
+        assert fingerprint(cli.load_config(spec, keys)) == fingerprint(run.config)
+
+
+def test_overrides_that_change_results_need_a_name():
+    with pytest.raises(UserError, match=r"--config\.stage2\.epochs changes results.*--variant"):
+        make_run("market1501", "small", "vpm", overrides=["--config.stage2.epochs=2"])
+    run = make_run("market1501", "small", "vpm", variant="short", overrides=["--config.stage2.epochs=2"])
+    assert run.name == "market1501-small-vpm-short-seed0" and run.changes == {"stage2.epochs": 2}
+    make_run("market1501", "small", "vpm", overrides=["--config.data.root=x", "--config.data.threads=7"])
+    with pytest.raises(UserError, match="is what baseline is about"):
+        make_run("market1501", "small", "baseline", variant="x", overrides=["--config.model.grid=(2,1)"])
+    with pytest.raises(UserError, match="--dataset and --seeds"):
+        make_run("market1501", "small", "vpm", variant="x", overrides=["--config.seed=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("--scale small", "name a --table"),
+        ("--table 1 --dataset market1501 --scale synthetic", "synthetic pedestrians, not on market1501"),
+        ("--table 1 --scale small --recipe released", "of --scale paper"),
+        ("--table 1 --seeds 0", "at least 1"),
+        ("--table 1 --variant a/b", "for a file's name"),
+        ("--table 1 --models mvpm-2", "need none of these"),
+        ("--table 1 --config.model.widht=3", "did you mean"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, found, tmp_path):
+    with pytest.raises(UserError, match=found):
+        reproduce.main([*arguments.split(), "--plan", "--results", str(tmp_path)])
+
+
+def test_images_that_a_run_trains_on():
+    assert estimate.images(make_run("market1501", "released", "vpm")) == 130 * 93 * 64
+    assert estimate.images(make_run("market1501", "paper", "vpm")) == (50 * 202 + 80 * 93) * 64
+    screen = make_run("market1501", "screen", "baseline").config
+    assert estimate.images(make_run("market1501", "screen", "baseline")) == 600 * estimate.batch(screen)
+    assert estimate.images(make_run("market1501", "paper", "mvpm-1")) == 0
+    assert estimate.size(screen)[1] == 651
+
+
+# ---- Runs that are only pretended -----------------------------------------------------------------------
+
+GAMMAS = (0.5, 1.0)
+
+
+def numbers(name):
+    """{gamma: {"cmc", "mAP", "mINP"}} that a pretended run comes to, a function of its name."""
+    random = np.random.default_rng(list(name.encode()))
+    return {
+        str(g): {"cmc": np.sort(random.random(50)).tolist(), "mAP": random.random(), "mINP": random.random()}
+        for g in GAMMAS
+    }
+
+
+class Pretended(list):
+    def __init__(self):
+        super().__init__()
+        self.failing, self.stopped = set(), set()  # names of runs that fail, or that their user stops
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Nothing is trained; the names of the runs that would have been, in order."""
+    done = Pretended()
+
+    def work(run, *folders):
+        done.append(run.name)
+        if run.name in done.failing:
+            raise UserError("the disk is full.")
+        return 143 if run.name in done.stopped else 0
+
+    def gather(run, workdirs):
+        evaluation = {
+            "gammas": numbers(run.name),
+            "results": {"all-shot": numbers(run.name)["0.5"], "single-shot": {"cmc": numbers(run.name)["1.0"]["cmc"]}},
+            "protocol": {"crop": "top", "queries": 3, "gallery": 4, "skipped": 0},
+            "match": run.config.match.to_dict(),
+            "chance_rank1": 0.01,
+            "steps": 7,
+            "seconds": 2.0,
+        }
+        images = estimate.images(run)
+        return results.record(run, evaluation, {}, images, 10.0 if images else 0.0, images / 10)
+
+    monkeypatch.setattr(reproduce, "train", work)
+    monkeypatch.setattr(reproduce, "evaluate", work)
+    monkeypatch.setattr(reproduce, "gather", gather)
+    monkeypatch.setattr(reproduce, "without_data", lambda missing: {})
+    monkeypatch.setattr(estimate, "timed_rate", lambda config: 50.0)
+    return done
+
+
+@pytest.fixture
+def call(tmp_path):
+    def run(arguments):
+        folders = {"--results": "results", "--workdirs": "workdirs", "--output": "report"}
+        given = [word for option, name in folders.items() for word in (option, str(tmp_path / name))]
+        return reproduce.main([*arguments.split(), *given])
+
+    return run
+
+
+THREE = "--table 1 --scale small --models vpm baseline pcb"
+
+
+def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
+    assert call(f"{THREE} --plan") == 0
+    assert not pretend and not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    config = make_run("market1501", "small", "vpm").config
+    images = config.stage2.epochs * config.stage2.steps_per_epoch * estimate.batch(config)
+    assert f"{images:,}" in out and f"in all {3 * images:,} images" in out and "a few timed steps (50.0 images/s" in out
+    assert call(THREE) == 0
+    assert pretend == [f"market1501-small-{m}-seed0" for m in ("vpm", "baseline", "pcb")]
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {f"{name}.json" for name in pretend}
+    assert "3 finished before" not in capsys.readouterr().out
+    assert call(THREE) == 0 and call(f"{THREE} --seeds 2") == 0
+    assert len(pretend) == 6 and len(set(pretend)) == 6
+    assert call(f"{THREE} --seeds 3 --plan") == 0
+    out = capsys.readouterr().out
+    assert "6 finished before" in out and "the rates of finished runs" in out and out.count("seed2") == 3
+
+
+def test_a_result_says_how_it_came_about(pretend, call, tmp_path):
+    call("--table 3 --scale screen --models mvpm-4 --config.data.root=/somewhere/else --config.data.threads=3")
+    text = (tmp_path / "results" / "market1501-screen-mvpm-4-seed0.json").read_text()
+    found = json.loads(text)
+    assert "/somewhere" not in text and socket.gethostname() not in text
+    assert found["changes"] == {"loss.identity_regions": "all", "loss.triplet_pairs": "all"}
+    assert found["protocol"]["held out identities"] == 100
+    assert found["config"]["data.holdout_identities"] == 100 and "data.root" not in found["config"]
+    assert found["images"] == 600 * found["config"]["stage2.identities"] * found["config"]["stage2.images_per_identity"]
+    assert found["gammas"]["0.5"]["cmc"] == numbers("market1501-screen-mvpm-4-seed0")["0.5"]["cmc"][:10]
+    assert {"jax", "Python"} <= set(re.findall(r"[A-Za-z]+", found["versions"])) and found["hardware"]
+
+
+def test_a_result_of_another_config_is_refused_by_its_keys(pretend, call, tmp_path):
+    call(THREE)
+    path = tmp_path / "results" / "market1501-small-pcb-seed0.json"
+    before = path.read_text()
+    found = json.loads(before)
+    found["config"] |= {"data.gamma": [0.4, 1.0], "stage2.epochs": 3}
+    path.write_text(json.dumps(found))
+    epochs = make_run("market1501", "small", "vpm").config.stage2.epochs
+    with pytest.raises(UserError, match=rf"pcb-seed0\.json.*data\.gamma: .*stage2\.epochs: 3 there, {epochs} asked"):
+        call(f"{THREE} --plan")
+    # Keys that this version has added are as if the file had their defaults.
+    found = json.loads(before)
+    del found["config"]["optim.nesterov"]
+    path.write_text(json.dumps(found))
+    assert call(THREE) == 0
+    path.write_text('{"config": {}}')
+    with pytest.raises(UserError, match=r"pcb-seed0\.json is not the result of a run"):
+        call(THREE)
+
+
+def test_what_changes_no_result_changes_no_fingerprint():
+    plain = make_run("market1501", "paper", "vpm").config
+    free = ("data.root", "data.workers", "data.threads", "log_every", "checkpoint_every", "eval.batch", "eval.every")
+    assert set(flatten(plain)) - set(fingerprint(plain)) == {
+        *free,
+        *("recipe", "keep_checkpoints", "tensorboard", "parallel"),
+    }
+    plain.pretrained = "torchvision:/somewhere/resnet50.pth"
+    assert fingerprint(plain)["pretrained"] == "torchvision:resnet50.pth"
+
+
+def test_a_failed_run_does_not_stop_the_others(pretend, call, tmp_path, capsys):
+    pretend.failing = {"market1501-small-vpm-seed0"}
+    with pytest.raises(UserError, match=r"1 of 3 runs have no result \(market1501-small-vpm-seed0 failed: the disk"):
+        call(THREE)
+    assert len(pretend) == 3 and len(list((tmp_path / "results").iterdir())) == 2
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "Not in this report: market1501-small-vpm-seed0 failed: the disk is full." in report
+    pretend.failing = set()
+    assert call(THREE) == 0
+    assert pretend.count("market1501-small-vpm-seed0") == 2 and len(pretend) == 4
+
+
+def test_the_user_stops_it(pretend, call, tmp_path):
+    pretend.stopped = {"market1501-small-baseline-seed0"}
+    assert call(THREE) == 143
+    assert pretend == ["market1501-small-vpm-seed0", "market1501-small-baseline-seed0"]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["market1501-small-vpm-seed0.json"]
+
+
+# ---- Who works on what ----------------------------------------------------------------------------------
+
+
+def claim_file(folder, run, **changes):
+    folder.mkdir(exist_ok=True)
+    content = {"host": "elsewhere", "pid": 1, "since": 0.0, "heartbeat": time.time()} | changes
+    (folder / f"{run.name}.claim").write_text(json.dumps(content))
+
+
+def test_what_others_work_on_is_left_to_them(pretend, call, tmp_path, capsys):
+    run = make_run("market1501", "small", "baseline")
+    claim_file(tmp_path / "results", run)
+    with pytest.raises(UserError, match=r"1 of 3 runs have no result .*baseline-seed0 is left to another process"):
+        call(THREE)
+    assert run.name not in pretend and len(pretend) == 2
+    assert "worked on by elsewhere, process 1, last heard of 0:0" in capsys.readouterr().out
+    assert "elsewhere" not in (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "results" / f"{run.name}.claim").exists()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"heartbeat": time.time() - results.STALE - 1},
+        {"host": socket.gethostname(), "pid": 2**22 + 1},  # above Linux's largest
+    ],
+)
+def test_the_claims_of_the_dead_are_taken_over(pretend, call, tmp_path, claim):
+    claim_file(tmp_path / "results", make_run("market1501", "small", "baseline"), **claim)
+    assert call(THREE) == 0
+    assert len(pretend) == 3 and not list((tmp_path / "results").glob("*.claim"))
+
+
+def test_a_claim_lives_as_long_as_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "HEARTBEAT", 0.02)
+    run, other = make_run("market1501", "small", "vpm"), make_run("market1501", "small", "baseline")
+    with results.claim(tmp_path, run) as mine:
+        assert mine and "process" in results.owner(tmp_path, run) and results.owner(tmp_path, other) is None
+        first = json.loads((tmp_path / f"{run.name}.claim").read_text())
+        assert (first["host"], first["pid"]) == (socket.gethostname(), os.getpid())
+        with results.claim(tmp_path, run) as again:
+            assert not again
+        deadline = time.monotonic() + 20
+        while json.loads((tmp_path / f"{run.name}.claim").read_text())["heartbeat"] == first["heartbeat"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_that_claim_one_gets_it(tmp_path, stale):
+    run = make_run("market1501", "small", "vpm")
+    if stale:
+        claim_file(tmp_path, run, heartbeat=0.0)
+    start, end, got = threading.Barrier(8), threading.Barrier(8), []
+
+    def work():
+        start.wait()
+        with results.claim(tmp_path, run) as mine:
+            got.append(mine)
+            end.wait(timeout=30)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [False] * 7 + [True]
+
+
+# ---- The report -----------------------------------------------------------------------------------------
+
+
+def rows_of(text, first):
+    """{gamma or method: cells} of the table that follows a line beginning with `first`."""
+    lines = text.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(first)) + 2
+    table = [line.strip("| ").split(" | ") for line in lines[begin : lines.index("", begin)]]
+    return {row[0]: row[1:] for row in table}
+
+
+def test_mean_and_spread_are_numpys_and_differences_the_readers(pretend, call, tmp_path):
+    assert call("--table 1 --scale small --models vpm baseline --seeds 3") == 0
+    data = json.loads((tmp_path / "report" / "report.json").read_text())["exhibits"]["table 1"]["sweep"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert [row["title"] for row in data] == ["VPM", "baseline"] and "± is the sample standard deviation" in text
+    sweep, lead = rows_of(text, "Rank-1 / mAP in percent"), rows_of(text, "Rank-1 / mAP of VPM less")
+    means = {}
+    for row in data:
+        assert row["seeds"] == [0, 1, 2]
+        beside = rows_of(text, f"{row['title']} beside the paper's Table 1")
+        for column, gamma in enumerate(GAMMAS):
+            raw = [numbers(f"market1501-small-{row['method']}-seed{s}")[str(gamma)] for s in range(3)]
+            values = {
+                "R-1": [100 * r["cmc"][0] for r in raw],
+                "R-5": [100 * r["cmc"][4] for r in raw],
+                "R-10": [100 * r["cmc"][9] for r in raw],
+                "mAP": [100 * r["mAP"] for r in raw],
+                "mINP": [100 * r["mINP"] for r in raw],
+            }
+            cells = []
+            for metric, found in values.items():
+                one = row["numbers"][str(gamma)][metric]
+                assert one["mean"] == pytest.approx(np.mean(found)) and one["std"] == pytest.approx(
+                    np.std(found, ddof=1)
+                )
+                assert (one["min"], one["max"]) == pytest.approx((min(found), max(found)))
+                means[row["title"], gamma, metric] = one["mean"]
+                if metric == "mINP":
+                    continue
+                theirs = paper.published("market1501", row["title"]).scores[gamma][metric]
+                shown = f"{np.mean(found):.1f}"
+                cells += [f"{shown} ± {np.std(found, ddof=1):.1f}", f"{theirs:.1f}", f"{float(shown) - theirs:+.1f}"]
+                assert one["difference"] == pytest.approx(np.mean(found) - theirs)
+            assert beside[f"{gamma:g}"] == cells
+            assert sweep[row["title"]][1 + column] == f"{cells[0]} / {cells[9]}"
+    for column, gamma in enumerate(GAMMAS):
+        gaps = [means["VPM", gamma, m] - means["baseline", gamma, m] for m in ("R-1", "mAP")]
+        assert lead["baseline"][column] == " / ".join(f"{gap:+.1f}" for gap in gaps)
+    assert (tmp_path / "report" / "table-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_spread_and_held_out_identities_no_paper(pretend, call, tmp_path):
+    assert call("--table 1 --scale screen --models vpm --variant x --config.data.gamma=0.4,1.0") == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "±" not in text and "paper" not in text and "variant x" in text
+    assert "100 training identities held out (the test set is not used)" in text
+    assert "data.gamma = (0.4, 1.0)" in text and "stage2.epochs = 10" in text
+    assert str(tmp_path) not in text
+
+
+def test_partial_images_stand_beside_the_papers(pretend, call, tmp_path):
+    assert call("--table 2 --scale small --seeds 2 --models vpm-top") == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    for test in ("partial_reid", "partial_ilids"):
+        runs = [f"market1501-small-vpm-on-{test}-seed{seed}" for seed in range(2)]
+        assert set(runs) <= set(pretend)
+        data = json.loads((tmp_path / "report" / "report.json").read_text())["exhibits"]["table 2"][test]
+        found = [100 * numbers(name)["0.5"]["cmc"][2] for name in runs]
+        one = data[0]["numbers"]["all-shot"]["R-3"]
+        theirs = paper.published(test, "VPM (Top)").scores[1.0]["R-3"]
+        assert one["mean"] == pytest.approx(np.mean(found)) and one["paper"] == theirs
+        assert "mAP" not in data[0]["numbers"]["single-shot"]
+        assert f"| {np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} | {theirs:.1f} |" in text
+    assert "3 partial images as queries, as they are, against 4 whole ones" in text
+
+
+def test_a_dataset_that_is_absent_is_left_out_in_a_sentence(pretend, call, tmp_path, monkeypatch, capsys):
+    from vpm_jax.data import sources
+
+    def load(data):
+        if data.name != "market1501":
+            raise UserError(f"there is no {data.name}.")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "load_dataset", load)
+    missing = experiments.distinct(plan(["table 3"], "market1501", "small", 1, models=["vpm", "mvpm-1"]).values())
+    left = reproduce.without_data(missing)
+    assert set(left) == {run.name for run in missing if run.test}
+    assert set(left.values()) == {"is left out: there is no partial_ilids."}
+    with pytest.raises(UserError, match="there is no dukemtmc"):
+        reproduce.without_data([make_run("dukemtmc", "small", "vpm")])
+
+
+def test_misprints_are_not_compared_with(pretend, call, tmp_path):
+    cells = plan(["table 1"], "dukemtmc", "small", 1, models=["baseline"])
+    run = next(iter(cells.values()))
+    found = {"gammas": {"0.7": numbers("x")["0.5"]}}
+    values = tables.rows("table 1", cells, {run.name: found})[0]["numbers"]["0.7"]
+    assert "paper" in values["R-1"] and "paper" not in values["mAP"]
+
+
+def test_the_command_of_a_report_has_no_paths_of_this_machine():
+    words = "--table 1 3 --results a --workdirs=b --output c --config.data.root /d --config.data.root=/e --seeds 2"
+    assert reproduce.command_line(words.split()) == "python -m vpm_jax.reproduce --table 1 3 --seeds 2"
+
+
+# ---- A real run -----------------------------------------------------------------------------------------
+
+
+def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call, tmp_path, monkeypatch, capsys):
+    keys = KEYS | {"data.root": str(pedestrians), "eval.every": 0}
+    keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in keys.items()]
+    command = f"--table 3 --figure 5 --scale synthetic --variant tiny --models vpm mvpm-1 {' '.join(keys)}"
+    with quick_compiler(compile_cache):
+        assert call(command) == 0
+    out = capsys.readouterr().out
+    assert "0 finished before" in out and "timing a few steps" in out and "88 images" in out
+    for name in ("synthetic-vpm-tiny-seed0", "synthetic-mvpm-1-tiny-seed0"):
+        found = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        evaluation = json.loads((tmp_path / "workdirs" / name / "evaluation.json").read_text())
+        assert list(found["gammas"]) == ["0.5", "1.0"] and found["chance_rank1"] == evaluation["chance_rank1"]
+        for gamma, values in found["gammas"].items():
+            theirs = evaluation["gammas"][gamma]
+            assert values == theirs | {"cmc": theirs["cmc"][:10]}
+    assert found["images"] == 0 and found["evaluates"] == "synthetic-vpm-tiny-seed0"
+    assert found["match"]["visibility"] == "uniform"
+    vpm = json.loads((tmp_path / "results" / "synthetic-vpm-tiny-seed0.json").read_text())
+    assert vpm["images"] == 88 and vpm["seconds"] > 0 and vpm["images_per_second"] > 0 and vpm["steps"] == 11
+    assert vpm["resolved"] == {"model.num_identities": 8}
+    report = (tmp_path / "report" / "report.md").read_text()
+    data = json.loads((tmp_path / "report" / "report.json").read_text())["exhibits"]["table 3"]["sweep"]
+    shown = rows_of(report, "Rank-1 / mAP in percent")
+    for row, name in zip(data, ("VPM", "MVPM-1"), strict=True):
+        evaluation = json.loads((tmp_path / "workdirs" / row["runs"][0] / "evaluation.json").read_text())
+        expected = [f"{100 * v['cmc'][0]:.1f} / {100 * v['mAP']:.1f}" for v in evaluation["gammas"].values()]
+        assert row["title"] == name and shown[name] == ["1", *expected]
+    for picture in ("table-3.png", "figure-5.png", "figure-5-vpm.png"):
+        assert (tmp_path / "report" / picture).read_bytes().startswith(b"\x89PNG") and f"({picture})" in report
+
+    # Again: everything is there. With --plan, nothing is even written.
+    def no(*arguments):
+        raise AssertionError("trained or evaluated again")
+
+    monkeypatch.setattr(reproduce, "train", no)
+    monkeypatch.setattr(reproduce, "evaluate", no)
+    monkeypatch.setattr(reproduce.figures, "region_maps", lambda *arguments: None)
+    assert call(command) == 0
+    assert "2 finished before" in capsys.readouterr().out
+
+    # MVPM-1 wants the checkpoint that its VPM left, not another run's.
+    monkeypatch.undo()
+    (tmp_path / "results" / "synthetic-mvpm-1-tiny-seed0.json").unlink()
+    config = tmp_path / "workdirs" / "synthetic-vpm-tiny-seed0" / "config.json"
+    config.write_text(config.read_text().replace('"head_dim": 8', '"head_dim": 9'))
+    with pytest.raises(UserError, match=r"mvpm-1-tiny-seed0 failed: .*model\.head_dim differs"):
+        call(command)
+    config.unlink()
+    with pytest.raises(UserError, match=r"which is not in .*bring it from where it was trained"):
+        call(command)

@@ -1,0 +1,86 @@
+"""The figures of `reproduce`: gamma curves of finished runs, and what trained locators see in pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vpm_jax import plots
+from vpm_jax.logs import replacing
+from vpm_jax.tables import Row
+
+_METRICS = {"rank-1": "R-1", "mAP": "mAP"}
+# What is shown of each person: (crop, gamma).
+VIEWS = (("none", 1.0), ("top", 0.7), ("top", 0.5), ("bottom", 0.5))
+
+
+def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, shaded: bool = False) -> None:
+    """Rank-1 and mAP of every method over gamma: means, spread over seeds as bands, the paper's as dashed lines.
+
+    Args:
+      path: the picture to write.
+      found: of `tables.rows`.
+      title: of the picture.
+      chance: rank-1 of random rankings, a fraction.
+      shaded: methods other than the baseline differ in a number, and are drawn from light to dark.
+    """
+
+    def curves(what: str) -> dict[str, dict[float, dict[str, float]]]:
+        return {
+            row["title"]: {
+                float(gamma): {
+                    name: values[metric][what] / 100
+                    for name, metric in _METRICS.items()
+                    if values[metric].get(what) is not None
+                }
+                for gamma, values in row["numbers"].items()
+            }
+            for row in found
+        }
+
+    shades = [row["title"] for row in found if shaded and row["method"] != "baseline"]
+    with replacing(path) as temporary:
+        plots.gamma_curves(
+            temporary, curves("mean"), title, chance, spread=curves("std"), published=curves("paper"), shades=shades
+        )
+
+
+def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
+    """What the locator of a trained run sees: synthetic pedestrians, whole and cut, with the regions found (Figure 5).
+
+    Args:
+      path: the picture to write.
+      workdir: of the run.
+      people: rows of the picture, one person each.
+
+    Raises:
+      UserError: if the workdir holds no trained model.
+    """
+    from vpm_jax.api import VPM
+
+    model = VPM.load(workdir)
+    images, captions = views(people)
+    pictures = np.stack([model.prepare(image) for image in images])
+    found = model(pictures)
+    grid = (model.grid.rows, model.grid.cols)
+    with replacing(path) as temporary:
+        plots.region_maps(temporary, pictures, found.region_maps, found.visibility, grid, captions, across=len(VIEWS))
+
+
+def views(people: int) -> tuple[list[np.ndarray], list[str]]:
+    """(pictures uint8 [h, w, 3], captions) of synthetic test pedestrians: each whole, then cut as VIEWS says."""
+    from vpm_jax.data import synthetic
+    from vpm_jax.data.pipeline import cut
+    from vpm_jax.regions import draw_crop, pixel_box
+
+    images, captions = [], []
+    for person in range(people):
+        shot = synthetic.Shot("", synthetic.TEST, 5 * person + 2, 1 + person % 4, 0)
+        image = synthetic.render(0, shot)
+        for crop, gamma in VIEWS:
+            box = pixel_box(draw_crop(crop, gamma, (0.0, 0.0, 0.0)), *image.shape[:2])
+            images.append(np.ascontiguousarray(cut(image, box, flip=False)))
+            captions.append("whole" if crop == "none" else f"{crop}, gamma {gamma:g}")
+    return images, captions
