@@ -3,13 +3,16 @@
 import contextlib
 import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import shrunk
+from tiny import SHRUNK, shrunk
 
-from vpm_jax.benchmark import main, measure, step
-from vpm_jax.benchmark.report import Row
+from vpm_jax import benchmark
+from vpm_jax.benchmark import PARTS, main, matching, measure, step
+from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.errors import UserError
 
 
@@ -45,8 +48,10 @@ class FakeSide:
 
 
 def fake_side(kind, *arguments):
-    if not arguments:
-        return contextlib.nullcontext(FakeSide("", {}, {"platform": "cpu", "device": "the CPU"}))
+    if kind == "limits":
+        return contextlib.nullcontext(
+            FakeSide("", {}, {"platform": "cpu", "device": "1 CPU thread", "accelerator": ""})
+        )
     if kind == "jax":
         facts = {"flops": 4e9, "bytes": 1e9, "limits": {"matmul": 1e10, "copy": 1e9}}
         return contextlib.nullcontext(FakeSide("JAX", {"step": 0.1, "matmul": 0.2, "copy": 0.05}, facts))
@@ -103,6 +108,60 @@ def test_step_refuses_what_it_cannot_measure(monkeypatch, arguments, named):
 
 def test_a_share_of_a_time_is_the_limit_over_it():
     assert Row("", 4.0, "s", 2.0).share == 0.5 and Row("", 2.0, "images/s", 4.0).share == 0.5
+
+
+def test_matching_and_its_rivals_agree(capsys):
+    main(["matching", "--queries=30", "--gallery=2100", "--channels=8", "--rounds=1"])
+    out = capsys.readouterr().out
+    (apart,) = re.findall(r"differ by (\S+) at most", out)
+    assert float(apart) < 1e-3  # of distances up to 2; the rivals keep fewer digits of near pairs
+    assert "matching: JAX" in out and "matching: NumPy" in out
+
+
+def test_numpys_matching_is_equation_4():
+    random = np.random.default_rng(0)
+    (q, q_weight), (g, g_weight) = (matching.images(n, 3, 5, random) for n in (4, 6))
+    np.testing.assert_allclose(np.linalg.norm(q, axis=-1), 1, rtol=1e-6)
+    found = matching.numpy_distance(q, q_weight, g, g_weight)
+    for i, j in np.ndindex(4, 6):
+        local, weight = np.linalg.norm(q[i] - g[j], axis=-1), q_weight[i] * g_weight[j]
+        np.testing.assert_allclose(found[i, j], np.average(local, weights=weight), rtol=1e-5)
+
+
+def test_metrics_and_the_plain_evaluator_agree(tmp_path, capsys):
+    file = tmp_path / "metrics.json"
+    main(["metrics", "--queries=40", "--gallery=300", "--rounds=1", f"--json={file}"])
+    (apart,) = re.findall(r"agree to (\S+)\.\n", capsys.readouterr().out)
+    assert float(apart) < 1e-12
+    record = json.loads(file.read_text())
+    assert [row["name"] for row in record["rows"]] == ["metrics: rank_metrics", "metrics: plain evaluator"]
+    assert all(row["value"] > 0 and row["share"] > 0 for row in record["rows"]) and "numpy" in record["versions"]
+
+
+def test_extraction_and_evaluation(capsys):
+    for arguments in (["extraction", "--images=10"], ["evaluation", "--queries=3", "--gallery=12"]):
+        tiny = [f"--config.{key}={value}" for key, value in SHRUNK.items() if key != "model.num_identities"]
+        main([*arguments, "--seconds=0.1", "--config.eval.batch=4", "--config.eval.gammas=(0.5,1.0)", *tiny])
+    out = capsys.readouterr().out
+    for row in ("extraction: network alone", "extraction: from JPEG to features", "evaluation: whole"):
+        assert row in out
+
+
+def test_all_is_one_table(monkeypatch, capsys):
+    def part(name):
+        def run(args, config):
+            if name == "matching":
+                raise UserError("too little memory")
+            return Report([Row(f"{name}: it", 1.0, "s", 0.5, "a limit", "an aim")], [f"{name} was measured"])
+
+        return SimpleNamespace(HELP="", add_arguments=PARTS[name].add_arguments, run=run)
+
+    monkeypatch.setattr(benchmark, "PARTS", {name: part(name) for name in PARTS})
+    monkeypatch.setattr(step, "side", fake_side)
+    main(["all"])
+    out = capsys.readouterr().out
+    assert out.count("of the limit") == 1 and out.count(": it") == len(PARTS) - 1
+    assert "matching: too little memory" in out
 
 
 @pytest.mark.slow  # compiles in processes of their own

@@ -10,6 +10,7 @@ from tiny import fill, shrunk
 from vpm_jax import step as step_lib
 from vpm_jax.benchmark import step as benchmark_step
 from vpm_jax.config import set_key
+from vpm_jax.errors import UserError
 
 CASES = {
     "paper": ("market", {}),
@@ -71,3 +72,14 @@ def test_both_sides_compute_the_same_step(case):
     for name, value in values.items():
         expected = ours.state_dict()[name]
         assert torch.linalg.norm(value - expected) <= 1e-8 * torch.linalg.norm(expected), name
+
+
+def test_pytorch_refuses_what_it_does_not_follow():
+    pytest.importorskip("torch")
+    from vpm_jax.benchmark import torch_step
+
+    config = benchmark_step.fixed(shrunk("market"))
+    torch_step.refuse_unknown(config)
+    config.model.name = "another"
+    with pytest.raises(UserError, match=r"model\.name"):
+        torch_step.refuse_unknown(config)

@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
 from vpm_jax.benchmark.timing import Rate, measure, threads
 
 HELP = "loading of training batches on the CPU"
 AIM = 8000  # images per second and core
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """The images of a split as bytes in memory."""
-
-    data: tuple[bytes, ...]
-
-    def read(self, name: str, position: int) -> bytes:
-        return self.data[position]
-
-
-def generated_split(images: int = 1024, identities: int = 128):
-    """A Split of made-up 128 x 64 JPEGs in memory, about as large (2.6 KB) as those of Market-1501."""
-    import cv2
-    from PIL import Image
-
-    from vpm_jax.data.sources import Split
-
-    random, data = np.random.default_rng(0), []
-    for _ in range(images):
-        # Smooth colours and some noise: the size, and so the time to decode, is that of photographs.
-        picture = cv2.resize(random.uniform(0, 255, (16, 8, 3)).astype(np.float32), (64, 128))
-        picture = np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-        data.append(buffer.getvalue())
-    identity = (np.arange(images) % identities + 1).astype(np.int32)
-    names = tuple(f"generated/{i:05d}.jpg" for i in range(images))
-    return Split("train", names, identity, np.ones(images, np.int32), _Memory(tuple(data)))
 
 
 def measure_data(config: ConfigDict, split, seconds: float, most_threads: int) -> list[tuple[str, Rate]]:
@@ -109,7 +78,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         dataset = load_dataset(config.data)
         split, source = dataset.train, f"{len(dataset.train):,} training images of {dataset.name}"
     else:
-        split = generated_split()
+        split = generated.split("train", 1024)
         source = f"{len(split):,} generated JPEGs in memory (--root or $VPM_DATA for a dataset)"
     rates = measure_data(config, split, args.seconds, args.threads or threads())
     limit = rates[2][1].per_core
@@ -123,6 +92,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
             f"{source}, to {size} uint8, {config.data.resize} resizing; crop {config.data.crop}.",
             "images/s is by the clock, with whatever else the machine does; per core is by this process's CPU time.",
         ],
-        table=align(rows) + f"\nThe aim is {AIM:,} images/s per core.",
+        figures=align(rows) + f"\nThe aim is {AIM:,} images/s per core.",
         config=config.to_dict(),
     )

@@ -34,11 +34,11 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """The figures of a part. `lines` say what was measured and how; `table` replaces the usual table of `rows`."""
+    """The figures of a part. `lines` say what was measured and how; `figures` replaces the usual table of `rows`."""
 
     rows: list[Row]
     lines: list[str] = field(default_factory=list)
-    table: str = ""
+    figures: str = ""
     device: str = ""  # what JAX ran on, where that is no CPU
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -60,14 +60,14 @@ def number(value: float) -> str:
 
 def text(report: Report) -> str:
     """The report for a person."""
-    table = report.table
-    if not table:
+    figures = report.figures
+    if not figures:
         rows = [("", "measured", "unit", "limit", "of the limit", "the limit is", "aim")]
         for row in report.rows:
             limit = ("", "") if row.limit is None or row.share is None else (number(row.limit), f"{row.share:.0%}")
             rows.append((row.name, number(row.value), row.unit, *limit, row.limit_is, row.aim))
-        table = align(rows)
-    return "\n".join([f"{hardware(report.device)}; {versions()}.", *report.lines, table])
+        figures = align(rows)
+    return "\n".join([f"{hardware(report.device)}; {versions()}.", *report.lines, figures])
 
 
 def to_json(report: Report) -> str:

@@ -38,12 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timed = parser.add_mutually_exclusive_group()
     timed.add_argument("--seconds", type=float, default=20.0, help="for each side, over its turns (default: 20)")
     timed.add_argument("--steps", type=int, help="steps in a turn, instead of --seconds")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: seconds of each process's CPU time, for one thread on a busy machine (default: wall)",
-    )
     parser.add_argument("--no-torch-compile", action="store_true", help="PyTorch without torch.compile only")
 
 
@@ -55,12 +49,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {args.dtype}: expected float32, bfloat16 or float32,bfloat16.")
-    report = Report(rows=[], device="" if here["platform"] == "cpu" else here["device"], config=config.to_dict())
+    report = Report(rows=[], device=here["accelerator"], config=config.to_dict())
     m, (images, height, width, _) = config.model, batch["image"].shape
     report.lines.append(
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch; "
-        f"on {here['device']}, a process for each side, {args.rounds} turns each"
-        + (", in CPU time." if args.clock == "cpu" else ".")
+        f"on {here['device']}, a process for each side, {args.rounds} turns each."
     )
     for dtype in dtypes:
         config.model.dtype = dtype
@@ -219,7 +212,7 @@ def side(kind: str, *arguments: Any) -> Iterator[Side]:
     process.start()
     theirs.close()
     try:
-        yield Side(ours, {"jax": "JAX", "torch": "PyTorch"}[kind])
+        yield Side(ours, "PyTorch" if kind == "torch" else "JAX")
     finally:
         ours.close()
         process.join(10)
@@ -227,22 +220,28 @@ def side(kind: str, *arguments: Any) -> Iterator[Side]:
 
 
 def probe() -> dict[str, Any]:
-    """What JAX runs on, asked of a process of its own: this one must hold no device."""
-    with side("jax") as one:
+    """`limits.describe`, asked of a process of its own: this one must hold no device."""
+    with side("limits") as one:
         return one.facts
 
 
 def _serve(connection: Any, kind: str, arguments: tuple) -> None:
     work: dict[str, Callable[[int], None]]
     try:
-        if kind == "torch":
+        if kind == "limits":
+            from vpm_jax import parallel
+            from vpm_jax.benchmark import limits
+
+            parallel.prepare_backend()
+            facts, work = limits.describe(), {}
+        elif kind == "torch":
             from vpm_jax.benchmark import torch_step
 
             facts, work = torch_step.build(*arguments)
         else:
             from vpm_jax.benchmark import jax_step
 
-            facts, work = jax_step.build(*arguments) if arguments else (jax_step.describe(), {})
+            facts, work = jax_step.build(*arguments)
         connection.send((facts, list(work)))
         while True:
             what, repetitions = connection.recv()

@@ -1,0 +1,55 @@
+"""Whole evaluation: extraction at every gamma, matching and metrics, beside what its FLOPs alone would take."""
+
+from __future__ import annotations
+
+import argparse
+
+from ml_collections import ConfigDict
+
+from vpm_jax import parallel
+from vpm_jax.benchmark import generated
+from vpm_jax.benchmark.extraction import network, prepared
+from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.timing import clocked
+from vpm_jax.errors import UserError
+
+HELP = "the gamma table from images to metrics, beside the time of its FLOPs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", help="a dataset, evaluated whole (default: generated images)")
+    parser.add_argument("--queries", type=int, default=128, help="generated (default: %(default)s)")
+    parser.add_argument("--gallery", type=int, default=512, help="generated (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for the network alone (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if args.queries < 1 or args.gallery < 2 * args.queries:
+        raise UserError("--queries and --gallery: expected at least 1 query and twice as many gallery images.")
+    parallel.prepare_backend()
+    from vpm_jax import evaluate
+    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.data.sources import load_dataset
+
+    here, config = describe(), prepared(config)
+    mesh = parallel.data_mesh(config.eval.batch)
+    if args.root:
+        config.data.root = args.root
+        dataset = load_dataset(config.data)
+    else:
+        dataset = generated.dataset(args.queries, args.gallery)
+    variables, alone, limit, limit_is = network(config, args, mesh)
+    few = generated.dataset(2, 256)
+    evaluate.extract(config, variables, few.query, mesh)  # compiles
+    seconds = clocked(lambda: evaluate.evaluate(config, variables, dataset, mesh))[0][args.clock]
+    queries, gallery = len(dataset.query), len(evaluate.ranked(dataset.gallery))
+    images = gallery + queries * len(config.eval.gammas)
+    m = config.model
+    lines = [
+        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {queries:,} queries at "
+        f"{len(config.eval.gammas)} gammas, {gallery:,} gallery images ({dataset.name}), on {here['device']}."
+    ]
+    rows = [Row("evaluation: whole", seconds, "s", images / alone, "the network alone on as many images")]
+    if limit:
+        rows.append(Row("evaluation: whole", seconds, "s", images / limit, limit_is))
+    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())

@@ -1,0 +1,91 @@
+"""Features of query and gallery images: images/s of the network alone and from encoded images, beside the limits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import parallel
+from vpm_jax.benchmark import generated
+from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.timing import best, clocked
+from vpm_jax.errors import UserError
+
+HELP = "features of query and gallery images, beside the matmul limit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", help="a dataset's query and gallery images (default: generated ones)")
+    parser.add_argument("--images", type=int, default=1024, help="generated images (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for the network alone (default: %(default)s)")
+
+
+def network(config: ConfigDict, args: argparse.Namespace, mesh: Any) -> tuple[Any, float, float | None, str]:
+    """(random variables, images/s of the compiled network alone, what the matmul limit allows, what that limit is)."""
+    import jax
+
+    from vpm_jax import models, step
+    from vpm_jax.benchmark.limits import limits
+
+    state = step.init_state(config)
+    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
+    shape = (config.eval.batch, config.data.height, config.data.width, 3)
+    image = parallel.shard(mesh, {"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8)})["image"]
+    compiled = jax.jit(step.make_feature_step(config)).lower(variables, image).compile()
+    seconds = best(lambda: jax.block_until_ready(compiled(variables, image)), args.seconds, clock=args.clock)
+
+    one, work = limits(models.compute_dtype(config.model.dtype).name)
+    repetitions = 1 if jax.default_backend() == "cpu" else 20
+    peak = one["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
+    flops = (compiled.cost_analysis() or {}).get("flops")  # of one device, as is the peak
+    limit = config.eval.batch * peak / flops if flops else None
+    return variables, config.eval.batch / seconds, limit, f"matmul at {peak / 1e9:,.0f} GFLOP/s"
+
+
+def prepared(config: ConfigDict) -> ConfigDict:
+    """The config with what a training set would decide."""
+    config = config.copy_and_resolve_references()
+    config.model.num_identities = config.model.num_identities or 751
+    config.pretrained = "none"
+    for stage in (config.stage1, config.stage2):
+        stage.steps_per_epoch = stage.steps_per_epoch or 1
+    return config
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: expected at least 1.")
+    parallel.prepare_backend()
+    from vpm_jax import evaluate
+    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.data.sources import load_dataset
+
+    here, config = describe(), prepared(config)
+    mesh = parallel.data_mesh(config.eval.batch)
+    if args.root:
+        config.data.root = args.root
+        dataset = load_dataset(config.data)
+        parts, source = [dataset.query, dataset.gallery], dataset.name
+    else:
+        parts, source = [generated.split("query", args.images)], "generated"
+    variables, alone, limit, limit_is = network(config, args, mesh)
+    jobs = [(part, 1.0) for part in parts]
+    work: Callable[[], object] = partial(evaluate.extract_many, config, variables, jobs, mesh)
+    evaluate.extract(config, variables, parts[0].take(np.arange(min(len(parts[0]), 8))), mesh)  # compiles
+    seconds = clocked(work)[0][args.clock]
+    count = sum(map(len, parts))
+    m = config.model
+    lines = [
+        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {m.dtype} compute, {count:,} {source} images to "
+        f"{config.data.height} x {config.data.width}, {config.eval.batch} a batch, on {here['device']}."
+    ]
+    rows = [
+        Row("extraction: network alone", alone, "images/s", limit, limit_is),
+        Row("extraction: from JPEG to features", count / seconds, "images/s", alone, "the network alone"),
+    ]
+    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())

@@ -1,0 +1,48 @@
+"""What this machine's matrix products and memory allow, measured through JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vpm_jax.benchmark.timing import matmul_size, threads
+
+COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
+
+
+def describe() -> dict[str, str]:
+    """The device that JAX finds: "platform"; "device", in words; "accelerator", the same or "" for a CPU."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return {"platform": "cpu", "device": f"{threads()} CPU thread{'s' * (threads() > 1)}", "accelerator": ""}
+    return {"platform": device.platform, "device": device.device_kind, "accelerator": device.device_kind}
+
+
+def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], dict[str, Callable[[int], None]]]:
+    """{"matmul": FLOPs, "copy": bytes} of one repetition, and these two as functions of the repetitions.
+
+    The product is of `dtype`, by default at the precision that a model's own products have.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    platform = jax.devices()[0].platform
+    size, moved = matmul_size(platform), COPY_BYTES.get(platform, 2**30)
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    x = jnp.zeros(moved // 4, jnp.float32)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages would cost more than the copying
+
+    def matmul(repetitions: int) -> None:
+        for _ in range(repetitions):
+            out = product(a)
+        out.block_until_ready()
+
+    def copies(repetitions: int) -> None:
+        nonlocal x
+        for _ in range(repetitions):
+            x = copy(x)
+        x.block_until_ready()
+
+    return {"matmul": 2.0 * size**3, "copy": 2.0 * moved}, {"matmul": matmul, "copy": copies}

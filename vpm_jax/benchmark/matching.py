@@ -1,0 +1,135 @@
+"""Matching by Eq. 4: pairs/s of `vpm_jax.matching.region_distance`, beside the same work in NumPy and PyTorch and what
+the matrix products alone would take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import parallel
+from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.timing import in_turn, matmul_size, threads, timed
+from vpm_jax.errors import UserError
+
+HELP = "pairs/s of matching, beside NumPy, PyTorch and the matmul limit"
+BLOCK = 2048  # gallery images at a time in NumPy and PyTorch: bounded memory, products at full speed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--queries", type=int, default=1000, help="(default: %(default)s; Market-1501: 3368)")
+    parser.add_argument("--gallery", type=int, default=8000, help="(default: %(default)s; Market-1501: 15913)")
+    parser.add_argument("--channels", type=int, default=2048, help="of each region (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: %(default)s)")
+
+
+def images(count: int, regions: int, channels: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Features [count, P, C] of unit length, not negative as a ReLU's, and visibility [count, P]."""
+    features = np.maximum(random.standard_normal((count, regions, channels), np.float32), 0)
+    features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return features, random.uniform(0, 32, (count, regions)).astype(np.float32)
+
+
+def numpy_distance(q: np.ndarray, q_weight: np.ndarray, g: np.ndarray, g_weight: np.ndarray) -> np.ndarray:
+    """Eq. 4 as one writes it in NumPy: |q|^2 + |g|^2 - 2 q.g, one region at a time, the gallery in blocks."""
+    distance = np.empty((len(q), len(g)), np.float32)
+    for start in range(0, len(g), BLOCK):
+        rows = slice(start, start + BLOCK)
+        total = np.zeros((len(q), len(g[rows])), np.float32)
+        weights = np.zeros_like(total)
+        for i in range(q.shape[1]):
+            a, b = q[:, i], g[rows, i]
+            squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * (a @ b.T)
+            weight = np.outer(q_weight[:, i], g_weight[rows, i])
+            total += weight * np.sqrt(np.maximum(squared, 0))
+            weights += weight
+        distance[:, rows] = total / weights
+    return distance
+
+
+def torch_distance() -> tuple[Callable[..., np.ndarray], Callable[[], None]]:
+    """The same in PyTorch, on its GPU if it has one, from and to NumPy; and a large product for the limit."""
+    import torch
+
+    torch.set_num_threads(threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2 * (matmul_size(device),), device=device)
+
+    def distance(*arrays: np.ndarray) -> np.ndarray:
+        q, q_weight, g, g_weight = (torch.from_numpy(x).to(device) for x in arrays)
+        out = torch.empty((len(q), len(g)), device=device)
+        for start in range(0, len(g), BLOCK):
+            rows = slice(start, start + BLOCK)
+            total = torch.zeros((len(q), len(g[rows])), device=device)
+            weights = torch.zeros_like(total)
+            for i in range(q.shape[1]):
+                a, b = q[:, i], g[rows, i]
+                squared = torch.addmm(a.square().sum(1)[:, None] + b.square().sum(1)[None], a, b.T, alpha=-2)
+                weight = torch.outer(q_weight[:, i], g_weight[rows, i])
+                total.addcmul_(weight, squared.clamp_(min=0).sqrt_())
+                weights += weight
+            torch.div(total, weights, out=out[:, rows])
+        return out.cpu().numpy()
+
+    def matmul() -> None:
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return distance, matmul
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if min(args.queries, args.gallery, args.channels, args.rounds) < 1:
+        raise UserError("--queries, --gallery, --channels and --rounds: expected at least 1 of each.")
+    parallel.prepare_backend()
+    from vpm_jax.benchmark.limits import describe, limits
+    from vpm_jax.matching import region_distance
+
+    regions, random = config.model.grid[0] * config.model.grid[1], np.random.default_rng(0)
+    query = images(args.queries, regions, args.channels, random)
+    gallery = images(args.gallery, regions, args.channels, random)
+    # HIGHEST, as matching's own products: no TF32, whose digits are too few.
+    _, work = limits("float32", "highest")
+    here = describe()
+    size = matmul_size(here["platform"])
+    square = random.standard_normal((size, size), np.float32)
+    contestants: dict[str, Callable[[], object]] = {
+        "JAX": partial(region_distance, *query, *gallery),
+        "NumPy": partial(numpy_distance, *query, *gallery),
+    }
+    products: dict[str, Callable[[], object]] = {"JAX": partial(work["matmul"], 1), "NumPy": lambda: square @ square}
+    lines = []
+    if find_spec("torch"):
+        distance, products["PyTorch"] = torch_distance()
+        contestants["PyTorch"] = partial(distance, *query, *gallery)
+    else:
+        lines.append("PyTorch is not installed, to compare with: pip install -e '.[parity]'.")
+    results = {name: np.asarray(contestant()) for name, contestant in contestants.items()}  # warm, and the same?
+    apart = max(float(np.abs(results["JAX"] - other).max()) for other in results.values())
+    for product in products.values():
+        product()
+
+    turns = {("distance", name): contestant for name, contestant in contestants.items()}
+    turns |= {("matmul", name): product for name, product in products.items()}
+
+    times = in_turn({key: timed(contestant, args.clock) for key, contestant in turns.items()}, args.rounds)
+    fastest, library = min((min(seconds), name) for (what, name), seconds in times.items() if what == "matmul")
+    peak = 2.0 * size**3 / fastest
+    pairs = args.queries * args.gallery
+    limit = pairs / (2.0 * pairs * regions * args.channels / peak)
+    lines.append(
+        f"{args.queries:,} queries to {args.gallery:,} gallery images of {regions} x {args.channels} float32, host to "
+        f"host on {here['device']}; {args.rounds} turns each; the results differ by {apart:.1e} at most."
+    )
+    limit_is = f"matmul at {peak / 1e9:,.0f} GFLOP/s ({library}'s)"
+    rows = []
+    for name in contestants:
+        rate = pairs / median(times["distance", name])
+        rows.append(Row(f"matching: {name}", rate, "pairs/s", limit, limit_is, "50% of the limit" * (name == "JAX")))
+    return Report(rows, lines, device=here["accelerator"])
