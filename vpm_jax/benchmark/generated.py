@@ -45,6 +45,10 @@ def split(name: str, images: int, identities: int = 128, different: int = 512) -
 
 
 def dataset(queries: int, gallery: int) -> Dataset:
-    """Queries and a gallery that shares their identities; training images that nothing reads."""
-    train, query, ranked = split("train", 1), split("query", queries), split("gallery", gallery)
+    """Queries, a gallery at least twice as large that shows each of their identities to two cameras or more, and a
+    training image that nothing reads."""
+    identities = min(queries, 128)
+    train, query, ranked = (
+        split(name, n, identities) for name, n in (("train", 1), ("query", queries), ("gallery", gallery))
+    )
     return Dataset("generated", train, query, ranked, notes=())
