@@ -11,9 +11,11 @@ import pytest
 from tiny_runs import STEPS, quick_compiler, saved_state
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, parallel
+from vpm_jax import evaluate, metrics, parallel
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
+from vpm_jax.matching import region_distance
+from vpm_jax.reranking import rerank
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,8 +116,25 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), *changes]) == 0
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(record["gammas"]) == ["0.7"]
-    assert record["match"] == {"squared": False, "visibility": "uniform"}
+    assert record["match"] | {"squared": False, "visibility": "uniform", "rerank": False} == record["match"]
     assert "keeping their bottom gamma" in capsys.readouterr().out
+
+
+def test_reranking(whole, trained, tmp_path, capsys):
+    config, variables, dataset, mesh = trained
+    k = ["--config.match.rerank_k1=4", "--config.match.rerank_k2=2"]
+    assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--rerank", *k]) == 0
+    assert "distances, re-ranked by k-reciprocal neighbours (k1 4, k2 2, lambda 0.3)" in capsys.readouterr().out
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    query, gallery = dataset.query, evaluate.ranked(dataset.gallery)
+    there = evaluate.extract(config, variables, gallery, mesh)
+    for gamma in (0.5, 1.0):
+        here = evaluate.extract(config, variables, query, mesh, gamma)
+        pairs = ((here, there), (here, here), (there, there))
+        three = [region_distance(a.features, a.visibility, b.features, b.visibility) for a, b in pairs]
+        distance = rerank(*three, k1=4, k2=2)
+        expected = metrics.rank_metrics(distance, query.identity, gallery.identity, query.camera, gallery.camera)
+        assert record["gammas"][str(gamma)]["mAP"] == pytest.approx(expected["mAP"])
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,10 @@ def default() -> ConfigDict:
     c.match = ConfigDict()
     c.match.squared = False
     c.match.visibility = "soft"  # "soft" (Eq. 4) | "uniform" (MVPM-1) | "binary"
+    c.match.rerank = False  # k-reciprocal re-ranking: see vpm_jax.reranking, also for the next three
+    c.match.rerank_k1 = 20
+    c.match.rerank_k2 = 6
+    c.match.rerank_lambda = 0.3
 
     c.eval = ConfigDict()
     c.eval.gammas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -195,6 +199,7 @@ _POSITIVE: tuple[str, ...] = (
     "model.head_dim",
     "model.locator_groups",
 )
+_POSITIVE += ("match.rerank_k1", "match.rerank_k2")
 _POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
 _POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
 
@@ -263,6 +268,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"Config key {key} is {value}, expected finite numbers from 0.")
     ranges = {
         "data.flip": (0, 1),
+        "match.rerank_lambda": (0, 1),
         "model.head_dropout": (0, 0.99),
         "model.locator_dropout": (0, 0.99),
         "loss.label_smoothing": (0, 0.99),

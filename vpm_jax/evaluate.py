@@ -52,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the dataset's folder, zip or CSV, or a folder that holds it (default: the run's, and of --dataset "
         "$VPM_DATA or ./data)",
     )
+    parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (match.rerank)")
     args, overrides = parser.parse_known_args(argv)
     saved = config_lib.read(args.workdir)
     if saved is None:
         raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
     config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
+    config.match.rerank = config.match.rerank or args.rerank
     config_lib.check(config)
     changed = config_lib.changed_keys(saved, config)
     if changed:
@@ -182,15 +184,35 @@ def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dic
     query, gallery = dataset.query, ranked(dataset.gallery)
     jobs = [(gallery, 1.0)] + [(query, gamma) for gamma in config.eval.gammas]
     whole, *cropped = extract_many(config, variables, jobs, mesh)
+    among = eq4(config, whole, whole) if config.match.rerank else None  # once for all gammas
     results = {}
     for gamma, part in zip(config.eval.gammas, cropped, strict=True):
-        distance = match(config, part, whole)
+        distance = match(config, part, whole, among)
         results[gamma] = metrics.rank_metrics(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     return results
 
 
-def match(config: ConfigDict, query: Features, gallery: Features) -> np.ndarray:
-    """Distances float32 [Q, G], by Eq. 4 as config.match says."""
+def match(config: ConfigDict, query: Features, gallery: Features, among: np.ndarray | None = None) -> np.ndarray:
+    """Distances float32 [Q, G] as config.match says: by Eq. 4, re-ranked or not; `among` is `eq4` of the gallery."""
+    distance = eq4(config, query, gallery)
+    if not config.match.rerank:
+        return distance
+    from vpm_jax.reranking import rerank
+
+    m = config.match
+    among = eq4(config, gallery, gallery) if among is None else among
+    return rerank(distance, eq4(config, query, query), among, m.rerank_k1, m.rerank_k2, m.rerank_lambda, m.squared)
+
+
+def matching_in_words(config: ConfigDict) -> str:
+    m = config.match
+    numbers = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
+    reranked = f", re-ranked by k-reciprocal neighbours ({numbers})" * m.rerank
+    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{reranked}"
+
+
+def eq4(config: ConfigDict, query: Features, gallery: Features) -> np.ndarray:
+    """Distances float32 [Q, G] by Eq. 4, with the visibility of config.match."""
     from vpm_jax.matching import match_visibility, region_distance
 
     mode = config.match.visibility
@@ -243,8 +265,7 @@ def evaluate_and_report(
         headline(config, dataset, steps, trained_on),
         f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
         f"images whole ({junk} of identity -1 left out); {dropped}; {skipped} queries without a match skipped.",
-        f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' * config.match.squared}distances. "
-        f"Chance: rank-1 {chance:.2%} (mean over random rankings).",
+        f"Matching: {matching_in_words(config)}. Chance: rank-1 {chance:.2%} (mean over random rankings).",
     ]
     text = "\n".join(lines) + "\n\n" + metrics.gamma_table(results)
     suffix = f"-{dataset.name}" if trained_on else ""

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from vpm_jax import metrics, paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.evaluate import extract_many, headline, match
+from vpm_jax.evaluate import extract_many, headline, match, matching_in_words
 from vpm_jax.logs import duration, write_atomically
 
 DATASETS = ("partial_reid", "partial_ilids")
@@ -66,12 +66,14 @@ def single_shot(distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.nda
 def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dict[str, dict[str, Any]]:
     """{"all-shot": `metrics.rank_metrics` of all queries against the whole gallery, "single-shot": `single_shot`}.
 
-    "single-shot" is left out where it is the same, with one image of each identity (Partial-iLIDS).
+    "single-shot" is left out where it is the same, with one image of each identity (Partial-iLIDS), and where
+    re-ranking would have found neighbours outside its groups.
     """
     query, gallery = dataset.query, dataset.gallery
     distance = match(config, *extract_many(config, variables, [(query, 1.0), (gallery, 1.0)], mesh))
     results = {"all-shot": metrics.rank_metrics(distance, query.identity, gallery.identity)}
-    if max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery)) > 1:
+    most = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
+    if most > 1 and not config.match.rerank:
         results["single-shot"] = single_shot(distance, query.identity, gallery.identity)
     return results
 
@@ -92,8 +94,7 @@ def evaluate_and_report(
         headline(config, dataset, steps, trained_on),
         f"Protocol: {len(query)} partial images as queries, as they are (gamma 1.0), {len(gallery)} whole ones as "
         f"gallery; no cameras, so nothing is dropped; {skipped} queries without a match skipped.",
-        f"Matching: Eq. 4, {config.match.visibility} visibility, {'squared ' * config.match.squared}distances. "
-        f"Chance: rank-1 {chance:.2%} (all-shot, mean over random rankings).",
+        f"Matching: {matching_in_words(config)}. Chance: rank-1 {chance:.2%} (all-shot, mean over random rankings).",
     ]
     named = {f"all-shot ({sizes})": results["all-shot"]}
     if single := results.get("single-shot"):
