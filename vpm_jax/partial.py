@@ -70,7 +70,8 @@ def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dic
     re-ranking would have found neighbours outside its groups.
     """
     query, gallery = dataset.query, dataset.gallery
-    distance = match(config, *extract_many(config, variables, [(query, 1.0), (gallery, 1.0)], mesh))
+    here, there = extract_many(config, variables, [(query, 1.0), (gallery, 1.0)], mesh)
+    distance = match(config, here, there)
     results = {"all-shot": metrics.rank_metrics(distance, query.identity, gallery.identity)}
     most = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
     if most > 1 and not config.match.rerank:
