@@ -66,6 +66,8 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
     band = axes.collections[0].get_datalim(axes.transData)
     assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
     assert "the paper's" in figures[0].legends[0].get_texts()[-1].get_text()
+    plots.gamma_curves(tmp_path / "gamma.png", results, "title", published={"p = 2": {0.5: {}}})
+    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(results)
     assert "40%" in [label.get_text() for label in panel(figures[0], "mAP").get_yticklabels()]
 
 
@@ -84,10 +86,10 @@ def test_training_curves(tmp_path, figures):
     np.testing.assert_allclose(loss["total"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
     accuracy = panel(figures[0], "accuracy and shares")
-    np.testing.assert_allclose(curves(accuracy)["identity, mean and range of heads"], [[1, 2, 3], [0.3] * 3])
+    np.testing.assert_allclose(curves(accuracy)["identity (band: heads)"], [[1, 2, 3], [0.3] * 3])
     band = accuracy.collections[0].get_datalim(accuracy.transData)
     assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
-    assert "comparable anchors" not in curves(accuracy)
+    assert "comparable" not in curves(accuracy)
     assert "3 steps, 40 images/s" in figures[0].get_suptitle()
     assert Image.open(tmp_path / "training.png").size == (1400, 896)
 
@@ -96,7 +98,7 @@ def test_training_curves_of_little(tmp_path, figures):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5, "loss": 2.0, "accuracy_identity": 0.5, "learning_rate": 0.0, "note": "x"}\n')
     plots.training_curves(tmp_path / "training.png", path)
-    assert curves(panel(figures[0], "accuracy and shares"))["identity, mean and range of heads"] == ([5], [0.5])
+    assert curves(panel(figures[0], "accuracy and shares"))["identity (band: heads)"] == ([5], [0.5])
     path.write_text("nothing\n[1]\n{}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl holds no line with a step"):
         plots.training_curves(tmp_path / "training.png", path)

@@ -183,7 +183,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(reproduce, "train", work)
     monkeypatch.setattr(reproduce, "evaluate", work)
     monkeypatch.setattr(reproduce, "gather", gather)
-    monkeypatch.setattr(reproduce, "without_data", lambda missing: {})
+    monkeypatch.setattr(reproduce, "without_data", lambda missing, training: {})
     monkeypatch.setattr(estimate, "timed_rate", lambda config: 50.0)
     return done
 
@@ -442,8 +442,10 @@ def test_a_dataset_that_is_absent_is_left_out_in_a_sentence(pretend, call, tmp_p
     left = reproduce.without_data(missing)
     assert set(left) == {run.name for run in missing if run.test}
     assert set(left.values()) == {"is left out: there is no partial_ilids."}
+    duke = [make_run("dukemtmc", "small", "vpm")]
     with pytest.raises(UserError, match="there is no dukemtmc"):
-        reproduce.without_data([make_run("dukemtmc", "small", "vpm")])
+        reproduce.without_data(duke)
+    assert reproduce.without_data(duke, training=False) == {}
 
 
 def test_misprints_are_not_compared_with(pretend, call, tmp_path):

@@ -19,6 +19,7 @@ from vpm_jax.experiments import Run
 from vpm_jax.logs import duration
 
 EVALUATION = 0.05  # of the training's time, where no finished run tells
+PARTIAL = 0.05  # of an evaluation's time, of one on partial images: hundreds instead of tens of thousands
 
 
 def size(config: ConfigDict) -> tuple[int, int]:
@@ -59,10 +60,12 @@ def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] |
     trained = [r for r in here if r["images"]]
     if not trained:
         return None
-    evaluated = [r for r in here if r["test"] == (run.test or run.dataset)] or here
+    evaluation = median(r["evaluation_seconds"] for r in trained)
+    if run.test:
+        same = [r["evaluation_seconds"] for r in here if r["test"] == run.test]
+        evaluation = median(same) if same else PARTIAL * evaluation
     trained = [r for r in trained if r["method"] == run.method] or trained
-    speed = median(r["images"] / r["seconds"] for r in trained)
-    return speed, median(r["evaluation_seconds"] for r in evaluated)
+    return median(r["images"] / r["seconds"] for r in trained), evaluation
 
 
 def timed_rate(config: ConfigDict, steps: int = 3) -> float:
@@ -119,7 +122,8 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
             if timed is None:
                 print("no run of this scale has finished on such a machine: timing a few steps", flush=True)
                 timed = timed_rate(missing[0].config)
-            rate, evaluation = timed, EVALUATION * max(count, images(missing[0])) / timed
+            evaluation = EVALUATION * max(count, images(missing[0])) / timed * (PARTIAL if run.test else 1)
+            rate = timed
             source.add(f"a few timed steps ({timed:,.1f} images/s; evaluation taken as {EVALUATION:.0%} of it)")
         begun = records(workdirs / run.name)
         left = count - min(count, int(begun[-1]["step"]) * batch(run.config)) if begun else count

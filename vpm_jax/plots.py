@@ -76,12 +76,13 @@ def gamma_curves(
             axes.axhline(chance, color="0.45", linestyle=":", linewidth=1.2, label=f"chance ({100 * chance:.2g}%)")
         axes.set_xlabel("gamma (kept area ratio)")
         axes.set_title(metric, fontsize=11)
-        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # room for a chance line close to zero
+        top = axes.dataLim.y1
+        axes.set_ylim(-0.02 * top, 1.05 * top)  # room for a chance line close to zero
         axes.set_xticks(sorted({gamma for by_gamma in results.values() for gamma in by_gamma}))
         axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
     handles, labels = panels[0].get_legend_handles_labels()
-    if any(name in results for name in published or {}):
+    if any(any(scores.values()) for name, scores in (published or {}).items() if name in results):
         handles.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle=(0, (4, 2))))
         labels.append("the paper's, in the same colour")
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
@@ -130,9 +131,9 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         steps = [step for step, _ in heads]
         low, high = [head.min() for _, head in heads], [head.max() for _, head in heads]
         accuracies.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
-    _curve(accuracies, lines, "accuracy_identity", "identity, mean and range of heads", COLOURS[0])
+    _curve(accuracies, lines, "accuracy_identity", "identity (band: heads)", COLOURS[0])
     _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLOURS[1])
-    _curve(accuracies, lines, "comparable", "comparable anchors", COLOURS[2])
+    _curve(accuracies, lines, "comparable", "comparable", COLOURS[2])
     accuracies.set_title("accuracy and shares", fontsize=11, loc="left", pad=20)
     accuracies.set_ylim(0, 1.02)
     accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

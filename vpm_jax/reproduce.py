@@ -20,6 +20,7 @@ from typing import Any
 
 from vpm_jax import cli, estimate, experiments, figures, parallel, results, tables
 from vpm_jax import config as config_lib
+from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
 from vpm_jax.logs import make_folder, write_atomically
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = experiments.distinct(cells.values())
     done = {run.name: result for run in runs if (result := results.read(args.results, run))}
     missing = [run for run in runs if run.name not in done]
-    left = {} if args.plan else without_data(missing)  # {run: why it has no result}
+    left = without_data(missing, training=not args.plan)  # {run: why it has no result}
     missing = [run for run in missing if run.name not in left]
 
     # ---- What is to be done, and its cost ----------------------------------------------------------------
@@ -147,15 +148,16 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
     return scale, dataset, exhibits
 
 
-def without_data(missing: Sequence[Run]) -> dict[str, str]:
+def without_data(missing: Sequence[Run], training: bool = True) -> dict[str, str]:
     """{run: why} of those whose dataset of partial images is not there: they are left out, the others go on.
 
     Raises:
-      UserError: if what is to be trained on is not there, before the first run.
+      UserError: if what is to be trained on is not there, before the first run (`training` looks, and renders
+        synthetic pedestrians).
     """
     from vpm_jax.data.sources import load_dataset
 
-    if missing:
+    if missing and training:
         load_dataset(missing[0].config.data)  # all runs have the same
     reasons = {}
     for test in dict.fromkeys(run.test for run in missing if run.test):
@@ -316,7 +318,7 @@ def report(
         if found:
             lines += tables.sweep(found)
             chance = done[found[0]["runs"][0]]["chance_rank1"]
-            title = f"{exhibit.title.partition(':')[0]}: {one.dataset}, {one.scale}"
+            title = f"{exhibit.title.partition(':')[0]}: {TITLES[one.dataset]}, scale {one.scale}"
             figures.gamma_curves(output / f"{stem}.png", found, title, chance, exhibit.shaded)
             lines += [f"![{exhibit.title}]({stem}.png)", ""]
         for test in exhibit.tests:
