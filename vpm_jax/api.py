@@ -80,10 +80,18 @@ class VPM:
       image_size: (H, W) in pixels that every image is resized to.
       step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices.
       source: where the model came from, in words.
+      variables: the network's parameters and statistics on the host; None of an exported program.
     """
 
-    def __init__(self, config: ConfigDict, step: Callable[[Any], dict[str, Any]], fingerprint: str, source: str):
-        self.config, self.step, self.source = config, step, source
+    def __init__(
+        self,
+        config: ConfigDict,
+        step: Callable[[Any], dict[str, Any]],
+        fingerprint: str,
+        source: str,
+        variables: dict[str, Any] | None = None,
+    ):
+        self.config, self.step, self.source, self.variables = config, step, source, variables
         self.fingerprint: str = fingerprint
         """16 hexadecimal digits, the same wherever the same parameters make the same features of an image."""
         self.grid = RegionGrid(*config.model.grid)
@@ -95,14 +103,19 @@ class VPM:
         return f"VPM({self.source}; {grid}, {height} x {width} pixels, fingerprint {self.fingerprint})"
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> VPM:
-        """The model of a training run's workdir (its newest checkpoint), or of a file that `vpm_jax.convert` or
-        `vpm_jax.export` wrote.
+    def load(cls, path: str | os.PathLike[str], dtype: str | None = None) -> VPM:
+        """The model of a training run's workdir (its newest checkpoint), or of a file that `vpm_jax.export` wrote.
+
+        Args:
+          path: a workdir, .stablehlo (with its .json beside it) or .safetensors.
+          dtype: "float32" or "bfloat16" to compute in; default: as the run was configured, "auto" for most, which is
+            bfloat16 on GPU and TPU. An exported program computes as it was exported.
 
         Raises:
           UserError: if there is no such model, or it is damaged.
         """
         parallel.prepare_backend()
+        import jax
         import jax.numpy as jnp
 
         from vpm_jax import models, pretrained
@@ -111,6 +124,10 @@ class VPM:
         path = Path(path).expanduser()
         if not path.exists():
             raise UserError(f"{path} does not exist: give the workdir of a training run, or an exported file.")
+        if path.suffix == ".stablehlo" and path.is_file():
+            from vpm_jax.export import load_stablehlo
+
+            return load_stablehlo(path)
         weights = own.read_workdir(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
         if weights.heads is None or weights.config is None:
             raise UserError(
@@ -120,12 +137,16 @@ class VPM:
         config = weights.config.copy_and_resolve_references()
         config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
         config.data.mean, config.data.std = weights.mean, weights.std
-        dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
+        config.model.dtype = dtype or config.model.dtype
+        config_lib.check(config)
+        kept_in = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
         variables = {
             "params": {"backbone": weights.params, **weights.heads["params"]},
             "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
         }
-        return cls(config, _step(config, variables, dtype), fingerprint(config, variables), weights.source)
+        digest = fingerprint(config, variables)
+        variables = jax.tree.map(lambda x: np.asarray(x, kept_in), variables)
+        return cls(config, _step(config, variables), digest, weights.source, variables)
 
     # ---- Features ----
 
@@ -308,10 +329,9 @@ def _each(images: Images) -> Iterator[Image]:
 # ---- The network ----
 
 
-def _step(config: ConfigDict, variables: Any, dtype: Any) -> Callable[[Any], dict[str, Any]]:
+def _step(config: ConfigDict, variables: Any) -> Callable[[Any], dict[str, Any]]:
     """uint8 [B, H, W, 3] -> the arrays of a Description, compiled for each B, over all devices of this host."""
     import jax
-    import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from vpm_jax import step
@@ -319,7 +339,7 @@ def _step(config: ConfigDict, variables: Any, dtype: Any) -> Callable[[Any], dic
     devices = np.array(jax.local_devices())
     mesh = jax.sharding.Mesh(devices, ("data",))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    placed = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, dtype), variables), everywhere)
+    placed = jax.device_put(variables, everywhere)
     compiled = jax.jit(step.make_feature_step(config, region_maps=True))
 
     def run(pixels: Any) -> dict[str, Any]:

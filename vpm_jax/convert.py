@@ -13,7 +13,7 @@ The end of --output says what is written:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vpm_jax import cli, parallel
@@ -78,8 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_for_torch(path: Path, weights, backbone_only: bool = False, keep_epsilon: bool = False) -> Path:
-    """Writes the .safetensors and prints what its PyTorch users must know; returns its path, whose name says so too."""
+def write_for_torch(
+    path: Path,
+    weights,
+    backbone_only: bool = False,
+    keep_epsilon: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Writes the .safetensors and prints what its PyTorch users must know; returns its path, whose name says so too.
+
+    `check` is given the file before it takes its place; if it raises, nothing is left.
+    """
     from vpm_jax.pretrained import own
 
     folded_from = None
@@ -87,9 +96,8 @@ def write_for_torch(path: Path, weights, backbone_only: bool = False, keep_epsil
         folded_from, weights = weights.bn_epsilon, own.fold_epsilon(weights)
     marks = own.peculiarities(weights)
     path = path.with_name("-".join([path.stem, *(mark for mark in marks if mark not in path.stem)]) + path.suffix)
-    own.write_safetensors(
-        path, weights, backbone_only, **({} if folded_from is None else {"bn_folded_from": folded_from})
-    )
+    more = {} if folded_from is None else {"bn_folded_from": folded_from}
+    own.write_safetensors(path, weights, backbone_only, check, **more)
     print(f"Wrote {path}.")
     if marks:
         print("A torchvision ResNet loads these names and computes something else, unless it is changed:")

@@ -138,7 +138,7 @@ class VPM(nn.Module):
     def __call__(self, image, train: bool = False, visible=None):
         regions = self.grid[0] * self.grid[1]
         if visible is None:
-            visible = jnp.ones((len(image), regions), bool)
+            visible = jnp.ones((image.shape[0], regions), bool)  # len() wants a number, and exporting has a symbol
         if image.dtype == jnp.uint8:
             mean, std = (jnp.asarray(v, self.param_dtype) for v in (self.mean, self.std))
             image = (image.astype(self.param_dtype) / 255 - mean) / std

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,14 +221,25 @@ def write_npz(path: Path, weights: Pretrained) -> None:
         np.savez(file, metadata=np.array(text), **arrays)  # type: ignore[arg-type]
 
 
-def write_safetensors(path: Path, weights: Pretrained, backbone_only: bool = False, **more: Any) -> None:
-    """`torch_tensors` with `metadata`. Raises UserError when a disk is full or read-only."""
+def write_safetensors(
+    path: Path,
+    weights: Pretrained,
+    backbone_only: bool = False,
+    check: Callable[[Path], object] | None = None,
+    **more: Any,
+) -> None:
+    """`torch_tensors` with `metadata`. Raises UserError when a disk is full or read-only.
+
+    `check` is given the file before it takes its place; if it raises, nothing is left.
+    """
     from safetensors.numpy import save
 
     kept = replace(weights, config=None) if backbone_only else weights
     data = save(torch_tensors(weights, backbone_only), metadata(kept, **more))
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+        if check is not None:
+            check(temporary)
 
 
 def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrained:

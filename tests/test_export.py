@@ -1,0 +1,191 @@
+"""vpm_jax.export: what was written computes what the model does, without the package; what does not is never kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from test_api import assert_equal
+from test_convert import make_run
+from tiny_runs import largest_file, quick_compiler
+
+from vpm_jax import VPM, Description, UserError, export, step
+from vpm_jax.pretrained import own
+
+pytest.importorskip("flatbuffers", reason="jax.export writes and reads with it")
+
+PICTURES = np.random.default_rng(4).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler(compile_cache):
+    with quick_compiler(compile_cache):
+        yield
+
+
+@pytest.fixture(scope="module", params=["market", "market_released"])
+def exported(request, tmp_path_factory):
+    """(workdir, the .stablehlo of it): a pixel locator's and a row locator's."""
+    folder = tmp_path_factory.mktemp("export")
+    make_run(folder / "run", request.param)
+    export.main(["--workdir", str(folder / "run"), "--output", str(folder / "a.stablehlo")])
+    return folder / "run", folder / "a.stablehlo"
+
+
+def test_an_export_is_the_model(exported):
+    live, loaded = VPM.load(exported[0]), VPM.load(exported[1])
+    assert_equal(loaded(PICTURES), live(PICTURES), 1e-4)
+    assert_equal(loaded(PICTURES[:3], batch=1), live(PICTURES[:3]), 1e-4)
+    assert loaded.fingerprint == live.fingerprint
+    assert (loaded.grid, loaded.image_size) == (live.grid, live.image_size)
+    np.testing.assert_allclose(loaded.match(PICTURES[:2], PICTURES), live.match(PICTURES[:2], PICTURES), atol=1e-3)
+    assert len(loaded([])) == 0
+
+
+def test_it_takes_any_batch_on_every_platform(exported):
+    program = jax.export.deserialize(bytearray(exported[1].read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    (image,) = program.in_avals
+    assert image.dtype == np.uint8 and image.shape[1:] == (64, 32, 3) and not isinstance(image.shape[0], int)
+    said = json.loads(exported[1].with_name("a.stablehlo.json").read_text())
+    for batch in (1, 2, 7):
+        out = jax.eval_shape(program.call, jax.ShapeDtypeStruct((batch, 64, 32, 3), np.uint8))
+        assert {name: [*x.shape] for name, x in out.items()} == {
+            name: [batch, *x["shape"][1:]] for name, x in said["output"].items()
+        }
+
+
+# Nothing of this package, and nothing that it is made with, can be imported.
+ALONE = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("vpm_jax", "flax", "orbax", "optax", "grain", "ml_collections"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Nothing())
+import jax, jax.export, numpy as np
+model = jax.jit(jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read())).call)
+np.savez(sys.argv[3], **model(np.load(sys.argv[2])))
+"""
+
+
+def test_it_runs_in_a_process_without_the_package(exported, tmp_path):
+    np.save(tmp_path / "in.npy", PICTURES)
+    arguments = [exported[1], tmp_path / "in.npy", tmp_path / "out.npz"]
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, arguments)], check=True, cwd=tmp_path)
+    live = VPM.load(exported[0])(PICTURES)
+    with np.load(tmp_path / "out.npz") as out:
+        assert set(out) == set(vars(live))
+        for name, x in vars(live).items():
+            np.testing.assert_allclose(out[name], x, atol=1e-4, strict=True)
+
+
+def run_main(workdir, output, *more) -> None:
+    export.main(["--workdir", str(workdir), "--output", str(output), *more])
+
+
+def test_a_wrong_program_is_never_kept(exported, tmp_path, monkeypatch):
+    make = step.make_feature_step
+
+    def wrong(config, region_maps=False):
+        features = make(config, region_maps)
+        return lambda variables, image: (
+            features(variables, image) | {"visibility": features(variables, image)["visibility"] * 1.01}
+        )
+
+    model = VPM.load(exported[0])
+    monkeypatch.setattr(step, "make_feature_step", wrong)
+    (tmp_path / "b.stablehlo").write_text("what was there before")
+    with pytest.raises(UserError, match="something else than the model"):
+        export.write_stablehlo(tmp_path / "b.stablehlo", model)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b.stablehlo", "what was there before")]
+
+
+def test_wrong_parameters_are_never_kept(exported, tmp_path, monkeypatch):
+    right = own.torch_tensors
+
+    def wrong(weights, backbone_only=False):
+        tensors = right(weights, backbone_only)
+        return tensors | {"layer4.1.conv2.weight": tensors["layer4.1.conv2.weight"][:, ::-1].copy()}
+
+    monkeypatch.setattr(own, "torch_tensors", wrong)
+    with pytest.raises(UserError, match="something else than the model"):
+        run_main(exported[0], tmp_path / "b.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_for_pytorch_are_compared_too(exported, tmp_path, capsys):
+    run_main(exported[0], tmp_path / "b.safetensors")
+    (path,) = tmp_path.glob("b*.safetensors")
+    assert "from the live model" in capsys.readouterr().out
+    assert_equal(VPM.load(path)(PICTURES), VPM.load(exported[0])(PICTURES), 1e-4)
+
+
+def test_what_an_export_cannot_be(exported, tmp_path):
+    run, file = exported
+    (tmp_path / "folder.stablehlo").mkdir()
+    for workdir, output, more, sentence in [
+        (run, tmp_path / "a.pth", (), "ends in .stablehlo or .safetensors or .onnx"),
+        (run, tmp_path / "a", ("--format", "stablehlo"), "ends in .stablehlo"),
+        (run, tmp_path / "a.stablehlo", ("--format", "safetensors"), "ends in .safetensors"),
+        (run, tmp_path / "none" / "a.stablehlo", (), "there is no folder"),
+        (run, tmp_path / "folder.stablehlo", (), "that is a folder"),
+        (tmp_path, tmp_path / "a.stablehlo", (), "holds no run"),
+        (tmp_path / "nowhere", tmp_path / "a.safetensors", (), "does not exist"),
+        (file, tmp_path / "a.stablehlo", (), "is an export already"),
+    ]:
+        with pytest.raises(UserError) as error:
+            run_main(workdir, output, *more)
+        assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.stablehlo"]
+
+
+def test_a_full_disk_leaves_nothing(exported, tmp_path):
+    model = VPM.load(exported[0])
+    with largest_file(2000), pytest.raises(UserError, match="could not be written"):
+        export.write_stablehlo(tmp_path / "b.stablehlo", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_is_noticed(exported, tmp_path):
+    path = tmp_path / "a.stablehlo"
+    data, text = exported[1].read_bytes(), exported[1].with_name("a.stablehlo.json").read_text()
+    for change, sentence in [
+        (lambda: path.write_bytes(data), "a.stablehlo.json cannot be read"),
+        (lambda: path.with_name("a.stablehlo.json").write_text("{}"), "is not what an export writes"),
+        (lambda: path.with_name("a.stablehlo.json").write_text(text.replace('"depth": 18', '"depth": 17')), "depth"),
+        (lambda: path.with_name("a.stablehlo.json").write_text(text), ""),
+        (lambda: path.write_bytes(data[:-9]), "is not the file that a.stablehlo.json describes"),
+    ]:
+        change()
+        if sentence:
+            with pytest.raises(UserError, match=sentence):
+                VPM.load(path)
+        else:
+            VPM.load(path)
+
+
+def test_onnx_computes_the_same_in_onnx_runtime(exported, tmp_path, capsys):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    run_main(exported[0], tmp_path / "a.onnx")
+    assert "in ONNX Runtime" in capsys.readouterr().out
+    session, live = runtime.InferenceSession(tmp_path / "a.onnx"), VPM.load(exported[0])
+    for batch in (1, 5):
+        out = session.run(export.OUTPUTS, {"image": PICTURES[:batch]})
+        assert_equal(Description(*out), live(PICTURES[:batch]), 1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["fingerprint"] == live.fingerprint and json.loads(metadata["config"])["model"]["depth"] == 18
+
+
+def test_onnx_without_its_packages_is_one_sentence(exported, tmp_path, monkeypatch):
+    for name in ("onnx", "onnxruntime", "jax2onnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="needs the package onnx: pip install"):
+        run_main(exported[0], tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,260 @@
+"""Takes a trained model elsewhere: python -m vpm_jax.export --workdir runs/market --output market.stablehlo
+
+  stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
+               TPU. It needs JAX alone, not this package; beside it FILE.json says what goes in and comes out.
+  safetensors  the parameters for PyTorch, as python -m vpm_jax.convert writes them
+  onnx         the same program for ONNX Runtime, converted by jax2onnx; it needs
+               pip install 'vpm_jax[onnx]' && pip install --no-deps jax2onnx
+
+The first two are read again by vpm_jax.VPM.load. A file takes its place only after what it computes was compared with
+the live model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpm_jax import cli, parallel
+from vpm_jax import config as config_lib
+from vpm_jax.api import VPM
+from vpm_jax.errors import UserError
+from vpm_jax.logs import replacing, write_atomically
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+OUTPUTS = ("features", "visibility", "region_maps")
+FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors", "onnx": ".onnx"}
+# The largest difference from the live model that is rounding, of unit features, probabilities and shares of the map.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpm_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="a training run, or a .safetensors of ours")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo, .safetensors or .onnx"
+    )
+    parser.add_argument("--format", choices=tuple(FORMATS), help="default: as --output ends")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(TOLERANCE),
+        default="float32",
+        help="what a .stablehlo computes in; its parameters and outputs are float32 (default: float32)",
+    )
+    args = parser.parse_args(argv)
+    ends = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
+    if ends is None or args.format not in (None, ends):
+        expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
+        raise UserError(f"--output {args.output}: expected a file's name that ends in {expected}.")
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        found = "that is a folder" if args.output.is_dir() else f"there is no folder {args.output.parent}"
+        raise UserError(f"--output {args.output}: {found}, choose another name.")
+    parallel.prepare_backend()
+    if ends == "stablehlo":
+        write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
+    elif ends == "onnx":
+        write_onnx(args.output, VPM.load(args.workdir, "float32"))
+    else:
+        write_safetensors(args.output, args.workdir)
+    return 0
+
+
+def write_stablehlo(path: Path, model: VPM) -> float:
+    """Writes `model` as StableHLO, and beside it `path`.json; returns its largest difference from the model.
+
+    The model's parameters are constants of the program. What it takes is `VPM.prepare`'s, uint8 [b, H, W, 3]; what it
+    returns is a dict of the arrays of a `Description`.
+
+    Raises:
+      UserError: if it computes something else than the model (nothing is left then), or cannot be written.
+    """
+    import jax
+    from jax import export
+
+    network, images = _program(model)
+    exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
+    with replacing(path) as temporary:
+        temporary.write_bytes(exported.serialize())
+        data = temporary.read_bytes()
+        error = compare(model, jax.jit(export.deserialize(bytearray(data)).call))
+    more = {"sha256": hashlib.sha256(data).hexdigest(), "platforms": PLATFORMS, "jax": jax.__version__}
+    write_atomically(_sidecar(path), json.dumps(_about(model, "stablehlo", error) | more, indent=1) + "\n")
+    height, width = model.image_size
+    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {_sidecar(path).name}: {_words(error)}.")
+    print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")
+    print(f"  model = jax.jit(jax.export.deserialize(bytearray(open({path.name!r}, 'rb').read())).call)")
+    print(f"  out = model(images)  # uint8 [b, {height}, {width}, 3] RGB -> {', '.join(OUTPUTS)}")
+    return error
+
+
+def load_stablehlo(path: Path) -> VPM:
+    """The model that `write_stablehlo` wrote. Raises UserError if the file or its .json is missing or damaged."""
+    import jax
+    from jax import export
+
+    again = "export it again by python -m vpm_jax.export"
+    try:
+        sidecar = json.loads(_sidecar(path).read_text())
+        digest, config = sidecar["sha256"], json.dumps(sidecar["config"])
+        fingerprint, source = str(sidecar["fingerprint"]), str(sidecar["source"])
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): a .stablehlo has a .json beside it; "
+            f"copy both or {again}."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{_sidecar(path)} is not what an export writes ({error!r}): {again}.") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(f"{path} is not the file that {_sidecar(path).name} describes: {again}.")
+    call = jax.jit(export.deserialize(bytearray(data)).call)
+    return VPM(config_lib.from_json(config, str(_sidecar(path))), call, fingerprint, f"{source}, exported as {path}")
+
+
+def write_onnx(path: Path, model: VPM) -> float:
+    """Writes `model` as ONNX; returns its largest difference from the model, as ONNX Runtime computes it.
+
+    One input, `image`, uint8 [b, H, W, 3]; outputs as OUTPUTS. What they mean is in the metadata.
+
+    Raises:
+      UserError: as `write_stablehlo`, and without the packages that it takes.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        from jax2onnx import to_onnx
+    except ImportError as missing:
+        raise UserError(
+            f"An .onnx needs the package {missing.name}: pip install 'vpm_jax[onnx]' && pip install --no-deps jax2onnx "
+            "(whose own pins exclude the orbax-checkpoint of this package)."
+        ) from None
+    network, images = _program(model)
+    converted: Any = to_onnx(
+        lambda image: tuple(network(image)[name] for name in OUTPUTS),
+        [images],
+        model_name="VPM",
+        input_names=["image"],
+        output_names=list(OUTPUTS),
+    )
+    # What the converter notes of shapes inside is of before it moved the channels, and ONNX Runtime complains of it.
+    del converted.graph.value_info[:]
+
+    def run(pixels: np.ndarray) -> dict[str, Any]:
+        return dict(zip(OUTPUTS, session.run(OUTPUTS, {"image": pixels}), strict=True))
+
+    session = onnxruntime.InferenceSession(converted.SerializeToString(), providers=["CPUExecutionProvider"])
+    error = compare(model, run)
+    for key, value in _about(model, "onnx", error).items():
+        converted.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    onnx.checker.check_model(converted)
+    data = converted.SerializeToString()
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB): {_words(error)}, in ONNX Runtime {onnxruntime.__version__}.")
+    return error
+
+
+def _program(model: VPM) -> tuple[Callable[[Any], dict[str, Any]], Any]:
+    """(the network as a function of the images alone, the type of uint8 [b, H, W, 3] for any b)."""
+    import jax
+    from jax import export
+
+    from vpm_jax.step import make_feature_step
+
+    if model.variables is None:
+        raise UserError(f"{model.source} is an export already: give the workdir that it was made from.")
+    height, width = model.image_size
+    shape = export.symbolic_shape(f"b, {height}, {width}, 3")
+    network = functools.partial(make_feature_step(model.config, region_maps=True), model.variables)
+    return network, jax.ShapeDtypeStruct(shape, np.uint8)
+
+
+def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
+    """What goes with a program: where it is from, what goes in and what comes out."""
+    height, width = model.image_size
+    one = model.step(np.zeros((1, height, width, 3), np.uint8))
+    return {
+        "format": f"vpm_jax {kind} 1",
+        "fingerprint": model.fingerprint,
+        "source": model.source,
+        "dtype": model.config.model.dtype,
+        "max_difference": error,
+        "input": {"dtype": "uint8", "shape": ["b", height, width, 3], "channels": "RGB", "values": "0 to 255"},
+        "output": {name: {"dtype": "float32", "shape": ["b", *one[name].shape[1:]]} for name in OUTPUTS},
+        "meaning": {
+            "features": "[image, region, channel], of unit length (Eq. 3)",
+            "visibility": "[image, region], in cells of the feature map (Eq. 2)",
+            "region_maps": "[image, row, column, region], probabilities (Eq. 1)",
+            "distance": "of a and b: sum(a.visibility * b.visibility * |a.features - b.features|) / "
+            "sum(a.visibility * b.visibility), sums over regions (Eq. 4)",
+        },
+        "config": model.config.to_dict(),
+    }
+
+
+def write_safetensors(path: Path, source: Path) -> float:
+    """Writes the parameters of a run as `vpm_jax.convert` does; returns the largest difference from the live model.
+
+    Raises:
+      UserError: as `write_stablehlo`.
+    """
+    from vpm_jax import convert, pretrained
+
+    live, differences = VPM.load(source, "float32"), []
+    weights = pretrained.load(f"vpm:{source}")
+    convert.write_for_torch(
+        path, weights, check=lambda file: differences.append(compare(live, VPM.load(file, "float32").step))
+    )
+    print(f"Read again and compared: {_words(differences[0])}.")
+    return differences[0]
+
+
+def compare(model: VPM, step: Callable[[Any], dict[str, Any]]) -> float:
+    """The largest difference between what the model and `step` say of some images, for two batch sizes.
+
+    Visibility is compared as a share of the map.
+
+    Raises:
+      UserError: if it is more than rounding.
+    """
+    random = np.random.default_rng(0)
+    height, width = model.image_size
+    worst = 0.0
+    for count in (1, 3):
+        # Coarse patterns beside noise, so that the locator sees something to decide on.
+        coarse = random.integers(0, 256, (count, 6, 3, 3), np.uint8)
+        images = coarse.repeat(-(-height // 6), 1)[:, :height].repeat(-(-width // 3), 2)[:, :, :width]
+        images = images // 2 + random.integers(0, 128, images.shape, np.uint8)
+        ours, theirs = ({k: np.asarray(x)[:count] for k, x in run(images).items()} for run in (model.step, step))
+        for name, x in ours.items():
+            scale = x[0].sum() if name == "visibility" else 1.0
+            difference = np.abs(x.astype(np.float64) - theirs[name]).max() / scale
+            worst = max(worst, float(difference)) if difference == difference else float("nan")
+    most = TOLERANCE["bfloat16" if model.config.model.dtype == "bfloat16" else "float32"]
+    if not worst <= most:
+        raise UserError(
+            f"The export computes something else than the model ({worst:.1e} apart, expected at most {most:g}): it was "
+            "not kept; try another version of JAX, and please report this."
+        )
+    return worst
+
+
+def _words(difference: float) -> str:
+    return f"at most {difference:.1e} from the live model (features, probabilities, shares of the map)"
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+if __name__ == "__main__":
+    cli.run(main)
