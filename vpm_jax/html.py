@@ -18,7 +18,22 @@ import simplejpeg
 
 from vpm_jax.plots import region_colours
 
-__all__ = ["bars", "card", "escape", "jpeg", "overlay", "page", "picture", "plot", "regions", "row", "section", "table"]
+__all__ = [
+    "bars",
+    "beside",
+    "card",
+    "escape",
+    "jpeg",
+    "markdown",
+    "overlay",
+    "page",
+    "picture",
+    "plot",
+    "regions",
+    "row",
+    "section",
+    "table",
+]
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
@@ -43,7 +58,12 @@ th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .6rem; align-items: start; }
+.beside { margin: 1rem 0; }
+@media (min-width: 48rem) { .beside { display: grid; grid-template-columns: 13rem minmax(0, 1fr); gap: .6rem; } }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .6rem; align-items: start;
+  margin: .6rem 0; }
+.beside > * { align-self: start; margin-top: 0; }
+.beside .row { margin-bottom: 0; } .beside > :first-child { max-width: 13rem; }
 .row.wide { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
 .card { margin: 0; padding: .4rem; background: var(--card); border: 2px solid var(--line); border-radius: 8px;
   min-width: 0; }
@@ -93,9 +113,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>\n'
 
 
+def markdown(text: str) -> str:
+    """Paragraphs and pipe tables, all that our own results are written in, as HTML."""
+    made = ""
+    for block in text.strip().split("\n\n"):
+        lines = block.strip().splitlines()
+        if len(lines) > 1 and all(line.startswith("|") for line in lines):
+            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            made += table(header, rows)
+        elif lines:
+            made += "<p>" + "<br>".join(escape(line.lstrip("#").strip()) for line in lines) + "</p>\n"
+    return made
+
+
 def row(cells: Iterable[str], wide: bool = False) -> str:
     """Cards side by side, as many as fit the screen; `wide` ones for those that `regions` fills."""
     return f'<div class="row{" wide" * wide}">\n' + "\n".join(cells) + "\n</div>\n"
+
+
+def beside(left: str, right: str) -> str:
+    """A card, such as a query's, and to its right (on a phone below it) a row of what belongs to it."""
+    return f'<div class="beside">{left}{right}</div>\n'
 
 
 def card(body: str, caption: str = "", kind: str = "", mark: str = "") -> str:

@@ -46,23 +46,11 @@ def rank_metrics(
       ValueError: for shapes that do not fit, an empty set, a NaN distance, or when no query at all has a match
         (there is nothing to average).
     """
-    distance = np.asarray(distance)
     protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
-    if distance.shape != protocol.shape:
-        raise ValueError(
-            f"a distance matrix {distance.shape} for {protocol.shape[0]} queries and {protocol.shape[1]} gallery "
-            f"images, expected {protocol.shape}"
-        )
     hits = np.zeros(min(protocol.shape[1], RANKS))
     precisions: list[float] = []
     penalties: list[float] = []
-    for query, matches, removed in protocol.queries():
-        row = distance[query]
-        if np.isnan(row).any():
-            raise ValueError(f"the distance of query {query} to gallery image {np.isnan(row).argmax()} is NaN")
-        if not len(matches):
-            continue
-        ranks = _ranks(row[protocol.kept], matches, removed)
+    for _, ranks in protocol.ranks(distance):
         if ranks[0] <= len(hits):
             hits[ranks[0] - 1] += 1
         found = np.arange(1, len(ranks) + 1)
@@ -75,6 +63,24 @@ def rank_metrics(
         "mINP": float(np.mean(penalties)),
         "skipped": protocol.shape[0] - len(precisions),
     }
+
+
+def average_precision(
+    distance: ArrayLike,
+    query_ids: ArrayLike,
+    gallery_ids: ArrayLike,
+    query_cameras: ArrayLike | None = None,
+    gallery_cameras: ArrayLike | None = None,
+) -> np.ndarray:
+    """The AP of each query, whose mean is the mAP of `rank_metrics`: float64 [Q], NaN without a match.
+
+    Arguments and errors as those of `rank_metrics`, but no query needs a match.
+    """
+    protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    precision = np.full(protocol.shape[0], np.nan)
+    for query, ranks in protocol.ranks(distance):
+        precision[query] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+    return precision
 
 
 def chance_rank1(
@@ -156,6 +162,21 @@ class _Protocol:
             else:
                 here = self.cameras[1][self.kept_index[same]] == self.cameras[0][query]
                 yield query, same[~here], same[here]
+
+    def ranks(self, distance: ArrayLike) -> Iterator[tuple[int, np.ndarray]]:
+        """(query, the ranks from 1 of its matches, increasing), of the queries that have any. ValueError for NaN."""
+        distance = np.asarray(distance)
+        if distance.shape != self.shape:
+            raise ValueError(
+                f"a distance matrix {distance.shape} for {self.shape[0]} queries and {self.shape[1]} gallery images, "
+                f"expected {self.shape}"
+            )
+        for query, matches, removed in self.queries():
+            row = distance[query]
+            if np.isnan(row).any():
+                raise ValueError(f"the distance of query {query} to gallery image {np.isnan(row).argmax()} is NaN")
+            if len(matches):
+                yield query, _ranks(row[self.kept], matches, removed)
 
     def require_matches(self, counted: int) -> None:
         if not counted:

@@ -116,7 +116,7 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     Raises:
       ValueError: when the file holds no line with a step.
     """
-    lines = _read_steps(Path(metrics_jsonl_path))
+    lines = read_steps(Path(metrics_jsonl_path))
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (losses, accuracies), (rate, gradient) = figure.subplots(2, 2, sharex=True)
 
@@ -298,7 +298,7 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _read_steps(path: Path) -> dict[int, dict[str, Any]]:
+def read_steps(path: Path) -> dict[int, dict[str, Any]]:
     """The lines of a JSONL file that carry a step, by step in increasing order."""
     lines = {}
     for text in path.read_text().splitlines():

@@ -132,12 +132,7 @@ class _EvalLoader(_Loader):
     ):
         super().__init__(config, split, batch, host_index, host_count)
         self._identity, self._camera = np.asarray(split.identity, np.int32), _cameras(split)
-        if crop in ("bilateral", "horizontal", "any"):
-            # The protocol's own stream, not the training seed's: every run is asked the same question.
-            draws = uniform((0, 0, 3), 3 * len(split)).reshape(-1, 3).tolist()
-            self._crops = [draw_crop(crop, gamma, (a, b, c)) for a, b, c in draws]
-        else:
-            self._crops = [draw_crop(crop, gamma, (0.0, 0.0, 0.0))] * len(split)
+        self._crops = eval_crops(crop, gamma, len(split))
 
     def __call__(self, number: int) -> Batch:
         first = int(number) * self._batch + self._first
@@ -150,6 +145,21 @@ class _EvalLoader(_Loader):
         identity[:count] = self._identity[first : first + count]
         camera[:count] = self._camera[first : first + count]
         return {"image": pixels, "identity": identity, "camera": camera, "valid": np.arange(self._count) < count}
+
+
+def eval_crops(crop: str, gamma: float, count: int) -> list[Crop]:
+    """What `eval_batches` keeps of each of `count` images."""
+    if crop in ("bilateral", "horizontal", "any"):
+        # The protocol's own stream, not the training seed's: every run is asked the same question.
+        draws = uniform((0, 0, 3), 3 * count).reshape(-1, 3).tolist()
+        return [draw_crop(crop, gamma, (a, b, c)) for a, b, c in draws]
+    return [draw_crop(crop, gamma, (0.0, 0.0, 0.0))] * count
+
+
+def eval_picture(split: Split, index: int, crop: Crop) -> np.ndarray:
+    """An image of the split as people are shown it: cropped, not resized. uint8 [h, w, 3]; UserError as `decode`."""
+    image = decode(split.read(index), split.names[index], split.upright)
+    return cut(image, pixel_box(crop, *image.shape[:2]), flip=False)
 
 
 def train_batches(

@@ -1,0 +1,280 @@
+"""One page about a training run: python -m vpm_jax.report --workdir runs/market
+
+Results beside the paper's, gamma and training curves, the configuration, and with --pictures ranked lists and region
+maps, in one HTML file that needs nothing else. Pictures of the synthetic pedestrians are in it unless --no-pictures;
+pictures of real people only with --pictures, and nobody else should get the file then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import cli, html, metrics, parallel, plots
+from vpm_jax import config as config_lib
+from vpm_jax.errors import UserError
+from vpm_jax.logs import duration, write_atomically
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vpm_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the workdir")
+    parser.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help="ranked lists and region maps, with the dataset's pictures (default: of synthetic pedestrians only)",
+    )
+    parser.add_argument("--gamma", type=float, help="of the ranked lists' queries (default: the smallest evaluated)")
+    parser.add_argument("--queries", type=int, default=3, help="best, worst and typical ones, each (default: 3)")
+    parser.add_argument("--top", type=int, default=10, help="ranks shown of each query (default: 10)")
+    args, overrides = parser.parse_known_args(argv)
+    saved = config_lib.read(args.workdir)
+    if saved is None:
+        raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
+    config = saved.copy_and_resolve_references()
+    cli.override(config, overrides)
+    config_lib.check(config)
+    changed = config_lib.changed_keys(saved, config)
+    if changed:
+        raise UserError(
+            f"The run in {args.workdir} was trained with another config ({changed[0]}): a report may change keys of "
+            "data.root, data.workers, data.threads, eval and match only."
+        )
+    gamma = min(config.eval.gammas) if args.gamma is None else args.gamma
+    if not 0 < gamma <= 1 or args.queries < 1 or args.top < 1:
+        raise UserError(
+            f"--gamma {gamma:g}, --queries {args.queries}, --top {args.top}: expected a kept area ratio in (0, 1] and "
+            "numbers from 1."
+        )
+    output = args.output or args.workdir / "report.html"
+    if output.is_dir() or not output.parent.is_dir():
+        found = "that is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise UserError(f"--output {output}: {found}, choose another name.")
+    pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
+
+    body = results(args.workdir) + training(args.workdir)
+    if pictures:
+        body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
+    body += configuration(config)
+    write_atomically(output, html.page(f"Recipe {config.recipe} on {config.data.name}", summary(config) + body))
+    size = output.stat().st_size / 2**20
+    print(f"Wrote {output} ({size:.1f} MiB, {'with' if pictures else 'without'} pictures): open it in a browser.")
+    return 0
+
+
+def summary(config: ConfigDict) -> str:
+    m = config.model
+    model = f"ResNet-{m.depth} of width {m.width}, {config.data.height} x {config.data.width} images, "
+    model += f"{m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}"
+    return f'<p class="soft">{html.escape(model)}</p>\n'
+
+
+def results(workdir: Path) -> str:
+    """The evaluations that the workdir holds, as they were printed, and the gamma curves."""
+    evaluations = sorted(workdir.glob("evaluation*.md"), key=lambda path: (path.name != "evaluation.md", path.name))
+    if not evaluations:
+        return html.section("Results", "<p>Not evaluated yet: python -m vpm_jax.evaluate --workdir RUN does it.</p>")
+    body = ""
+    for path in evaluations:
+        body += gamma_plot(path.with_suffix(".json")) + html.markdown(path.read_text(errors="replace"))
+    return html.section("Results", body)
+
+
+def gamma_plot(path: Path) -> str:
+    """Rank-1 and mAP against gamma, of an evaluation that has gammas; else ""."""
+    try:
+        found = json.loads(path.read_text())
+        curve = {
+            float(gamma): {"rank-1": float(scores["cmc"][0]), "mAP": float(scores["mAP"])}
+            for gamma, scores in found["gammas"].items()
+        }
+        name, recipe, chance = str(found["dataset"]), str(found["recipe"]), float(found["chance_rank1"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return ""  # the numbers are in the text below it
+    said = "; ".join(f"gamma {g:g}: rank-1 {s['rank-1']:.1%}, mAP {s['mAP']:.1%}" for g, s in sorted(curve.items()))
+    title = f"{name}, queries cropped to gamma"
+    return html.plot(
+        lambda file: plots.gamma_curves(file, {recipe: curve}, title, chance), f"Rank-1 and mAP against gamma. {said}"
+    )
+
+
+def training(workdir: Path) -> str:
+    """Curves of metrics.jsonl, and what the last record says of speed and memory."""
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = plots.read_steps(path)
+    except (OSError, ValueError):
+        return html.section("Training", "<p>This workdir has no metrics.jsonl with records.</p>")
+    first, last = next(iter(lines.values())), list(lines.values())[-1]
+    words = [f"{last['step']:,} steps"]
+    for key, form in (
+        ("images_per_second", "{:.0f} images/s at the end"),
+        ("memory_gib", "{:.1f} GiB"),
+        ("loss", "loss {:.3f} at the end"),
+    ):
+        if isinstance(last.get(key), int | float):
+            words.append(form.format(last[key]))
+    if isinstance(first.get("eta"), int | float):
+        words.append(f"{duration(first['eta'])} were expected at the start")
+    alt = "Training curves: losses, accuracies, learning rate and gradient norm over the steps. " + ", ".join(words)
+    plot = html.plot(lambda file: plots.training_curves(file, path), alt)
+    return html.section("Training", f'<p class="soft">{html.escape(", ".join(words))}</p>\n{plot}')
+
+
+def configuration(config: ConfigDict) -> str:
+    """The keys that differ from the defaults, and behind a fold all of them."""
+    values, default = config_lib.flatten(config), config_lib.flatten(config_lib.default())
+    changed = [(key, value, default[key]) for key, value in values.items() if value != default[key]]
+    body = html.table(("key", "this run", "default"), changed)
+    every = html.table(("key", "value"), list(values.items()))
+    return html.section("Configuration", f"{body}<details><summary>All {len(values)} keys</summary>{every}</details>")
+
+
+# ---- Pictures ----
+
+
+class Ranking(NamedTuple):
+    """What one query finds."""
+
+    query: int
+    precision: float  # AP
+    order: np.ndarray  # gallery images by distance
+    right: np.ndarray  # bool, of each gallery image
+    junk: np.ndarray  # bool
+
+
+def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
+    """Sections with the ranked lists of the best, the worst and typical queries, and region maps at every gamma."""
+    parallel.prepare_backend()
+    from vpm_jax import evaluate
+    from vpm_jax.api import VPM
+    from vpm_jax.data.pipeline import eval_crops, eval_picture
+    from vpm_jax.data.sources import load_dataset
+    from vpm_jax.matching import match_visibility, region_distance
+
+    dataset = load_dataset(config.data)
+    evaluate.check(config, dataset)
+    model = VPM.load(workdir)
+    query, gallery = dataset.query, dataset.gallery  # with junk: it is shown, in grey
+    mesh = parallel.data_mesh(config.eval.batch)
+    found = evaluate.extract_many(config, model.variables, [(gallery, 1.0), (query, gamma)], mesh)
+    pairs = [(part.features, match_visibility(part.visibility, config.match.visibility)) for part in found]
+    distance = region_distance(*pairs[1], *pairs[0], squared=config.match.squared)
+    precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
+
+    body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "
+    body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
+    body += "Right: the same identity. Junk (the same camera, or no person) is not ranked.</p>\n"
+    for title, chosen in choose(precision, query.identity, queries).items():
+        body += f"<h3>{title}</h3>\n"
+        crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
+        shown = [eval_picture(query, i, crops[i]) for i in chosen]
+        for index, pixels, said in zip(chosen, shown, model(shown), strict=True):
+            ranking = rank(index, precision[index], distance[index], query, gallery)
+            name = f"query {query.names[index]}"
+            caption = f"{query.names[index]}\nidentity {query.identity[index]}{camera(query, index)}\n"
+            caption += f"AP {precision[index]:.0%}, first right at rank {first_right(ranking)}"
+            card = html.card(
+                html.regions(pixels, said.region_maps[0], said.visibility[0], name), caption, "query", "query"
+            )
+            body += html.beside(card, html.row(cards(ranking, distance[index], gallery, top)))
+    sections = html.section(f"Ranked lists at gamma {gamma:g}", body)
+
+    body = "<p>The same pictures, less and less of them kept.</p>\n"
+    typical = choose(precision, query.identity, 2)["Typical"]
+    gammas = sorted({*config.eval.gammas, gamma, 1.0})
+    for index in typical:
+        shown = [
+            eval_picture(query, index, eval_crops(config.eval.crop if g < 1 else "none", g, len(query))[index])
+            for g in gammas
+        ]
+        body += html.row(
+            [
+                html.card(
+                    html.regions(
+                        pixels, said.region_maps[0], said.visibility[0], f"{query.names[index]} at gamma {g:g}"
+                    ),
+                    f"gamma {g:g}",
+                )
+                for g, pixels, said in zip(gammas, shown, model(shown), strict=True)
+            ],
+            wide=True,
+        )
+    return sections + html.section("What the locator sees", body)
+
+
+def choose(precision: np.ndarray, identity: np.ndarray, count: int) -> Mapping[str, list[int]]:
+    """{"Best": queries, "Typical": ..., "Worst": ...} by average precision, `count` of each, of different identities.
+
+    Args:
+      precision: [Q]; NaN for queries that are not counted.
+      identity: [Q].
+      count: at most.
+    """
+    ranked = [int(i) for i in np.argsort(-precision, kind="stable") if np.isfinite(precision[i])]
+    median = np.median(precision[ranked])
+    orders = {
+        "Best": ranked,
+        "Typical": sorted(ranked, key=lambda i: abs(precision[i] - median)),
+        "Worst": ranked[::-1],
+    }
+    chosen: dict[str, list[int]] = {}
+    for title, order in orders.items():
+        one_each = list({int(identity[i]): i for i in reversed(order)}.values())[::-1]  # an identity's first
+        chosen[title] = sorted(one_each, key=order.index)[:count]
+    return chosen
+
+
+def rank(index: int, precision: float, distance: np.ndarray, query: Any, gallery: Any) -> Ranking:
+    same = gallery.identity == query.identity[index]
+    junk = gallery.identity == -1
+    if query.camera is not None:
+        junk = junk | (same & (gallery.camera == query.camera[index]))
+    return Ranking(index, precision, np.argsort(distance, kind="stable"), same & ~junk, junk)
+
+
+def first_right(ranking: Ranking) -> int:
+    """The rank, from 1, of the first right image: junk is not counted."""
+    counted = ranking.order[~ranking.junk[ranking.order]]
+    return int(np.argmax(ranking.right[counted])) + 1
+
+
+def cards(ranking: Ranking, distance: np.ndarray, gallery: Any, top: int) -> list[str]:
+    """The first `top` ranks, and the junk among them, of which at most `top` is shown."""
+    from vpm_jax.data.pipeline import eval_picture
+    from vpm_jax.regions import WHOLE
+
+    made: list[str] = []
+    place = junk = 0
+    for i in ranking.order:
+        if place == top or junk == top:
+            break
+        is_junk = bool(ranking.junk[i])
+        place, junk = place + (not is_junk), junk + is_junk
+        kind, mark = ("junk", "junk") if is_junk else ("right", "✓ right") if ranking.right[i] else ("wrong", "✗ wrong")
+        caption = (
+            f"{'' if is_junk else f'{place}. '}{distance[i]:.3f}\nidentity {gallery.identity[i]}{camera(gallery, i)}"
+        )
+        shown = html.picture(eval_picture(gallery, int(i), WHOLE), gallery.names[i])
+        made.append(html.card(shown, caption, kind, mark))
+    return made
+
+
+def camera(split: Any, index: int) -> str:
+    return "" if split.camera is None else f", camera {split.camera[index]}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
