@@ -3,10 +3,8 @@
   stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
                TPU. It needs JAX alone, not this package; beside it FILE.json says what goes in and comes out.
   safetensors  the parameters for PyTorch, as python -m vpm_jax.convert writes them
-  onnx         the same program for ONNX Runtime, converted by jax2onnx; it needs
-               pip install 'vpm_jax[onnx]' && pip install --no-deps jax2onnx
 
-The first two are read again by vpm_jax.VPM.load. A file takes its place only after what it computes was compared with
+Both are read again by vpm_jax.VPM.load. A file takes its place only after what it computes was compared with
 the live model's.
 """
 
@@ -30,7 +28,7 @@ from vpm_jax.logs import replacing, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
-FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors", "onnx": ".onnx"}
+FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors"}
 # The largest difference from the live model that is rounding, of unit features, probabilities and shares of the map.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
@@ -40,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vpm_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="a training run, or a .safetensors of ours")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo, .safetensors or .onnx"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default: as --output ends")
     parser.add_argument(
         "--dtype",
@@ -54,15 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ends = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
     if ends is None or args.format not in (None, ends):
         expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
-        raise UserError(f"--output {args.output}: expected a file's name that ends in {expected}.")
+        onnx = " (why there is no ONNX: docs/search.md)" * (args.output.suffix.lower() == ".onnx")
+        raise UserError(f"--output {args.output}: expected a file's name that ends in {expected}{onnx}.")
     if args.output.is_dir() or not args.output.parent.is_dir():
         found = "that is a folder" if args.output.is_dir() else f"there is no folder {args.output.parent}"
         raise UserError(f"--output {args.output}: {found}, choose another name.")
     parallel.prepare_backend()
     if ends == "stablehlo":
         write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
-    elif ends == "onnx":
-        write_onnx(args.output, VPM.load(args.workdir, "float32"))
     else:
         write_safetensors(args.output, args.workdir)
     return 0
@@ -118,49 +113,6 @@ def load_stablehlo(path: Path) -> VPM:
         raise UserError(f"{path} is not the file that {_sidecar(path).name} describes: {again}.")
     call = jax.jit(export.deserialize(bytearray(data)).call)
     return VPM(config_lib.from_json(config, str(_sidecar(path))), call, fingerprint, f"{source}, exported as {path}")
-
-
-def write_onnx(path: Path, model: VPM) -> float:
-    """Writes `model` as ONNX; returns its largest difference from the model, as ONNX Runtime computes it.
-
-    One input, `image`, uint8 [b, H, W, 3]; outputs as OUTPUTS. What they mean is in the metadata.
-
-    Raises:
-      UserError: as `write_stablehlo`, and without the packages that it takes.
-    """
-    try:
-        import onnx
-        import onnxruntime
-        from jax2onnx import to_onnx
-    except ImportError as missing:
-        raise UserError(
-            f"An .onnx needs the package {missing.name}: pip install 'vpm_jax[onnx]' && pip install --no-deps jax2onnx "
-            "(whose own pins exclude the orbax-checkpoint of this package)."
-        ) from None
-    network, images = _program(model)
-    converted: Any = to_onnx(
-        lambda image: tuple(network(image)[name] for name in OUTPUTS),
-        [images],
-        model_name="VPM",
-        input_names=["image"],
-        output_names=list(OUTPUTS),
-    )
-    # What the converter notes of shapes inside is of before it moved the channels, and ONNX Runtime complains of it.
-    del converted.graph.value_info[:]
-
-    def run(pixels: np.ndarray) -> dict[str, Any]:
-        return dict(zip(OUTPUTS, session.run(OUTPUTS, {"image": pixels}), strict=True))
-
-    session = onnxruntime.InferenceSession(converted.SerializeToString(), providers=["CPUExecutionProvider"])
-    error = compare(model, run)
-    for key, value in _about(model, "onnx", error).items():
-        converted.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    onnx.checker.check_model(converted)
-    data = converted.SerializeToString()
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB): {_words(error)}, in ONNX Runtime {onnxruntime.__version__}.")
-    return error
 
 
 def _program(model: VPM) -> tuple[Callable[[Any], dict[str, Any]], Any]:

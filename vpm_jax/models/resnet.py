@@ -119,7 +119,7 @@ class ResNet(nn.Module):
         x = conv(self.width, size, stride, name="conv_stem")(x)
         x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
         if self.stem == "7x7":
-            x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         strides = (*self.strides, self.last_stride)
         for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides, strict=True), 1):
             for b in range(blocks):
