@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import largest_file
@@ -115,3 +117,56 @@ def test_a_log_is_not_flooded_with_status_lines(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (125, "2:05"), (3725, "1:02:05")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+class FakeWandb:
+    """The part of wandb that is used."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.runs = error, []
+
+    def init(self, **arguments):
+        if self.error:
+            raise self.error
+        run = SimpleNamespace(arguments=arguments, logged=[], finished=0)
+        run.log = lambda values, step: run.logged.append((step, values))
+        run.finish = lambda: setattr(run, "finished", run.finished + 1)
+        self.runs.append(run)
+        return run
+
+
+def test_a_tracker_gets_every_number_and_a_resumed_run_is_the_same(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for step in (4, 8):
+        log = MetricsLog(tmp_path, step - 4, tracker="wandb", config={"seed": 3})
+        log.write({"step": step, "loss": 2.5, "accuracy": [0.5, 0.25], "name": "x"})
+        log.close()
+    first, second = wandb.runs
+    assert first.logged == [(4, {"loss": 2.5, "accuracy/0": 0.5, "accuracy/1": 0.25})]
+    assert second.logged[0][0] == 8 and first.finished == second.finished == 1
+    assert first.arguments == second.arguments and first.arguments["id"]
+    assert first.arguments["project"] == "mine" and first.arguments["name"] == tmp_path.name
+    assert first.arguments["config"] == {"seed": 3} and first.arguments["resume"] == "allow"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_workdir_is_another_run_of_the_tracker(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        MetricsLog(tmp_path / name, tracker="wandb").close()
+    assert wandb.runs[0].arguments["id"] != wandb.runs[1].arguments["id"]
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        MetricsLog(tmp_path, tracker="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(ConnectionError("no\nnetwork")))
+    with pytest.raises(UserError, match=r"did not start \(no\): .*WANDB_MODE=offline") as error:
+        MetricsLog(tmp_path, tracker="wandb")
+    assert "\n" not in str(error.value)
+    MetricsLog(tmp_path).close()  # and without one nothing of it is needed

@@ -134,6 +134,7 @@ def default() -> ConfigDict:
     c.checkpoint_every = 1  # epochs
     c.keep_checkpoints = 2
     c.tensorboard = False
+    c.tracker = "none"  # "wandb": also to Weights & Biases (pip install wandb)
     c.parallel = "jit"  # "jit" over a data mesh | "pmap"
     return c.lock()
 
@@ -187,6 +188,7 @@ _CHOICES: dict[str, tuple] = {
     "loss.triplet_pairs": ("visible", "all", "soft"),
     "match.visibility": ("soft", "uniform", "binary"),
     "parallel": ("jit", "pmap"),
+    "tracker": ("none", "wandb"),
 } | {
     f"stage{n}.{k}": v for n in (1, 2) for k, v in {"sampling": ("pk", "plain"), "schedule": ("step", "cosine")}.items()
 }
@@ -214,6 +216,7 @@ RESUMABLE = (
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
+    "tracker",
     "parallel",
     "eval.",
     "match.",

@@ -194,7 +194,7 @@ def family(dataset: str, scale: str) -> str:
 # Keys that change where and how fast a run goes, not what comes out of it.
 _NO_RESULT = (
     *("recipe", "data.root", "data.workers", "data.threads", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("tensorboard", "parallel", "eval.batch", "eval.every"),
+    *("tensorboard", "tracker", "parallel", "eval.batch", "eval.every"),
 )
 
 

@@ -1,4 +1,4 @@
-"""What a run says as it goes: JSON lines always, TensorBoard on request, a status line for people."""
+"""What a run says as it goes: JSON lines always, TensorBoard or a tracker on request, a status line for people."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,28 +102,85 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         """Every number of a record; a list becomes one scalar for each position."""
-        for key, value in record.items():
-            if isinstance(value, list):
-                for i, v in enumerate(value):
-                    self._board.add_scalar(f"{key}/{i}", v, record["step"])
-            elif isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(key, value, record["step"])
+        for key, value in _scalars(record).items():
+            self._board.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         self._board.close()
 
 
+class Wandb:
+    """The same scalars, and the config, for Weights & Biases, which its own environment variables steer.
+
+    The run is called as the workdir and belongs to $WANDB_PROJECT, else "vpm_jax". Its id is kept in the workdir's file
+    wandb_id, so that a resumed training goes on with it.
+    """
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('tracker="wandb" needs wandb: pip install wandb, or set tracker="none".') from None
+        file = workdir / "wandb_id"
+        if not file.is_file():
+            write_atomically(file, secrets.token_hex(4))
+        project = os.environ.get("WANDB_PROJECT", "vpm_jax")
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.resolve().name,
+                id=file.read_text().strip(),
+                resume="allow",
+                dir=str(workdir),
+                config=dict(config),
+            )
+        except Exception as error:  # of many kinds: no login, no network, no such project
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"Weights & Biases did not start ({reason}): log in (wandb login), work without a network "
+                '(WANDB_MODE=offline), or set tracker="none".'
+            ) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log(_scalars(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record but its step; a list gives one for each position."""
+    scalars: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            scalars |= {f"{key}/{i}": v for i, v in enumerate(value)}
+        elif isinstance(value, int | float) and key != "step":
+            scalars[key] = value
+    return scalars
+
+
 class MetricsLog:
-    """Training's records: metrics.jsonl always, TensorBoard on request.
+    """Training's records: metrics.jsonl always, TensorBoard and a tracker on request.
 
     Args:
       workdir: the run's folder.
       step: the step training goes on from (see `Records`).
       tensorboard: also write scalars for TensorBoard.
+      tracker: "none" or "wandb".
+      config: what the tracker is told of the run.
     """
 
-    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = False):
-        self._writers: list[Records | TensorBoard] = [TensorBoard(workdir, step)] if tensorboard else []
+    def __init__(
+        self,
+        workdir: Path,
+        step: int = 0,
+        tensorboard: bool = False,
+        tracker: str = "none",
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._writers: list[Records | TensorBoard | Wandb] = [TensorBoard(workdir, step)] if tensorboard else []
+        if tracker == "wandb":
+            self._writers.append(Wandb(workdir, config or {}))
         self._writers.append(Records(workdir / "metrics.jsonl", step))
 
     def write(self, record: dict[str, Any]) -> None:

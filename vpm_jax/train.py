@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             steps = int(state.step)
             print(f"resuming {workdir} after step {steps} of {total}")
         write_atomically(workdir / "config.json", config_lib.to_json(config))
-        log = MetricsLog(workdir, steps, config.tensorboard)
+        log = MetricsLog(workdir, steps, config.tensorboard, config.tracker, config.to_dict())
         evaluations = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
 
         # ---- The loop: checkpoint, then the next batch, then the step ----------------------------------
