@@ -274,13 +274,13 @@ def evaluate_and_report(
         text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
     text = text.rstrip()
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
-    write_atomically(output / f"evaluation{suffix}.md", text + "\n")
+    write_atomically(output / f"evaluation{suffix}.md", text + (remarks(dataset) if trained_on else "") + "\n")
     record = {
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": steps,
         "dataset": dataset.name,
-        **({"trained_on": trained_on, "notes": dataset.notes} if trained_on else {}),
+        **({"trained_on": trained_on, "notes": dataset.notes[1:]} if trained_on else {}),
         "protocol": {"crop": config.eval.crop, "queries": len(query), "gallery": len(gallery), "skipped": skipped},
         "match": config.match.to_dict(),
         "chance_rank1": chance,
@@ -298,11 +298,15 @@ def evaluate_and_report(
 
 
 def headline(config: ConfigDict, dataset: Any, steps: int, trained_on: str | None = None) -> str:
-    """What was trained and where it is evaluated; on another dataset, also what is there."""
-    run = f"Recipe {config.recipe}, seed {config.seed}, {steps} steps, "
-    if trained_on is None:
-        return f"{run}on {dataset.name}."
-    return "\n".join([f"{run}trained on {trained_on}, evaluated on {dataset.name}.", *dataset.notes])
+    """What was trained, and where it is evaluated."""
+    where = f"trained on {trained_on}, evaluated on {dataset.name}" if trained_on else f"on {dataset.name}"
+    return f"Recipe {config.recipe}, seed {config.seed}, {steps} steps, {where}."
+
+
+def remarks(dataset: Any) -> str:
+    """What is missing or unexpected in a dataset, as the end of a report: all notes but the first, which says where
+    it lies on this machine."""
+    return "".join(f"\n\n{note}" for note in dataset.notes[1:])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from vpm_jax import metrics, paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.evaluate import extract_many, headline, match, matching_in_words
+from vpm_jax.evaluate import extract_many, headline, match, matching_in_words, remarks
 from vpm_jax.logs import duration, write_atomically
 
 DATASETS = ("partial_reid", "partial_ilids")
@@ -115,14 +115,14 @@ def evaluate_and_report(
         remark += f" This run was trained on {trained_on}: the differences say nothing of the method."
     text = "\n".join(lines) + f"\n\n{TITLES[dataset.name]}, in percent. {remark}\n\n" + table.rstrip()
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
-    write_atomically(output / f"evaluation-{dataset.name}.md", text + "\n")
+    write_atomically(output / f"evaluation-{dataset.name}.md", text + remarks(dataset) + "\n")
     record = {
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": steps,
         "dataset": dataset.name,
         "trained_on": trained_on,
-        "notes": dataset.notes,
+        "notes": dataset.notes[1:],
         "protocol": {"queries": len(query), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
         "match": config.match.to_dict(),
         "chance_rank1": chance,

@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     if not len(dataset.train):
         raise UserError(
             f"{dataset.name} has no training images: train on another dataset, then evaluate on this one by "
-            f"python -m vpm_jax.evaluate --workdir {workdir} --dataset {dataset.name}."
+            f"python -m vpm_jax.evaluate --workdir RUN --dataset {dataset.name}."
         )
     evaluate.check(config, dataset)
     config = resolve(config, dataset.train)

@@ -91,8 +91,8 @@ LAYOUTS = {
     "synthetic": _MARKET,
     "partial_reid": Layout(
         {
-            "query": ("partial_body_images", "Probe", "query"),
-            "gallery": ("whole_body_images", "Gallery"),  # "gallery" too: in any case
+            "query": ("partial_body_images", "query"),
+            "gallery": ("whole_body_images", "gallery"),
         },
         _NUMBERED,
         "IDENTITY_NUMBER, such as 001_001.jpg",
@@ -249,7 +249,8 @@ def _listings(files: dict[str, list[str]], layout: Layout, where: str) -> tuple[
         notes.append(f"Ignored {len(ignored):,} {one} not named as an image of a person: {some}.")
     for folder in sorted(set(files) - set(found.values())):
         images = sum(name.lower().endswith(_SUFFIXES) for name in files[folder])
-        notes.append(f"Left out {folder} ({images:,} images), which the protocol does not use.")
+        plural = "s" * (images != 1)
+        notes.append(f"Left out {folder} ({images:,} image{plural}), which the protocol does not use.")
     return listings, notes
 
 
