@@ -142,8 +142,8 @@ def default() -> ConfigDict:
 def small() -> ConfigDict:
     """A width-24 ResNet-18 on 128x64 images, T 16 x 8 x 192, and what makes so short a training converge.
 
-    Many identities of few images in a batch, above all: after 600 steps on Market-1501 (100 identities held out), 32 x 2
-    ranks 70.0 / 52.5 on whole queries where 16 x 4 ranks 64.4 / 46.5 (docs/results).
+    Many identities of few images in a batch, above all: after 600 steps on Market-1501 (100 identities held out), 32 x
+    2 ranks 70.0 / 52.5 on whole queries where 16 x 4 ranks 64.4 / 46.5 (docs/results).
     """
     config = default()
     config.recipe = "small"
