@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import fill, shrunk
 from tiny_runs import largest_file
 
 from vpm_jax.checkpoints import Checkpoints
 from vpm_jax.errors import UserError
+from vpm_jax.step import state_shapes
 
 
 def tree(seed: int = 0, width: int = 7):
@@ -43,6 +46,24 @@ def test_what_was_saved_comes_back(tmp_path):
         state, again = checkpoints.restore(tree(0))
     assert_equal(state, tree(3))
     assert again == meta
+
+
+def test_averaged_weights_come_back_and_a_state_without_them_is_as_before(tmp_path):
+    config = shrunk("market")
+    config.stage1.steps_per_epoch = config.stage2.steps_per_epoch = 2
+    for decay in (0.0, 0.9):
+        config.optim.ema = decay
+        state, folder = fill(state_shapes(config), seed=1), tmp_path / str(decay)
+        folder.mkdir()
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, state, {})
+        with Checkpoints(folder, keep=0) as checkpoints:
+            found, _ = checkpoints.restore(fill(state_shapes(config)))
+        assert type(found) is type(state)
+        assert_equal(found, state)
+        metadata = json.loads((folder / "checkpoints" / "1" / "state" / "_METADATA").read_text())
+        groups = {leaf["key_metadata"][0]["key"] for leaf in metadata["tree_metadata"].values()}
+        assert groups == {"step", "params", "batch_stats", "opt_state"} | ({"ema"} if decay else set())
 
 
 def test_a_state_is_saved_as_it_was_though_the_next_steps_reuse_its_memory(tmp_path):

@@ -210,6 +210,48 @@ def test_a_step_keeps_every_type(file, dtype):
     assert {key: leaf.shape for key, leaf in metrics.items() if leaf.shape} == {"accuracy_identity": (heads,)}
 
 
+# --- the average of the weights -----------------------------------------------------------------------
+
+
+def test_the_average_is_of_every_step_and_changes_none(no_backbone):
+    small = {"data__height": 8, "data__width": 4}
+    plain, averaged = configure("market", **small), configure("market", **small, optim__ema=0.5)
+    state = new_state(averaged)
+    assert isinstance(state, step_lib.AveragedState)
+    one = step_lib.State(state.step, state.params, state.batch_stats, state.opt_state)
+    assert jax.tree.structure(one) == jax.tree.structure(new_state(plain))
+    run_plain, run_averaged = (jax.jit(step_lib.make_step(c), compiler_options=FAST) for c in (plain, averaged))
+    expected, moved = state.ema, 0.0
+    for number in range(1, 13):
+        batch = new_batch(plain, number)
+        one, metrics = run_plain(one, batch)
+        state, other = run_averaged(state, batch)
+        assert_close(step_lib.State(state.step, state.params, state.batch_stats, state.opt_state), one)
+        assert_close(other, metrics)
+        decay = min(0.5, number / (number + 9))  # 0.1 after the first step, 0.5 from the ninth on
+        variables = {"params": one.params, "batch_stats": one.batch_stats}
+        assert jax.tree.structure(expected) == jax.tree.structure(variables)
+        expected = jax.tree.map(lambda e, x, d=decay: d * np.asarray(e) + (1 - d) * np.asarray(x), expected, variables)
+        assert_close(state.ema, expected, 1e-6)  # the decay is a float32
+        moved = max(moved, np.abs(expected["params"]["locator_kernel"] - one.params["locator_kernel"]).max())
+    assert moved > 1e-3
+
+
+def test_the_averaged_weights_are_the_evaluated_ones(no_backbone):
+    config = configure("market", data__height=8, data__width=4, optim__ema=0.9)
+    state = step_lib.init_state(config)
+    own = {"params": state.params, "batch_stats": state.batch_stats}
+    jax.tree.map(np.testing.assert_array_equal, state.ema, own)  # it starts as they do
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)  # else they could not be donated
+    other = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
+    assert step_lib.evaluated(other) is other.ema
+    assert (
+        step_lib.evaluated(step_lib.State(*(getattr(state, k) for k in ("step", "params", "batch_stats", "opt_state"))))
+        == own
+    )
+
+
 # --- many devices -------------------------------------------------------------------------------------
 
 

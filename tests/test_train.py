@@ -16,8 +16,9 @@ import pytest
 from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import train
+from vpm_jax import evaluate, parallel, train
 from vpm_jax.config import set_key
+from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
 
 
@@ -228,6 +229,22 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(pede
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [r["step"] for r in records(tmp_path / "run")] == [3]
     assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.slow  # another program to compile, twice
+def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monkeypatch):
+    config = tiny_run(pedestrians, optim__ema=0.7)
+    assert train.train(config, tmp_path / "straight") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.train(config, tmp_path / "run") == 128 + signal.SIGTERM
+    assert train.train(config, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    state, _ = saved_state(tmp_path / "run")
+    config, mesh = config_lib.read(tmp_path / "run"), parallel.data_mesh(config.eval.batch)
+    results = evaluate.evaluate(config, state.ema, load_dataset(config.data), mesh)
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [g["mAP"] for g in report["gammas"].values()] == [r["mAP"] for r in results.values()]
 
 
 @pytest.mark.slow  # a worker process imports everything

@@ -110,6 +110,9 @@ def default() -> ConfigDict:
     c.optim.nesterov = True
     c.optim.weight_decay = 5e-4  # coupled, on every parameter
     c.optim.backbone_multiplier = 0.1
+    c.optim.ema = (
+        0.0  # decay of the running average of weights and statistics that is evaluated; 0: none, the last ones
+    )
 
     c.stage1 = stage(epochs=50, steps_per_epoch=202, sampling="plain")
     c.stage2 = stage(epochs=80, triplet_weight=1.0)
@@ -276,6 +279,7 @@ def check(config: ConfigDict) -> None:
         "model.locator_dropout": (0, 0.99),
         "loss.label_smoothing": (0, 0.99),
         "optim.momentum": (0, 0.9999),
+        "optim.ema": (0, 0.999999),
     }
     for key, (low, high) in ranges.items():
         if not low <= leaves[key] <= high:

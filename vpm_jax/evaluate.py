@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_folder(output)
     with Checkpoints(args.workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
-    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
+    variables = parallel.replicate(mesh, step.evaluated(state))
     trained_on = saved.data.name if args.dataset else None
     if dataset.name in partial.DATASETS:
         partial.evaluate_and_report(config, variables, dataset, mesh, output, int(state.step), saved.data.name)

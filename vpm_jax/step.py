@@ -25,6 +25,27 @@ class State:
     opt_state: Any
 
 
+@flax.struct.dataclass
+class AveragedState(State):
+    """A state with optim.ema, another type so that checkpoints without it stay what they are."""
+
+    ema: Any  # {"params", "batch_stats"}, averaged over the steps
+
+
+def evaluated(state: State) -> dict[str, Any]:
+    """The variables {"params", "batch_stats"} that features are extracted with: the averaged ones where there are."""
+    if isinstance(state, AveragedState):
+        return state.ema
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _average(config: ConfigDict, state: State, ema: Any) -> Any:
+    """`ema` moved towards the state's variables; young averages forget faster, or they would keep the start."""
+    decay = jnp.minimum(config.optim.ema, state.step / (state.step + 9))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), ema, variables)
+
+
 def _init(config: ConfigDict) -> Callable:
     """key -> the model's variables."""
     model = models.create(config)
@@ -50,7 +71,12 @@ def new_state(config: ConfigDict, variables) -> State:
     # Flax starts running statistics in float32, whatever the parameters are: a float64 step would be compiled twice.
     dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
     batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
-    return State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
+    state = State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
+    if not config.optim.ema:
+        return state
+    # Copies: a donated buffer must not be two arrays.
+    ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+    return AveragedState(**vars(state), ema=ema)
 
 
 def l2_normalize(features):
@@ -137,7 +163,10 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, batch_stats, opt_state), metrics
+        after = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        if isinstance(after, AveragedState):
+            after = after.replace(ema=_average(config, after, after.ema))
+        return after, metrics
 
     return step
 

@@ -126,8 +126,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
         def evaluate_now(state: step.State, records: Records) -> dict[float, dict[str, Any]]:
             window.fetch()
-            began, one = time.monotonic(), place.whole(state)
-            variables = {"params": one.params, "batch_stats": one.batch_stats}
+            began, variables = time.monotonic(), step.evaluated(place.whole(state))
             results = evaluate.evaluate(config, variables, dataset, mesh)
             found = {"step": steps} | evaluate.means(results)
             if meta["best"] is None or found["mAP"] > meta["best"]["mAP"]:
@@ -177,8 +176,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         plots.training_curves(path, workdir / "metrics.jsonl")
 
     # ---- Evaluation ------------------------------------------------------------------------------------
-    state = place.whole(state)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = step.evaluated(place.whole(state))
     evaluate.evaluate_and_report(config, variables, dataset, mesh, workdir, steps, results)
     return 0
 

@@ -58,8 +58,7 @@ def read_workdir(path: Path, partial: bool = False) -> Pretrained:
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     with Checkpoints(path, keep=0) as checkpoints:
         state, _ = checkpoints.restore(like)
-    tree = {"params": dict(state.params), "batch_stats": dict(state.batch_stats)}
-    flat = {name: np.asarray(x) for name, x in flatten_dict(tree, sep="/").items()}
+    flat = {name: np.asarray(x) for name, x in flatten_dict(step.evaluated(state), sep="/").items()}
     flat = as_floats(flat, str(path), "train again or choose another checkpoint")
     in_backbone = {name.replace("/backbone/", "/"): x for name, x in flat.items() if "/backbone/" in name}
     m = config.model
