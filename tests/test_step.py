@@ -309,6 +309,31 @@ def test_features_are_of_unit_length_and_float32(no_backbone):
     np.testing.assert_allclose(found["visibility"].sum(-1), 8 * 4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("locator", ["pixel", "stripes"])
+def test_flip_test_is_the_mean_with_the_mirror_image(no_backbone, locator):
+    changes = {"model__grid": (2, 3), "model__locator": locator}
+    config = configure("market", data__height=8, data__width=6, **changes)
+    state = new_state(config)
+    image = new_batch(config)["image"]
+    variables = step_lib.evaluated(state)
+
+    def run(image, flip):
+        config.eval.flip = flip
+        return jax.jit(step_lib.make_feature_step(config), compiler_options=FAST)(variables, image)
+
+    found = run(image, True)
+    if locator == "stripes":  # the mirror image shows the same regions, from the right
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, run(image, False))
+    outputs = [models.create(config).apply(variables, x)[1] for x in (image, np.flip(image, 2))]
+    for b, region in np.ndindex(BATCH, 6):
+        row, col = divmod(region, 3)
+        places = [(b, region), (b, 3 * row + 2 - col)]
+        mean = sum(np.asarray(out["region_features"][place]) for out, place in zip(outputs, places, strict=True)) / 2
+        np.testing.assert_allclose(found["features"][b, region], mean / np.linalg.norm(mean), atol=1e-6)
+        visibility = [out["visibility"][place] for out, place in zip(outputs, places, strict=True)]
+        np.testing.assert_allclose(found["visibility"][b, region], np.mean(visibility), rtol=1e-6)
+
+
 def test_l2_normalize_of_zero_has_a_finite_gradient():
     x = np.array([[0.0, 0.0], [3.0, 4.0]])
     np.testing.assert_allclose(step_lib.l2_normalize(x), [[0, 0], [0.6, 0.8]], rtol=1e-12)

@@ -128,6 +128,7 @@ def default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.gammas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     c.eval.crop = "top"
+    c.eval.flip = False  # features and visibility are the means over an image and its mirror image
     c.eval.batch = 128
     c.eval.every = 0  # epochs; 0: only after training. Otherwise evaluations.jsonl grows as training goes on and the
     #                   best is remembered: sensible with data.holdout_identities alone, for choosing by the test set

@@ -282,7 +282,7 @@ def evaluate_and_report(
         "dataset": dataset.name,
         **({"trained_on": trained_on, "notes": dataset.notes[1:]} if trained_on else {}),
         "protocol": {"crop": config.eval.crop, "queries": len(query), "gallery": len(gallery), "skipped": skipped},
-        "match": config.match.to_dict(),
+        "match": config.match.to_dict() | {"flip": config.eval.flip},
         "chance_rank1": chance,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "seconds": round(time.monotonic() - started, 1),

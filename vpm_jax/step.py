@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from ml_collections import ConfigDict
@@ -175,14 +176,26 @@ def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable
     """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32.
 
     With `region_maps` also these, the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator.
+    With eval.flip, all are means over the image and its mirror image, the features before they get unit length.
     """
     model = models.create(config)
+    rows, cols = config.model.grid
+    mirrored = np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)  # where a mirror image shows each region
 
     def features(variables, image) -> dict:
         _, out = model.apply(variables, image, train=False)
-        found = {"features": l2_normalize(out["region_features"]), "visibility": out["visibility"]}
+        found = {"features": out["region_features"], "visibility": out["visibility"]}
         if region_maps:
             found["region_maps"] = out["probability"]
+        if config.eval.flip:
+            _, out = model.apply(variables, image[:, :, ::-1], train=False)
+            other = {
+                "features": out["region_features"][:, mirrored],
+                "visibility": out["visibility"][:, mirrored],
+                "region_maps": out["probability"][:, :, ::-1, mirrored],
+            }
+            found = {key: (value + other[key]) / 2 for key, value in found.items()}
+        found["features"] = l2_normalize(found["features"])
         return {key: value.astype(jnp.float32) for key, value in found.items()}
 
     return features
