@@ -86,9 +86,13 @@ def default() -> ConfigDict:
     c.model.locator_groups = 1  # channels averaged in groups of this many before the row locator
     c.model.locator_init_std = 0.01  # 0: Kaiming fan-out, which saturates Eq. 1 on T's 2048 channels (L_R starts at 50)
     c.model.pool_gradient = True  # identity and triplet gradients flow through the probability maps
-    c.model.head_dim = 256
+    # "bn": batch norm of the region features, scaled but not shifted, between the triplet loss and the identity heads
+    # (BNNeck: Luo et al., CVPRW 2019, whose heads have dim 0, no dropout and no bias); see match.feature.
+    c.model.neck = "none"
+    c.model.head_dim = 256  # 0: the classifier is on the region feature itself
     c.model.head_dropout = 0.5
-    c.model.head_bn_visible_only = True
+    c.model.head_bias = True
+    c.model.head_bn_visible_only = True  # the neck's too
     c.model.global_head = False  # one more identity head, on the global average
     c.model.dummy_classes = 0  # identity classes that no image has
     c.model.num_identities = 0  # set from the training set
@@ -118,6 +122,7 @@ def default() -> ConfigDict:
     c.stage2 = stage(epochs=80, triplet_weight=1.0)
 
     c.match = ConfigDict()
+    c.match.feature = "before"  # the neck | "after" it
     c.match.squared = False
     c.match.visibility = "soft"  # "soft" (Eq. 4) | "uniform" (MVPM-1) | "binary"
     c.match.rerank = False  # k-reciprocal re-ranking: see vpm_jax.reranking, also for the next three
@@ -186,10 +191,12 @@ _CHOICES: dict[str, tuple] = {
     "model.last_stride": (1, 2),
     "model.stride_on": ("3x3", "1x1"),
     "model.locator": ("pixel", "row", "stripes"),
+    "model.neck": ("none", "bn"),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "loss.identity_reduction": ("image", "region"),
     "loss.identity_regions": ("visible", "all"),
     "loss.triplet_pairs": ("visible", "all", "soft"),
+    "match.feature": ("before", "after"),
     "match.visibility": ("soft", "uniform", "binary"),
     "parallel": ("jit", "pmap"),
     "tracker": ("none", "wandb"),
@@ -202,7 +209,6 @@ _POSITIVE: tuple[str, ...] = (
     "data.width",
     "data.threads",
     "model.width",
-    "model.head_dim",
     "model.locator_groups",
 )
 _POSITIVE += ("match.rerank_k1", "match.rerank_k2")
@@ -287,6 +293,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"Config key {key} is {leaves[key]}, expected a number from {low} to {high}.")
     if len(config.data.gamma) != 2 or not 0 < config.data.gamma[0] <= config.data.gamma[1]:
         raise UserError(f"Config key data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high.")
+    if config.match.feature == "after" and config.model.neck == "none":
+        raise UserError('Config key match.feature is "after" but model.neck is "none": set model.neck to "bn".')
     if not config.eval.gammas or not all(0 < g <= 1 for g in config.eval.gammas):
         raise UserError(f"Config key eval.gammas is {config.eval.gammas}, expected kept area ratios in (0, 1].")
     if len(config.model.grid) != 2 or not all(type(n) is int and n > 0 for n in config.model.grid):

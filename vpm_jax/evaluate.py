@@ -208,7 +208,9 @@ def matching_in_words(config: ConfigDict) -> str:
     m = config.match
     numbers = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
     reranked = f", re-ranked by k-reciprocal neighbours ({numbers})" * m.rerank
-    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{reranked}"
+    features = " of features after the neck" * (m.feature == "after")
+    features += ", means over an image and its mirror image" * config.eval.flip
+    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}"
 
 
 def eq4(config: ConfigDict, query: Features, gallery: Features) -> np.ndarray:

@@ -124,7 +124,7 @@ def evaluate_and_report(
         "trained_on": trained_on,
         "notes": dataset.notes[1:],
         "protocol": {"queries": len(query), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
-        "match": config.match.to_dict(),
+        "match": config.match.to_dict() | {"flip": config.eval.flip},
         "chance_rank1": chance,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "seconds": round(time.monotonic() - started, 1),

@@ -179,18 +179,19 @@ def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable
     With eval.flip, all are means over the image and its mirror image, the features before they get unit length.
     """
     model = models.create(config)
+    feature = "region_features" if config.match.feature == "before" else "neck_features"
     rows, cols = config.model.grid
     mirrored = np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)  # where a mirror image shows each region
 
     def features(variables, image) -> dict:
         _, out = model.apply(variables, image, train=False)
-        found = {"features": out["region_features"], "visibility": out["visibility"]}
+        found = {"features": out[feature], "visibility": out["visibility"]}
         if region_maps:
             found["region_maps"] = out["probability"]
         if config.eval.flip:
             _, out = model.apply(variables, image[:, :, ::-1], train=False)
             other = {
-                "features": out["region_features"][:, mirrored],
+                "features": out[feature][:, mirrored],
                 "visibility": out["visibility"][:, mirrored],
                 "region_maps": out["probability"][:, :, ::-1, mirrored],
             }

@@ -40,19 +40,20 @@ class MaskedBatchNorm(nn.Module):
     """Batch norm of x [B, P, D] per region and channel, over the examples where `mask` [B, P] is true.
 
     Totals and counts are summed over devices before dividing, so devices may hold different numbers of
-    visible examples. A region that nobody shows keeps its running statistics.
+    visible examples. A region that nobody shows keeps its running statistics. `shift` is the learned bias.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     axis_name: str | None = None
     param_dtype: Any = jnp.float32
+    shift: bool = True
 
     @nn.compact
     def __call__(self, x, mask, train: bool):
         shape = x.shape[1:]
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if self.shift else None
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, self.param_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, self.param_dtype)
         if not train:
@@ -71,11 +72,15 @@ class MaskedBatchNorm(nn.Module):
                 for running, value in ((running_mean, mean), (running_var, var)):
                     mixed = self.momentum * running.value + (1 - self.momentum) * value
                     running.value = jnp.where(count > 0, mixed, running.value)
-        return (x - mean) * lax.rsqrt(var + self.epsilon) * scale + bias
+        x = (x - mean) * lax.rsqrt(var + self.epsilon) * scale
+        return x if bias is None else x + bias
 
 
 class IdentityHeads(nn.Module):
-    """IP_i of Eq. 6, one head per region: dropout, dense (no bias), batch norm, dense to the identities."""
+    """IP_i of Eq. 6, one head per region: dropout, dense (no bias), batch norm, dense to the identities.
+
+    With dim 0 the first dense and its batch norm are left out.
+    """
 
     classes: int
     dim: int
@@ -83,21 +88,25 @@ class IdentityHeads(nn.Module):
     visible_only: bool
     axis_name: str | None = None
     param_dtype: Any = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, features, visible, train: bool):
         """features [B, P, C], visible [B, P] -> logits [B, P, classes]."""
         _, regions, channels = features.shape
-        reducer_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal", batch_axis=(0,))
-        reducer = self.param("reducer", reducer_init, (regions, channels, self.dim), self.param_dtype)
         x = ExampleDropout(self.dropout, self.axis_name, name="dropout")(features, train)
-        x = jnp.einsum("bpc,pcd->bpd", x, reducer)
-        mask = visible if self.visible_only else jnp.ones_like(visible)
-        x = MaskedBatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn")(x, mask, train)
-        classifier_init = nn.initializers.normal(0.001)
-        classifier = self.param("classifier", classifier_init, (regions, self.dim, self.classes), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (regions, self.classes), self.param_dtype)
-        return jnp.einsum("bpd,pdk->bpk", x, classifier) + bias
+        if self.dim:
+            reducer_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal", batch_axis=(0,))
+            reducer = self.param("reducer", reducer_init, (regions, channels, self.dim), self.param_dtype)
+            x = jnp.einsum("bpc,pcd->bpd", x, reducer)
+            mask = visible if self.visible_only else jnp.ones_like(visible)
+            x = MaskedBatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, name="bn")(x, mask, train)
+        shape = (regions, self.dim or channels, self.classes)
+        classifier = self.param("classifier", nn.initializers.normal(0.001), shape, self.param_dtype)
+        logits = jnp.einsum("bpd,pdk->bpk", x, classifier)
+        if self.bias:
+            logits += self.param("bias", nn.initializers.zeros, (regions, self.classes), self.param_dtype)
+        return logits
 
 
 class VPM(nn.Module):
@@ -113,6 +122,7 @@ class VPM(nn.Module):
       probability [B, h, w, P]     Eq. 1 (P of a row locator: [B, h, 1, P])
       visibility [B, P]            Eq. 2, in cells
       region_features [B, P, C]    Eq. 3
+      neck_features [B, P, C]      the same after the neck, where there is one
       logits [B, P, K], and global_logits [B, K] with a global head
       stem, stage1 ... stage4      the backbone's feature maps, in the compute dtype
     """
@@ -127,8 +137,10 @@ class VPM(nn.Module):
     locator_groups: int = 1
     locator_init_std: float = 0.0
     pool_gradient: bool = True
+    neck: str = "none"
     head_dim: int = 256
     head_dropout: float = 0.5
+    head_bias: bool = True
     head_bn_visible_only: bool = True
     global_head: bool = False
     axis_name: str | None = None
@@ -161,6 +173,10 @@ class VPM(nn.Module):
             pooled = jnp.mean(feature_map, axis=(1, 2))[:, None]
             features = jnp.concatenate([features, pooled], axis=1)
             shown = jnp.concatenate([shown, jnp.ones_like(shown[:, :1])], axis=1)
+        if self.neck == "bn":
+            mask = shown if self.head_bn_visible_only else jnp.ones_like(shown)
+            neck = MaskedBatchNorm(axis_name=self.axis_name, param_dtype=self.param_dtype, shift=False, name="neck")
+            features = neck(features, mask, train)
         heads = IdentityHeads(
             self.classes,
             self.head_dim,
@@ -168,6 +184,7 @@ class VPM(nn.Module):
             self.head_bn_visible_only,
             self.axis_name,
             self.param_dtype,
+            self.head_bias,
             name="heads",
         )
         logits = heads(features, shown, train)
@@ -180,6 +197,8 @@ class VPM(nn.Module):
             "logits": logits[:, :regions],
             **stages,
         }
+        if self.neck == "bn":
+            out["neck_features"] = features[:, :regions]
         if self.global_head:
             out["global_logits"] = logits[:, regions]
         return out["logits"], out

@@ -1,7 +1,8 @@
 """VPM's own layers under PyTorch's names: locator.weight, heads.N.reducer.weight, heads.N.bn.weight and so on.
 
 N is a region, row-major from 0; one past the last is the global head, where there is one. Each head is what PyTorch
-writes as Linear (reducer, no bias), BatchNorm1d, Linear (classifier).
+writes as Linear (reducer, no bias), BatchNorm1d, Linear (classifier), after a neck, BatchNorm1d without bias, where
+there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from vpm_jax import models
 
 # Ours, with a leading axis of heads -> PyTorch's in each head.
 HEAD = {
+    "params/neck/scale": "neck.weight",
+    "batch_stats/neck/mean": "neck.running_mean",
+    "batch_stats/neck/var": "neck.running_var",
     "params/heads/reducer": "reducer.weight",
     "params/heads/bn/scale": "bn.weight",
     "params/heads/bn/bias": "bn.bias",
