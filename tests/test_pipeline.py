@@ -98,7 +98,7 @@ def test_what_a_batch_holds():
         assert batch["identity"].dtype == batch["camera"].dtype == np.int32
         assert np.array_equal(batch["identity"], expected.indices // 4)
         assert np.array_equal(batch["camera"], expected.indices % 6)
-        for row, (index, flip, crop) in enumerate(zip(*expected, strict=True)):
+        for row, (index, flip, crop) in enumerate(zip(*expected[:3], strict=True)):
             image = images[index][:, ::-1] if flip else images[index]
             top, left, bottom, right = pixel_box(crop, 41, 23)
             pixels = resize(np.ascontiguousarray(image[top:bottom, left:right]), (24, 12))
@@ -133,10 +133,86 @@ def test_pixels_agree_with_their_labels(crop, grid):
     assert sure > 0.7 * 4 * 8 * h * w and wrong == 0
 
 
+@pytest.mark.parametrize("crop", ["top", "left", "any", "none"])
+@pytest.mark.parametrize("grid", [(6, 1), (3, 2)])
+def test_labels_follow_a_moved_crop_exactly(crop, grid):
+    """As above, where the boxes reach past the image: what lies there is white and belongs to the nearest region."""
+    rows, cols = grid
+    height, width, h, w = 96, 48, 24, 8
+    painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
+    config = small_config(crop=crop, pad=0.4, mean=(1.0, 1.0, 1.0))
+    config.data.height, config.data.width, config.model.grid = 16 * h, 16 * w, grid
+    split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
+    sure = wrong = white = 0
+    for step, batch in enumerate(train_batches(config, split, (h, w), 0, 6)):
+        flips = plan(config, split.labels(), step).flips
+        row, col = np.divmod(batch["labels"], cols)
+        expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
+        cells = batch["image"][..., 0].reshape(8, h, 16, w, 16)[:, :, 6:10, :, 6:10]
+        low, high = cells.min((2, 4)), cells.max((2, 4))
+        beyond, flat = low == 255, (low == high) & (low < 255)
+        white, sure, wrong = white + beyond.sum(), sure + flat.sum(), wrong + (flat & (low != expected)).sum()
+        for image in range(8):
+            assert np.array_equal(np.unique(batch["labels"][image]), np.flatnonzero(batch["visible"][image]))
+            # Down each column and along each row, a white cell has the label of the last cell inside.
+            for axis, line in ((row[image, :, 0], beyond[image].all(1)), (col[image, 0], beyond[image].all(0))):
+                inside = np.flatnonzero(~line)
+                assert (axis[: inside[0]] == axis[inside[0]]).all() and (axis[inside[-1] :] == axis[inside[-1]]).all()
+    assert sure > 0.4 * 6 * 8 * h * w and white > 0.1 * 6 * 8 * h * w and wrong == 0
+
+
+@pytest.mark.parametrize("hides", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("shape", [(6, 3), (12, 1)])
+def test_erasing_fills_a_rectangle_and_hides_the_regions_it_covers(hides, shape):
+    config = small_config(crop="any")
+    config.model.grid = (3, 1) if shape[1] == 1 else (3, 2)
+    split = split_of(noise(20))
+    plain = list(train_batches(config, split, shape, 0, 20))
+    config.data.update(erasing=0.7, erasing_area=(0.1, 0.5), erasing_hides=hides)
+    hidden = 0
+    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, shape, 0, 20), strict=True)):
+        assert np.array_equal(batch["labels"], before["labels"])
+        for row, (top, left, bottom, right) in enumerate(plan(config, split.labels(), step).erased):
+            expected = before["image"][row].copy()
+            expected[top:bottom, left:right] = np.rint(255 * np.array(config.data.mean))
+            assert np.array_equal(batch["image"][row], expected)
+            erased = np.zeros((24, 12), bool)
+            erased[top:bottom, left:right] = True
+            labels = before["labels"][row].repeat(24 // shape[0], 0).repeat(12 // shape[1], 1)  # of every pixel
+            for region, shown in enumerate(before["visible"][row]):
+                lost = shown and hides < 1 and erased[labels == region].mean() > hides
+                assert batch["visible"][row, region] == (shown and not lost)
+                hidden += lost
+    assert (hidden > 20) == (hides < 1)
+
+
+def test_jitter_multiplies_brightness_and_contrast():
+    config, split = small_config(crop="none"), split_of(noise(20))
+    plain = list(train_batches(config, split, (6, 3), 0, 3))
+    config.data.update(jitter=0.3, erasing=0.5)
+    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, (6, 3), 0, 3), strict=True)):
+        drawn = plan(config, split.labels(), step)
+        for row, ((brightness, contrast), box) in enumerate(zip(drawn.jitters, drawn.erased, strict=True)):
+            expected = np.clip(contrast * (brightness * before["image"][row] - 128.0) + 128, 0, 255)
+            outside = np.ones((24, 12), bool)  # an erased rectangle keeps the mean colour
+            outside[box[0] : box[2], box[1] : box[3]] = False
+            assert np.abs(batch["image"][row] - expected)[outside].max() <= 0.5
+
+
 def test_a_row_locator_has_one_column():
     config = small_config()
     batch = next(train_batches(config, split_of(noise(20)), (6, 1), 0, 1))
     assert batch["labels"].shape == (8, 6, 1)
+
+
+@pytest.mark.parametrize("box", [(-3, -5, 17, 6), (20, 10, 43, 27), (-1, -2, 41, 22), (5, -4, 9, 24)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_past_the_image_lies_the_filling_colour(box, flip):
+    image, (top, left, bottom, right) = noise(1)[0], box
+    fill = np.array([7, 70, 200], np.uint8)
+    wide = np.stack([np.pad(image[..., c], 9, constant_values=fill[c]) for c in range(3)], -1)
+    wide = wide[:, ::-1] if flip else wide
+    assert np.array_equal(cut(image, box, flip, fill), wide[top + 9 : bottom + 9, left + 9 : right + 9])
 
 
 @pytest.mark.parametrize("box", [(0, 0, 40, 20), (3, 5, 17, 6), (10, 0, 40, 13)])

@@ -159,6 +159,63 @@ def test_distributions():
     assert abs(np.corrcoef(flips, gamma)[0, 1]) < 0.03
 
 
+LEVERS = {
+    "whole": {"whole": 0.3},
+    "mix": {"mix": 0.4, "mix_crop": "left"},
+    "pad": {"pad": 0.1},
+    "jitter": {"jitter": 0.2},
+    "erasing": {"erasing": 0.6, "erasing_area": (0.1, 0.3)},
+}
+
+
+@pytest.mark.parametrize("on", [{key} for key in LEVERS] + [set(LEVERS)])
+def test_a_key_of_augmentation_changes_its_own_numbers_alone(on):
+    config = config_of(epochs=3)
+    labels = labels_of([8] * 8)
+    before = [plan(config, labels, step) for step in range(3)]
+    assert not any(p.shifts.any() or p.erased.any() or (p.jitters != 1).any() for p in before)
+    for lever in on:
+        config.data.update(LEVERS[lever])
+    moved = {
+        "crops": on & {"whole", "mix"},
+        "shifts": "pad" in on,
+        "jitters": "jitter" in on,
+        "erased": "erasing" in on,
+    }
+    for step, (old, new) in enumerate(zip(before, [plan(config, labels, s) for s in (0, 1, 2)], strict=True)):
+        for field in old._fields:
+            assert np.array_equal(getattr(old, field), getattr(new, field)) != bool(moved.get(field)), (step, field)
+        again = plan(config, labels, step)
+        assert all(np.array_equal(a, b) for a, b in zip(new, again, strict=True))
+
+
+def test_distributions_of_the_augmentation():
+    config = config_of(epochs=200)
+    for lever in LEVERS.values():
+        config.data.update(lever)
+    config.data.gamma, config.data.height, config.data.width = (0.5, 0.9), 200, 100
+    sampler = Sampler(config, labels_of([8] * 8))
+    plans = [sampler.plan(step) for step in range(200)]  # 12800 images
+    _, left, height, width = np.array([crop for p in plans for crop in p.crops]).T
+    assert abs(((height == 1) & (width == 1)).mean() - 0.3) < 0.015
+    assert abs(((height == 1) & (width < 1)).mean() - 0.4) < 0.015  # mix_crop: the left part
+    assert abs(((height < 1) & (width == 1)).mean() - 0.3) < 0.015 and not left.any()
+    for field, centre, spread in (("shifts", 0, 0.1), ("jitters", 1, 0.2)):
+        values = np.sort((np.concatenate([getattr(p, field) for p in plans]).T - centre) / spread)
+        uniformly = (np.arange(values.shape[1]) + 0.5) / values.shape[1] * 2 - 1
+        assert np.abs(values).max() <= 1 and np.abs(values - uniformly).max() < 0.04
+    top, left, bottom, right = boxes = np.concatenate([p.erased for p in plans]).T
+    drawn = bottom > top
+    assert not boxes[:, ~drawn].any() and abs(drawn.mean() - 0.6) < 0.015
+    top, left, bottom, right = boxes[:, drawn]
+    assert min(top.min(), left.min()) == 0 and bottom.max() == 200 and right.max() == 100  # inside, up to every border
+    area, aspect = (bottom - top) * (right - left) / 20000, (bottom - top) / (right - left)
+    fits = right - left < 100  # the widest ones are cut to the picture
+    assert 0.09 < area[fits].min() < 0.11 and 0.29 < area.max() < 0.31 and fits.mean() > 0.8
+    assert aspect[fits].min() > 0.28 and aspect.max() < 3.5 and abs(np.mean(aspect > 1) - 0.5) < 0.03
+    assert abs(np.mean(top / (200 - bottom + top) < 0.5) - 0.5) < 0.03  # anywhere
+
+
 def test_the_stream_never_changes():
     """A resumed run must draw what it would have drawn, under whatever NumPy it resumes with."""
     raw = np.random.Philox(np.random.SeedSequence([5, 1, 2, 7])).random_raw(1000)

@@ -57,7 +57,17 @@ def default() -> ConfigDict:
     c.data.width = 128
     c.data.crop = "top"  # what a training crop keeps: see vpm_jax.regions.CROPS
     c.data.gamma = (0.5, 1.0)  # kept area ratio ~ min(1, U(low, high))
+    c.data.whole = 0.0  # share of the images that stay whole whatever crop says
+    c.data.mix = 0.0  # share of the images that are cropped by mix_crop
+    c.data.mix_crop = "any"
     c.data.flip = 0.5
+    c.data.pad = 0.0  # the crop moves by up to this share of its height and width; past the image is the mean colour
+    c.data.jitter = 0.0  # brightness and contrast are multiplied by U(1 - jitter, 1 + jitter)
+    # Random erasing (Zhong et al., AAAI 2020): with this probability a rectangle becomes the mean colour. Its cells
+    # keep their labels; a region that loses more than erasing_hides of them leaves the visible set (1: none does).
+    c.data.erasing = 0.0
+    c.data.erasing_area = (0.02, 0.4)  # of the picture's area; log-uniform aspect from 0.3 to 1 / 0.3
+    c.data.erasing_hides = 1.0
     # "linear" | "area" | "cubic" (OpenCV), "pil_bilinear" | "pil_bicubic" (Pillow's own, to the last grey level).
     # Enlarging 128x64 to 384x128, linear is within 1 grey level of Pillow's bilinear (mean 0.3).
     c.data.resize = "linear"
@@ -183,6 +193,7 @@ def small() -> ConfigDict:
 _CHOICES: dict[str, tuple] = {
     "data.name": ("market1501", "dukemtmc", "synthetic", "csv", "partial_reid", "partial_ilids"),
     "data.crop": CROPS,
+    "data.mix_crop": CROPS,
     "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
     "eval.crop": CROPS,
     "model.name": ("vpm",),
@@ -282,6 +293,12 @@ def check(config: ConfigDict) -> None:
     ranges = {
         "data.flip": (0, 1),
         "match.rerank_lambda": (0, 1),
+        "data.whole": (0, 1),
+        "data.mix": (0, 1),
+        "data.pad": (0, 0.49),
+        "data.jitter": (0, 0.99),
+        "data.erasing": (0, 1),
+        "data.erasing_hides": (0, 1),
         "model.head_dropout": (0, 0.99),
         "model.locator_dropout": (0, 0.99),
         "loss.label_smoothing": (0, 0.99),
@@ -295,6 +312,14 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"Config key data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high.")
     if config.match.feature == "after" and config.model.neck == "none":
         raise UserError('Config key match.feature is "after" but model.neck is "none": set model.neck to "bn".')
+    area = config.data.erasing_area
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise UserError(f"Config key data.erasing_area is {area}, expected (low, high) with 0 < low <= high <= 1.")
+    if config.data.whole + config.data.mix > 1:
+        raise UserError(
+            f"Config keys data.whole and data.mix are {config.data.whole} and {config.data.mix}, expected shares that "
+            "leave none below 0 for data.crop: lower one."
+        )
     if not config.eval.gammas or not all(0 < g <= 1 for g in config.eval.gammas):
         raise UserError(f"Config key eval.gammas is {config.eval.gammas}, expected kept area ratios in (0, 1].")
     if len(config.model.grid) != 2 or not all(type(n) is int and n > 0 for n in config.model.grid):

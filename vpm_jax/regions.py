@@ -87,8 +87,11 @@ def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -
     }[strategy]
 
 
-def _axis_labels(start: float, size: float, parts: int, cells: int, min_cells: int):
-    """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts]."""
+def axis_labels(start: float, size: float, parts: int, cells: int, min_cells: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts].
+
+    The box [start, start + size] may reach beyond the image, [0, 1]: cells there belong to the nearest part.
+    """
     edges = np.rint((np.arange(parts + 1) / parts - start) / size * cells)  # np.rint rounds half to even
     edges = np.clip(edges, 0, cells).astype(np.int32)
     edges[0], edges[-1] = 0, cells  # so already, but for rounding errors in a very thin crop at the border
@@ -128,7 +131,7 @@ def project_regions(
         raise ValueError(f"{crop} is not a box inside the image, expected fractions in [0, 1]")
     if min(rows, cols, h, w) < 1:
         raise ValueError(f"grid {rows} x {cols} on a {h} x {w} feature map, expected at least 1 of each")
-    row_labels, row_visible = _axis_labels(crop.top, crop.height, rows, h, min_cells)
-    col_labels, col_visible = _axis_labels(crop.left, crop.width, cols, w, min_cells)
+    row_labels, row_visible = axis_labels(crop.top, crop.height, rows, h, min_cells)
+    col_labels, col_visible = axis_labels(crop.left, crop.width, cols, w, min_cells)
     labels = row_labels[:, None] * cols + col_labels[None, :]
     return labels, (row_visible[:, None] & col_visible[None, :]).reshape(-1)

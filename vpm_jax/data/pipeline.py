@@ -25,9 +25,10 @@ from vpm_jax.data.decode import FILTERS, decode, resize
 from vpm_jax.data.sampling import Sampler, uniform
 from vpm_jax.data.sources import Split
 from vpm_jax.errors import UserError
-from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
+from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 
 Batch = dict[str, np.ndarray]
+Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
 # The threads and processes here already fill the cores: OpenCV's own would fight them.
 cv2.setNumThreads(0)
@@ -36,19 +37,37 @@ cv2.setNumThreads(0)
 @lru_cache(maxsize=16384)  # boxes in whole pixels repeat; projecting costs as much as decoding
 def _project_axis(start: int, stop: int, length: int, parts: int, cells: int, min_cells: int):
     """Labels [cells] and visible parts [parts] along one axis, of pixels [start, stop) of `length`."""
-    crop = Crop(start / length, 0.0, (stop - start) / length, 1.0)
-    labels, visible = project_regions(crop, RegionGrid(parts), (cells, 1), min_cells)
-    return labels[:, 0], visible
+    return axis_labels(start / length, (stop - start) / length, parts, cells, min_cells)
 
 
-def cut(image: np.ndarray, box: tuple[int, int, int, int], flip: bool) -> np.ndarray:
-    """The box (top, left, bottom, right) of the image, or of its mirror image if `flip`: uint8 [h, w, 3]."""
+def cut(image: np.ndarray, box: Box, flip: bool, fill: np.ndarray | int = 0) -> np.ndarray:
+    """The box (top, left, bottom, right) of the image, or of its mirror image if `flip`: uint8 [h, w, 3].
+
+    A box may reach beyond the image, where it shows the colour `fill`.
+    """
     top, left, bottom, right = box
-    if not flip:
-        return image[top:bottom, left:right]
-    # Flip before the crop: the mirrored box, mirrored, is the same pixels and less work.
-    width = image.shape[1]
-    return cv2.flip(image[top:bottom, width - right : width - left], 1)
+    if flip:  # before the crop: the mirrored box, mirrored, is the same pixels and less work
+        left, right = image.shape[1] - right, image.shape[1] - left
+    inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    if inside.shape[:2] != (bottom - top, right - left):
+        padded = np.empty((bottom - top, right - left, 3), np.uint8)
+        padded[:] = fill
+        y, x = max(-top, 0), max(-left, 0)
+        padded[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+        inside = padded
+    return cv2.flip(inside, 1) if flip else inside
+
+
+def _moved(box: Box, down: float, right: float) -> Box:
+    """The box moved by these shares of its height and width, in whole pixels."""
+    y, x = round(down * (box[2] - box[0])), round(right * (box[3] - box[1]))
+    return box[0] + y, box[1] + x, box[2] + y, box[3] + x
+
+
+def _lit(image: np.ndarray, brightness: float, contrast: float) -> None:
+    """Multiplies an image's brightness, and its contrast about the middle grey, in place."""
+    table = contrast * (brightness * np.arange(256) - 128) + 128
+    cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8), dst=image)
 
 
 class _Loader:
@@ -68,15 +87,18 @@ class _Loader:
             raise UserError(f"config.data is {self._height} x {self._width} pixels, expected at least 1 x 1.")
         if self._filter not in FILTERS:
             raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
+        self._fill = np.rint(255 * np.array(config.data.mean)).astype(np.uint8)
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
 
-    def _load(self, index: int, crop: Crop, flip: bool, out: np.ndarray) -> tuple[tuple[int, int, int, int], int, int]:
+    def _load(
+        self, index: int, crop: Crop, flip: bool, out: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)
+    ) -> tuple[Box, int, int]:
         """Fills `out` with one image; the box it was cut at, and the decoded image's height and width."""
         image = decode(self._split.read(index), self._names[index], self._split.upright)
         height, width = image.shape[:2]
-        box = pixel_box(crop, height, width)
-        resize(cut(image, box, flip), (self._height, self._width), self._filter, out)
+        box = _moved(pixel_box(crop, height, width), *shift)
+        resize(cut(image, box, flip, self._fill), (self._height, self._width), self._filter, out)
         return box, height, width
 
     def _pixels(self) -> np.ndarray:
@@ -98,16 +120,23 @@ class _TrainLoader(_Loader):
         super().__init__(config, split, self._sampler.batch, host_index, host_count)
         self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
         self._shape = (int(feature_shape[0]), int(feature_shape[1]))
+        self._hides = config.data.erasing_hides if config.data.erasing else 1.0
 
     def __call__(self, step: int) -> Batch:
         plan = self._sampler.plan(int(step))
         mine = slice(self._first, self._last)
         indices, pixels = plan.indices[mine], self._pixels()
         rows, columns = [], []
-        for image, index, flip, crop in zip(
-            pixels, indices.tolist(), plan.flips[mine].tolist(), plan.crops[mine], strict=True
+        flips, shifts, jitters, erased = (
+            numbers[mine].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.erased)
+        )
+        for image, index, flip, crop, shift, jitter, (y, x, y_end, x_end) in zip(
+            pixels, indices.tolist(), flips, plan.crops[mine], shifts, jitters, erased, strict=True
         ):
-            (top, left, bottom, right), height, width = self._load(index, crop, flip, image)
+            (top, left, bottom, right), height, width = self._load(index, crop, flip, image, shift)
+            if jitter != [1, 1]:
+                _lit(image, *jitter)
+            image[y:y_end, x:x_end] = self._fill
             rows.append(_project_axis(top, bottom, height, self._grid.rows, self._shape[0], self._min_cells))
             columns.append(_project_axis(left, right, width, self._grid.cols, self._shape[1], self._min_cells))
         # The projection is separable: the rows' and the columns' make the whole batch's in one go.
@@ -116,14 +145,29 @@ class _TrainLoader(_Loader):
             for axis in (rows, columns)
         )
         labels = row_labels[:, :, None] * np.int32(self._grid.cols) + column_labels[:, None, :]
-        visible = row_visible[:, :, None] & column_visible[:, None, :]
+        visible = (row_visible[:, :, None] & column_visible[:, None, :]).reshape(self._count, -1)
+        if self._hides < 1:
+            visible &= ~self._hidden(labels, plan.erased[mine])
         return {
             "image": pixels,
             "identity": self._identity[indices],
             "camera": self._camera[indices],
             "labels": labels,
-            "visible": visible.reshape(self._count, -1),
+            "visible": visible,
         }
+
+    def _hidden(self, labels: np.ndarray, erased: np.ndarray) -> np.ndarray:
+        """Of which regions erasing takes more than data.erasing_hides: bool [b, P], of labels [b, h, w]."""
+
+        def covered(start: np.ndarray, stop: np.ndarray, cells: int, length: int) -> np.ndarray:  # [b, cells], shares
+            edges = np.arange(cells + 1) / cells * length
+            inside = np.minimum(edges[1:], stop[:, None]) - np.maximum(edges[:-1], start[:, None])
+            return np.maximum(inside, 0) * (cells / length)
+
+        (h, w), (top, left, bottom, right) = self._shape, erased.T
+        lost = covered(top, bottom, h, self._height)[:, :, None] * covered(left, right, w, self._width)[:, None, :]
+        regions = labels[..., None] == np.arange(self._grid.count)
+        return (lost[..., None] * regions).sum((1, 2)) > self._hides * regions.sum((1, 2))
 
 
 class _EvalLoader(_Loader):

@@ -20,7 +20,7 @@ from vpm_jax.regions import CROPS, Crop, draw_crop
 SAMPLINGS = ("plain", "pk")
 
 # What a stream of random numbers is for: one word of its key.
-_ORDER, _PICK, _AUGMENT = range(3)
+_ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE = range(7)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Plan(NamedTuple):
     indices: np.ndarray  # int64 [B], into the split
     flips: np.ndarray  # bool [B], mirrored before the crop
     crops: tuple[Crop, ...]  # B boxes, fractions of the (flipped) image
+    shifts: np.ndarray  # float64 [B, 2], by how much of its height and width each box moves down and right
+    jitters: np.ndarray  # float64 [B, 2], brightness and contrast
+    erased: np.ndarray  # int64 [B, 4], (top, left, bottom, right) in pixels of the network's input, all 0 for nothing
 
 
 def uniform(key: tuple[int, ...], count: int) -> np.ndarray:
@@ -174,6 +177,10 @@ class Sampler:
         self.stages = schedule(config, self._num_images, len(self._images))
         self._seed, self._flip, self._crop = int(config.seed), float(config.data.flip), config.data.crop
         self._low, self._high = (float(bound) for bound in config.data.gamma)
+        self._whole, self._mix, self._mix_crop = config.data.whole, config.data.mix, config.data.mix_crop
+        self._pad, self._jitter = config.data.pad, config.data.jitter
+        self._erasing, self._erasing_area = config.data.erasing, config.data.erasing_area
+        self._size = np.array([config.data.height, config.data.width])
         if self._seed < 0:
             raise UserError(f"config.seed is {self._seed}, expected 0 or more.")
         if self._crop not in CROPS:
@@ -188,7 +195,9 @@ class Sampler:
         return self.stages[0].batch
 
     def plan(self, step: int) -> Plan:
-        """The global batch of a step: images, flips (before the crop) and crops, gamma = min(1, U(low, high)).
+        """The global batch of a step: images, flips (before the crop), crops of gamma = min(1, U(low, high)), ...
+
+        What a key adds has a stream of its own: the other numbers stay what they are without it.
 
         Raises:
           ValueError: for a step outside the schedule.
@@ -196,13 +205,41 @@ class Sampler:
         stage = stage_at(self.stages, step)
         step -= stage.first_step
         indices = self._plain(stage, step) if stage.sampling == "plain" else self._balanced(stage, step)
-        draws = uniform((self._seed, stage.index, _AUGMENT, step), 5 * stage.batch).reshape(stage.batch, 5)
+
+        def draw(purpose: int, count: int) -> np.ndarray:  # [B, count]
+            return uniform((self._seed, stage.index, purpose, step), count * stage.batch).reshape(stage.batch, count)
+
+        draws = draw(_AUGMENT, 5)
         gammas = np.minimum(1.0, self._low + (self._high - self._low) * draws[:, 1])
+        strategies = [self._crop] * stage.batch
+        if self._whole or self._mix:
+            share = draw(_CROP, 1)[:, 0]
+            choices = np.array([self._crop, "none", self._mix_crop])
+            strategies = choices[np.where(share < self._whole, 1, 2 * (share < self._whole + self._mix))].tolist()
         crops = tuple(
-            draw_crop(self._crop, gamma, (a, b, c))
-            for gamma, (a, b, c) in zip(gammas.tolist(), draws[:, 2:].tolist(), strict=True)
+            draw_crop(strategy, gamma, (a, b, c))
+            for strategy, gamma, (a, b, c) in zip(strategies, gammas.tolist(), draws[:, 2:].tolist(), strict=True)
         )
-        return Plan(indices, draws[:, 0] < self._flip, crops)
+        shifts, jitters = np.zeros((stage.batch, 2)), np.ones((stage.batch, 2))
+        erased = np.zeros((stage.batch, 4), np.int64)
+        if self._pad:
+            shifts = self._pad * (2 * draw(_SHIFT, 2) - 1)
+        if self._jitter:
+            jitters = 1 + self._jitter * (2 * draw(_JITTER, 2) - 1)
+        if self._erasing:
+            erased = self._erasures(draw(_ERASE, 5))
+        return Plan(indices, draws[:, 0] < self._flip, crops, shifts, jitters, erased)
+
+    def _erasures(self, draws: np.ndarray) -> np.ndarray:
+        """Rectangles of Plan.erased from numbers in [0, 1), both [B, ...]; none is larger than the picture."""
+        low, high = self._erasing_area
+        area = (low + (high - low) * draws[:, 1]) * self._size.prod()
+        aspect = 0.3 ** (1 - 2 * draws[:, 2])  # height over width
+        sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1))
+        sides = np.clip(np.rint(sides), 1, self._size)
+        corner = np.floor(draws[:, 3:] * (self._size - sides + 1))
+        boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.int64)
+        return np.where(draws[:, :1] < self._erasing, boxes, 0)
 
     def _plain(self, stage: Stage, step: int) -> np.ndarray:
         """Positions [step * B, (step + 1) * B) of the passes laid end to end."""
