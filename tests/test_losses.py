@@ -72,8 +72,10 @@ def reference_identity_loss(logits, identity, visible):
     return np.array(totals), np.array(counts)
 
 
-def reference_triplet_loss(features, identity, weights, margin):
+def reference_triplet_loss(features, identity, weights, margin, soft=False):
     """Eq. 7, batch-hard, and its gradient. weights(a, b) are those of the regions; (1, 0, 1) selects two.
+
+    The soft hinge is log(1 + exp(x)), whose slope is the logistic function.
 
     Where two features coincide the distance has no gradient; zero is taken.
     """
@@ -110,7 +112,11 @@ def reference_triplet_loss(features, identity, weights, margin):
         farthest = max(positives, key=lambda other: distances[other])
         nearest = min(negatives, key=lambda other: distances[other])
         hinge = distances[farthest] - distances[nearest] + margin
-        if hinge > 0:
+        if soft:
+            total += np.log1p(np.exp(hinge))
+            add_gradient(anchor, farthest, 1 / (1 + np.exp(-hinge)))
+            add_gradient(anchor, nearest, -1 / (1 + np.exp(-hinge)))
+        elif hinge > 0:
             total += hinge
             add_gradient(anchor, farthest, 1)
             add_gradient(anchor, nearest, -1)
@@ -167,6 +173,24 @@ def test_region_loss_gradient_is_probability_minus_label(run, precision):
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(gradient, p - np.eye(4)[labels], **tolerance)
+
+
+@jit_only
+def test_label_smoothing_gives_every_class_a_share(run, precision):
+    dtype, tolerance = precision
+    logits, identity, visible = identity_batch(4, dtype=dtype)
+    images, regions, classes = logits.shape
+    log_probability = -np.array([[[cross_entropy(x, k) for k in range(classes)] for x in row] for row in logits])
+    target = 0.8 * np.eye(classes)[identity] + 0.2 / classes
+    losses = -(target[:, None] * log_probability).sum(-1)
+    total, count = run(partial(identity_loss, smoothing=0.2), logits, identity, visible)
+    np.testing.assert_allclose(total, (losses * visible).sum(0), **tolerance)
+    np.testing.assert_array_equal(count, visible.sum(0))
+    # A map of images x regions cells, the classes for regions: the same logits.
+    labels = np.repeat(identity[:, None], regions, axis=1)[None]
+    total, count = run(partial(region_loss, smoothing=0.2), logits[None], labels)
+    np.testing.assert_allclose(total, losses.sum(), **tolerance)
+    assert float(count) == images * regions
 
 
 def test_region_loss_of_confident_logits_stays_finite(run):
@@ -345,15 +369,31 @@ def test_triplet_by_hand(run):
 
 
 @jit_only
-def test_triplet_masked_equals_the_subset(run):
+def test_triplet_with_a_soft_hinge(run, precision):
+    dtype, tolerance = precision
+    loss = partial(triplet_loss, margin=0.5, hinge="soft")
+    for seed in range(3):
+        features, identity, visible = triplet_batch(seed, dtype=dtype)
+        expected = reference_triplet_loss(features, identity, shared(visible), 0.5, soft=True)
+        assert 0 < expected[1] < len(identity), "an anchor that is left out adds nothing, not log 2"
+        (total, count), gradient = run(jax.value_and_grad(loss, has_aux=True), features, identity, visible)
+        for found, right in zip((total, count, gradient), expected, strict=True):
+            np.testing.assert_allclose(found, right, **tolerance)
+        assert (np.asarray(gradient)[~visible] == 0).all()
+
+
+@jit_only
+@pytest.mark.parametrize("hinge", ["hard", "soft"])
+def test_triplet_masked_equals_the_subset(run, hinge):
+    loss = partial(triplet_loss, hinge=hinge)
     features, identity, visible = triplet_batch(9, regions=5)
     visible[:, 2] = False
     visible[[3, 6]] = False
     kept_images, kept_regions = visible.any(axis=1), visible.any(axis=0)
     assert not kept_images.all() and not kept_regions.all()
     subset = features[kept_images][:, kept_regions], identity[kept_images], visible[kept_images][:, kept_regions]
-    total, count = run(triplet_loss, features, identity, visible)
-    subset_total, subset_count = run(triplet_loss, *subset)
+    total, count = run(loss, features, identity, visible)
+    subset_total, subset_count = run(loss, *subset)
     np.testing.assert_allclose(total, subset_total, **FLOAT32)
     assert float(count) == float(subset_count) > 0
 
@@ -556,6 +596,8 @@ def test_triplet_options_that_make_no_sense_are_errors():
         triplet_loss(features, identity, visible, pairs="hard")
     with pytest.raises((ValueError, UserError), match="visibility"):
         triplet_loss(features, identity, visible, pairs="soft")
+    with pytest.raises(ValueError, match="steep"):
+        triplet_loss(features, identity, visible, hinge="steep")
 
 
 # --- all of them --------------------------------------------------------------------------------------

@@ -232,6 +232,38 @@ def test_pixel_locator_is_equations_1_to_3(float64):
     np.testing.assert_allclose(out["visibility"].sum(-1), 15, rtol=1e-12)  # every cell is shared out
 
 
+class TwoStages(nn.Module):
+    """Both maps are the image times a parameter, the second of its first channels alone."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], x.dtype)
+        return {"stage4": x * scale, "stage3": x[..., :3] ** 2}
+
+
+@pytest.mark.parametrize("stage", [4, 3])
+def test_a_hidden_layer_of_the_locator_sees_the_neighbours(float64, stage):
+    feature_map = np.random.default_rng(10).normal(size=(2, 5, 3, 4))
+    net = models.VPM(
+        TwoStages(), (2, 1), 5, (0.0,) * 3, (1.0,) * 3, locator_hidden=6, locator_stage=stage, param_dtype=jnp.float64
+    )
+    variables = fill(jax.eval_shape(net.init, jax.random.key(0), feature_map))
+    variables["params"]["backbone"]["scale"][:] = 1
+    params = variables["params"]
+    _, out = jax.jit(net.apply)(variables, feature_map)
+    read = feature_map if stage == 4 else feature_map[..., :3] ** 2
+    assert params["locator_hidden_kernel"].shape == (3, 3, read.shape[-1], 6)
+    assert np.abs(params["locator_hidden_bias"]).min() > 1e-3
+    around = np.pad(read, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for b, y, x in np.ndindex(2, 5, 3):
+        window = around[b, y : y + 3, x : x + 3]
+        hidden = (window[..., None] * params["locator_hidden_kernel"]).sum((0, 1, 2))
+        hidden = np.maximum(hidden + params["locator_hidden_bias"], 0)
+        np.testing.assert_allclose(out["locator_logits"][b, y, x], hidden @ params["locator_kernel"], **EXACT)
+    pooled = np.einsum("bhwp,bhwc->bpc", out["probability"], feature_map) / out["visibility"][..., None]
+    np.testing.assert_allclose(out["region_features"], pooled, **EXACT)  # of T, whatever the locator reads
+
+
 def test_row_locator_averages_groups_of_channels_and_the_width(float64):
     random = np.random.default_rng(2)
     feature_map = random.normal(size=(2, 6, 3, 24))

@@ -98,8 +98,9 @@ def problem():
     return params, [jax.tree.map(lambda p: random.normal(size=p.shape), params) for _ in range(STEPS)]
 
 
-def run_optax(config):
-    params, gradients = problem()
+def run_optax(config, gradients=None):
+    params, given = problem()
+    gradients = gradients or given
     with jax.enable_x64(True):
         tx = optim.optimizer(config)
         state = tx.init(params)
@@ -129,6 +130,40 @@ def test_optimizer_is_pytorchs_sgd(nesterov):
             p = p - RATES[step] * (0.1 if group == "backbone" else 1) * direction
         expected[group] = jax.tree.unflatten(structure, [p])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), run_optax(config), expected)
+
+
+def test_a_large_gradient_is_scaled_down_as_a_whole():
+    config = sgd_config(True)
+    _, gradients = problem()
+    gradients = [jax.tree.map(lambda g, i=i: g * (i + 1) / 4, gradient) for i, gradient in enumerate(gradients)]
+    norms = [np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(g))) for g in gradients]
+    limit = float(np.median(norms))
+    assert min(norms) < limit < max(norms)
+    clipped = [
+        jax.tree.map(lambda leaf, n=n: leaf * min(1, limit / n), g) for g, n in zip(gradients, norms, strict=True)
+    ]
+    expected = run_optax(config, clipped)
+    config.optim.clip = limit
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), run_optax(config, gradients), expected)
+
+
+def test_adamw():
+    config = sgd_config(True)
+    config.optim.name = "adamw"
+    decay, beta = config.optim.weight_decay, config.optim.momentum
+    params, gradients = problem()
+    found = run_optax(config)
+    for group in params:
+        [p] = jax.tree.leaves(params[group])
+        for step, gradient in enumerate(gradients):
+            [g] = jax.tree.leaves(gradient[group])
+            if step in (0, BOUNDARY):  # a stage starts with new moments
+                first, second, count = np.zeros_like(p), np.zeros_like(p), 0
+            first, second, count = beta * first + (1 - beta) * g, 0.999 * second + 0.001 * g**2, count + 1
+            direction = first / (1 - beta**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+            rate = RATES[step] * (config.optim.backbone_multiplier if group == "backbone" else 1)
+            p = p - rate * (direction + decay * p)
+        np.testing.assert_allclose(jax.tree.leaves(found[group])[0], p, rtol=1e-9)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch (the parity extra)")

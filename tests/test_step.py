@@ -93,7 +93,17 @@ def no_backbone(monkeypatch):
         ("market", {}),
         ("market_released", {}),
         ("market", {"loss__identity_regions": "all", "loss__triplet_pairs": "all", "loss__label_smoothing": 0.1}),
-        ("market", {"loss__identity_reduction": "region", "loss__identity_weight": 0.25, "loss__margin": 0.3}),
+        (
+            "market",
+            {
+                "loss__identity_reduction": "region",
+                "loss__identity_weight": 0.25,
+                "loss__margin": 0.3,
+                "loss__region_smoothing": 0.2,
+                "loss__triplet_normalize": False,
+                "loss__hinge": "soft",
+            },
+        ),
     ],
 )
 def test_losses_are_those_of_the_loss_functions(no_backbone, file, changes):
@@ -114,12 +124,14 @@ def test_losses_are_those_of_the_loss_functions(no_backbone, file, changes):
         if config.model.global_head:
             logits = jnp.concatenate([logits, out["global_logits"][:, None]], 1)
             shown = jnp.concatenate([shown, jnp.ones((BATCH, 1), bool)], 1)
-        total, count = losses.region_loss(out["locator_logits"], batch["labels"])
+        total, count = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing)
         region = total / count
         total, count = losses.identity_loss(logits, identity, shown, weights.label_smoothing)
         identity_term = total.sum() / BATCH if per_image else (total / count).sum()
-        unit = out["region_features"] / jnp.linalg.norm(out["region_features"], axis=-1, keepdims=True)
-        pairs = {"pairs": weights.triplet_pairs, "visibility": out["visibility"]}
+        unit = out["region_features"]
+        if weights.triplet_normalize:
+            unit /= jnp.linalg.norm(unit, axis=-1, keepdims=True)
+        pairs = {"pairs": weights.triplet_pairs, "visibility": out["visibility"], "hinge": weights.hinge}
         total, anchors = losses.triplet_loss(unit, identity, visible, weights.margin, **pairs)
         triplet = total / anchors
         right = (jnp.argmax(logits, -1) == identity[:, None]) & shown
@@ -290,6 +302,38 @@ def test_pmap_equals_one_device(one_device):
             assert_close(share(measured, device), metrics)
     for device in range(devices):
         assert_close(share(state, device), one_device.states[-1])
+
+
+@two_devices
+def test_every_part_equals_one_device_under_pmap(no_backbone):
+    """What is off in the recipes above, on at once, on given feature maps."""
+    changes = {
+        "model__neck": "bn",
+        "model__head_dim": 0,
+        "model__head_bias": False,
+        "model__global_head": True,
+        "model__locator_hidden": 5,
+        "loss__label_smoothing": 0.1,
+        "loss__region_smoothing": 0.1,
+        "loss__triplet_normalize": False,
+        "loss__hinge": "soft",
+        "loss__triplet_pairs": "soft",
+        "optim__clip": 0.5,
+        "optim__ema": 0.9,
+    }
+    config, devices = configure("market", data__height=8, data__width=4, **changes), jax.device_count()
+    batches = [new_batch(config, seed) for seed in range(3)]
+    one = new_state(config)
+    many = jax.tree.map(lambda leaf: np.stack([leaf] * devices), one)
+    step = jax.jit(step_lib.make_step(config), compiler_options=FAST)
+    split = [{k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()} for batch in batches]
+    mapped = jax.pmap(step_lib.make_step(config, axis_name="data"), axis_name="data")
+    mapped = mapped.lower(many, split[0]).compile(FAST)
+    for batch, parts in zip(batches, split, strict=True):
+        (one, metrics), (many, measured) = step(one, batch), mapped(many, parts)
+        for device in range(devices):
+            assert_close(jax.tree.map(lambda leaf, d=device: np.asarray(leaf)[d], (many, measured)), (one, metrics))
+        assert metrics["grad_norm"] > config.optim.clip
 
 
 # --- the feature step ---------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def default() -> ConfigDict:
     c.model.bn_epsilon = 1e-5  # pretrained weights set it
     c.model.grid = (6, 1)
     c.model.locator = "pixel"  # "pixel" (Eq. 1) | "row" | "stripes" (PCB's fixed partition)
+    c.model.locator_hidden = 0  # channels of a 3x3 convolution and ReLU in front of the pixel locator; 0: none
+    c.model.locator_stage = 4  # whose feature map the locator reads: 4 is T | 3, where it is of T's size
     c.model.locator_dropout = 0.0
     c.model.locator_groups = 1  # channels averaged in groups of this many before the row locator
     c.model.locator_init_std = 0.01  # 0: Kaiming fan-out, which saturates Eq. 1 on T's 2048 channels (L_R starts at 50)
@@ -115,14 +117,20 @@ def default() -> ConfigDict:
     #                                      "region": mean over the images that show a region, sum over regions
     c.loss.identity_regions = "visible"  # "visible" | "all" (MVPM-3)
     c.loss.triplet_pairs = "visible"  # "visible" (Eq. 7) | "all" (MVPM-2) | "soft" (released)
+    c.loss.triplet_normalize = True  # on features of unit length
+    c.loss.hinge = "hard"  # "hard": max(0, x) of x = D_positive - D_negative + margin | "soft": log(1 + exp(x)), which
+    #                        never lets go of a pair (Hermans et al., 2017, with margin 0)
     c.loss.margin = 1.0
     c.loss.min_cells = 1  # a region spanning fewer cells is invisible
     c.loss.label_smoothing = 0.0
+    c.loss.region_smoothing = 0.0  # the same of the region labels
 
     c.optim = ConfigDict()
+    c.optim.name = "sgd"  # | "adamw": weight_decay times the learning rate, momentum is its first beta
     c.optim.momentum = 0.9
     c.optim.nesterov = True
     c.optim.weight_decay = 5e-4  # coupled, on every parameter
+    c.optim.clip = 0.0  # a larger norm of the whole gradient is scaled down to this; 0: never
     c.optim.backbone_multiplier = 0.1
     c.optim.ema = (
         0.0  # decay of the running average of weights and statistics that is evaluated; 0: none, the last ones
@@ -202,10 +210,13 @@ _CHOICES: dict[str, tuple] = {
     "model.last_stride": (1, 2),
     "model.stride_on": ("3x3", "1x1"),
     "model.locator": ("pixel", "row", "stripes"),
+    "model.locator_stage": (3, 4),
     "model.neck": ("none", "bn"),
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "loss.identity_reduction": ("image", "region"),
     "loss.identity_regions": ("visible", "all"),
+    "loss.hinge": ("hard", "soft"),
+    "optim.name": ("sgd", "adamw"),
     "loss.triplet_pairs": ("visible", "all", "soft"),
     "match.feature": ("before", "after"),
     "match.visibility": ("soft", "uniform", "binary"),
@@ -302,6 +313,7 @@ def check(config: ConfigDict) -> None:
         "model.head_dropout": (0, 0.99),
         "model.locator_dropout": (0, 0.99),
         "loss.label_smoothing": (0, 0.99),
+        "loss.region_smoothing": (0, 0.99),
         "optim.momentum": (0, 0.9999),
         "optim.ema": (0, 0.999999),
     }
@@ -312,6 +324,13 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"Config key data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high.")
     if config.match.feature == "after" and config.model.neck == "none":
         raise UserError('Config key match.feature is "after" but model.neck is "none": set model.neck to "bn".')
+    if config.model.locator_stage == 3 and config.model.last_stride != 1:
+        raise UserError("Config key model.locator_stage is 3, whose map is larger than T: set model.last_stride to 1.")
+    if config.model.locator_hidden and config.model.locator != "pixel":
+        raise UserError(
+            f"Config key model.locator_hidden is {config.model.locator_hidden} but model.locator is "
+            f"{config.model.locator!r}: only the pixel locator has hidden channels."
+        )
     area = config.data.erasing_area
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise UserError(f"Config key data.erasing_area is {area}, expected (low, high) with 0 < low <= high <= 1.")

@@ -23,12 +23,13 @@ def _cross_entropy(logits, labels, smoothing=0.0):
     return -picked
 
 
-def region_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
+def region_loss(logits: Array, labels: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
     """Eq. 5: cross entropy of the region locator, summed over every cell of every image.
 
     Args:
       logits: [B, h, w, P] of the locator.
       labels: int [B, h, w] from `regions.project_regions`.
+      smoothing: label smoothing, 0 in the paper.
 
     Returns:
       (total, count): scalars; count = B * h * w.
@@ -38,7 +39,7 @@ def region_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape}, expected [B, h, w, P] and [B, h, w]")
-    losses = _cross_entropy(logits, labels)
+    losses = _cross_entropy(logits, labels, smoothing)
     return jnp.sum(losses), jnp.asarray(labels.size, losses.dtype)
 
 
@@ -106,6 +107,7 @@ def triplet_loss(
     margin: float = 1.0,
     *,
     pairs: str = "visible",
+    hinge: str = "hard",
     visibility: Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[Array, Array]:
@@ -121,6 +123,7 @@ def triplet_loss(
       visible: bool [B, P].
       margin: alpha.
       pairs: "visible", "all" or "soft": see `pair_weights`.
+      hinge: "hard", the max(0, x) of Eq. 7, or "soft", log(1 + exp(x)).
       visibility: [B, P] predicted scores, for "soft".
       axis_name: mine over the batch of every device on this mapped axis.
 
@@ -129,8 +132,10 @@ def triplet_loss(
       comparable negative.
 
     Raises:
-      ValueError: for shapes that do not fit together, and as `pair_weights`.
+      ValueError: for shapes that do not fit together, another hinge, and as `pair_weights`.
     """
+    if hinge not in ("hard", "soft"):
+        raise ValueError(f'hinge is {hinge!r}, expected "hard" or "soft"')
     if features.shape[:-1] != visible.shape or identity.shape != visible.shape[:1]:
         raise ValueError(
             f"features {features.shape}, identity {identity.shape}, visible {visible.shape}, "
@@ -173,4 +178,5 @@ def triplet_loss(
     hardest_positive = distance_to(jnp.argmax(jnp.where(positive, distance, -jnp.inf), axis=1))
     hardest_negative = distance_to(jnp.argmin(jnp.where(negative, distance, jnp.inf), axis=1))
     gap = jnp.where(mined, hardest_positive - hardest_negative + margin, 0)
-    return jnp.sum(jax.nn.relu(gap)), jnp.sum(mined).astype(gap.dtype)
+    losses = jax.nn.relu(gap) if hinge == "hard" else jnp.where(mined, jax.nn.softplus(gap), 0)
+    return jnp.sum(losses), jnp.sum(mined).astype(gap.dtype)

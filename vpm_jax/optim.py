@@ -1,4 +1,4 @@
-"""Optimiser and schedules: SGD with Nesterov momentum and coupled weight decay, in one or two stages.
+"""Optimiser and schedules: SGD with Nesterov momentum and coupled weight decay (or AdamW), in one or two stages.
 
 Everything is a function of the step, so that both stages are one compiled training step. Configs are resolved ones
 (`train.resolve`), whose stages have their steps per epoch.
@@ -80,7 +80,7 @@ def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.Grad
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """PyTorch's SGD: weight decay joins the gradient of every parameter before momentum."""
+    """PyTorch's SGD, where weight decay joins the gradient of every parameter before momentum; or its AdamW."""
     o = config.optim
 
     def multiply(updates, params=None):
@@ -90,9 +90,15 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
             for k, v in updates.items()
         }
 
-    sgd = optax.chain(optax.add_decayed_weights(o.weight_decay), optax.trace(o.momentum, o.nesterov))
+    decay = optax.add_decayed_weights(o.weight_decay)
+    if o.name == "adamw":
+        parts = [optax.scale_by_adam(b1=o.momentum), decay]
+    else:
+        parts = [decay, optax.trace(o.momentum, o.nesterov)]
+    if o.clip:
+        parts.insert(0, optax.clip_by_global_norm(o.clip))
     return optax.chain(
-        restart(sgd, _starts(config)),
+        restart(optax.chain(*parts), _starts(config)),
         optax.stateless(multiply),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

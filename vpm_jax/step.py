@@ -114,7 +114,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
 
         # Each total is this device's; each count is everybody's and carries no gradient, so that summing
         # the devices' gradients gives the gradient of the global mean.
-        region, cells = losses.region_loss(out["locator_logits"], batch["labels"])
+        region, cells = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing)
         region = region / psum(cells)
 
         if config.model.global_head:
@@ -128,11 +128,12 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
             identity_term = jnp.sum(per_head / jnp.maximum(head_count, 1))
 
         triplet, anchors = losses.triplet_loss(
-            l2_normalize(out["region_features"]),
+            l2_normalize(out["region_features"]) if weights.triplet_normalize else out["region_features"],
             identity,
             visible,
             weights.margin,
             pairs=weights.triplet_pairs,
+            hinge=weights.hinge,
             visibility=out["visibility"],
             axis_name=axis_name,
         )

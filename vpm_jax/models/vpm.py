@@ -133,6 +133,8 @@ class VPM(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     locator: str = "pixel"
+    locator_hidden: int = 0
+    locator_stage: int = 4
     locator_dropout: float = 0.0
     locator_groups: int = 1
     locator_init_std: float = 0.0
@@ -157,7 +159,8 @@ class VPM(nn.Module):
         stages = self.backbone(image, train)
         feature_map = stages["stage4"].astype(self.param_dtype)
 
-        locator_logits = self.locate(feature_map, train)
+        located = feature_map if self.locator_stage == 4 else stages["stage3"].astype(self.param_dtype)
+        locator_logits = self.locate(located, train)
         probability = nn.softmax(locator_logits)
         visibility = jnp.sum(probability, axis=(1, 2))
         weights = probability
@@ -218,6 +221,11 @@ class VPM(nn.Module):
         x = ExampleDropout(self.locator_dropout, self.axis_name, name="locator_dropout")(feature_map, train)
         if self.locator == "row":
             x = x.reshape(batch, h, w, channels // self.locator_groups, self.locator_groups).mean((2, 4))[:, :, None]
+        if self.locator_hidden:
+            shape, he = (3, 3, channels, self.locator_hidden), nn.initializers.he_normal()
+            hidden = self.param("locator_hidden_kernel", he, shape, self.param_dtype)
+            x = lax.conv_general_dilated(x, hidden, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = nn.relu(x + self.param("locator_hidden_bias", nn.initializers.zeros, shape[-1:], self.param_dtype))
         kernel = self.param("locator_kernel", init, (x.shape[-1], regions), self.param_dtype)
         logits = x @ kernel
         if self.locator == "row":

@@ -31,7 +31,12 @@ HEAD = {
     "params/heads/classifier": "classifier.weight",
     "params/heads/bias": "classifier.bias",
 }
-LOCATOR = {"params/locator_kernel": "locator.weight", "params/locator_bias": "locator.bias"}
+LOCATOR = {
+    "params/locator_kernel": "locator.weight",
+    "params/locator_bias": "locator.bias",
+    "params/locator_hidden_kernel": "locator.hidden.weight",
+    "params/locator_hidden_bias": "locator.hidden.bias",
+}
 
 
 def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -47,12 +52,19 @@ def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     return {name: x.shape for name, x in tree.items() if name.split("/")[1] != "backbone"}
 
 
+def _conv_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A locator's shape in PyTorch: of a kernel [in, out] or [k, k, in, out], or a bias."""
+    height, width, *channels = shape if len(shape) == 4 else (1, 1, *shape)
+    return (*channels[::-1], height, width) if len(shape) > 1 else shape
+
+
 def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Heads by our flat names, renamed, split by head and transposed."""
     result = {}
     for name, x in ours.items():
         if name in LOCATOR:
-            result[LOCATOR[name]] = np.ascontiguousarray(x.T)[:, :, None, None] if x.ndim == 2 else x
+            y = x if x.ndim == 1 else np.moveaxis(x, (-1, -2), (0, 1))
+            result[LOCATOR[name]] = np.ascontiguousarray(y).reshape(_conv_shape(x.shape))
         else:
             for n, part in enumerate(x):
                 result[f"heads.{n}.{HEAD[name]}"] = np.ascontiguousarray(part.T)
@@ -64,7 +76,7 @@ def expected(ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] =
     result: dict[str, tuple[int, ...]] = {}
     for name, shape in ours.items():
         if name in LOCATOR:
-            result[rename(LOCATOR[name])] = (*shape[::-1], 1, 1) if len(shape) == 2 else shape
+            result[rename(LOCATOR[name])] = _conv_shape(shape)
         else:
             result |= {rename(f"heads.{n}.{HEAD[name]}"): shape[:0:-1] for n in range(shape[0])}
     return result
@@ -77,7 +89,8 @@ def from_torch(
     result = {}
     for name, shape in ours.items():
         if name in LOCATOR:
-            result[name] = theirs[rename(LOCATOR[name])].reshape(shape[::-1]).T
+            x = theirs[rename(LOCATOR[name])]
+            result[name] = x if len(shape) == 1 else x.transpose(2, 3, 1, 0).reshape(shape)
         else:
             result[name] = np.stack([theirs[rename(f"heads.{n}.{HEAD[name]}")].T for n in range(shape[0])])
     return result
