@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 from tiny import CONFIGS, recipe
 
@@ -9,7 +11,8 @@ from vpm_jax import config as config_lib
 from vpm_jax.config import changed_keys, check, default, flatten, from_json, set_key, small, stage, to_json
 from vpm_jax.errors import UserError
 
-ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + [("market", "small"), ("own", "small")]
+SMALL = [(name, "small") for name in ("market", "market_plus", "own")]
+ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + SMALL
 
 
 def test_the_configs_of_the_readme_are_here():
@@ -25,6 +28,22 @@ def test_every_config_passes_the_check_and_survives_json(file, variant):
     assert {key: type(value) for key, value in flatten(again).items()} == {
         key: type(value) for key, value in flatten(config).items()
     }
+
+
+def test_what_is_to_be_compared_can_be():
+    lists = runpy.run_path(str(CONFIGS / "market_plus.py"))
+    screen, evaluated = lists["SCREEN"], lists["EVALUATED"]
+    assert screen["base"] == {} and len({str(changes) for changes in screen.values()}) == len(screen)
+    for of, changes in [*((name, {}) for name in screen), *evaluated.values()]:
+        trained, config = recipe("market", "small"), recipe("market", "small")
+        for key, value in screen[of].items():
+            assert of == "all" or flatten(config)[key] != value, "nothing to compare"
+            set_key(trained, key, value)
+        for key, value in (screen[of] | changes).items():
+            set_key(config, key, value)
+        check(config)
+        # An evaluation keeps to the keys that `evaluate` takes.
+        assert changed_keys(trained, config) == [] and bool(changes) == (flatten(trained) != flatten(config))
 
 
 def test_json_that_lacks_a_newer_key_takes_its_default():

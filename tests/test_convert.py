@@ -18,7 +18,7 @@ from vpm_jax import convert, models, step
 from vpm_jax.checkpoints import Checkpoints
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import ResNet
-from vpm_jax.pretrained import Network, load, own
+from vpm_jax.pretrained import Network, heads, load, own
 
 
 def run(*arguments) -> int:
@@ -279,3 +279,21 @@ def test_metadata_that_do_not_fit_are_refused(tmp_path, change):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         load(f"vpm:{tmp_path}")
+
+
+def test_a_neck_and_a_hidden_locator_have_names_for_pytorch_too():
+    parts = {"model__neck": "bn", "model__head_dim": 0, "model__head_bias": False, "model__locator_hidden": 7}
+    shapes = heads.shapes(tiny.shrunk("market", **parts))
+    random = np.random.default_rng(0)
+    ours = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    theirs = heads.to_torch(ours)
+    assert {name: x.shape for name, x in theirs.items()} == heads.expected(shapes)
+    assert set(theirs) == {"locator.weight", "locator.hidden.weight", "locator.hidden.bias"} | {
+        f"heads.{n}.{leaf}"
+        for n in range(3)
+        for leaf in ("neck.weight", "neck.running_mean", "neck.running_var", "classifier.weight")
+    }
+    # PyTorch's convolutions are [out, in, k, k], ours [k, k, in, out]; a 1x1 has no k here.
+    assert theirs["locator.weight"][2, 5, 0, 0] == ours["params/locator_kernel"][5, 2]
+    assert theirs["locator.hidden.weight"][6, 5, 0, 2] == ours["params/locator_hidden_kernel"][0, 2, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, heads.from_torch(theirs, shapes), ours)

@@ -357,9 +357,8 @@ def test_features_are_of_unit_length_and_float32(no_backbone):
 def test_flip_test_is_the_mean_with_the_mirror_image(no_backbone, locator):
     changes = {"model__grid": (2, 3), "model__locator": locator}
     config = configure("market", data__height=8, data__width=6, **changes)
-    state = new_state(config)
-    image = new_batch(config)["image"]
-    variables = step_lib.evaluated(state)
+    variables = step_lib.evaluated(new_state(config))
+    image = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 6, 3), np.uint8)
 
     def run(image, flip):
         config.eval.flip = flip
