@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -40,11 +41,12 @@ def evaluated(state: State) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def _average(config: ConfigDict, state: State, ema: Any) -> Any:
-    """`ema` moved towards the state's variables; young averages forget faster, or they would keep the start."""
+def _average(config: ConfigDict, state: AveragedState) -> AveragedState:
+    """The average moved towards the state's variables; a young one forgets faster, or it would keep the start."""
     decay = jnp.minimum(config.optim.ema, state.step / (state.step + 9))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), ema, variables)
+    ema = jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), state.ema, variables)
+    return replace(state, ema=ema)
 
 
 def _init(config: ConfigDict) -> Callable:
@@ -165,10 +167,8 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
         params = optax.apply_updates(state.params, updates)
-        after = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        if isinstance(after, AveragedState):
-            after = after.replace(ema=_average(config, after, after.ema))
-        return after, metrics
+        after = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return _average(config, after) if isinstance(after, AveragedState) else after, metrics
 
     return step
 
