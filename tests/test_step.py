@@ -362,7 +362,7 @@ def test_flip_test_is_the_mean_with_the_mirror_image(no_backbone, locator):
 
     def run(image, flip):
         config.eval.flip = flip
-        return jax.jit(step_lib.make_feature_step(config), compiler_options=FAST)(variables, image)
+        return jax.jit(step_lib.make_feature_step(config, region_maps=True), compiler_options=FAST)(variables, image)
 
     found = run(image, True)
     if locator == "stripes":  # the mirror image shows the same regions, from the right
@@ -375,6 +375,7 @@ def test_flip_test_is_the_mean_with_the_mirror_image(no_backbone, locator):
         np.testing.assert_allclose(found["features"][b, region], mean / np.linalg.norm(mean), atol=1e-6)
         visibility = [out["visibility"][place] for out, place in zip(outputs, places, strict=True)]
         np.testing.assert_allclose(found["visibility"][b, region], np.mean(visibility), rtol=1e-6)
+    np.testing.assert_allclose(found["region_maps"].sum((1, 2)), found["visibility"], rtol=1e-6)
 
 
 def test_l2_normalize_of_zero_has_a_finite_gradient():

@@ -40,7 +40,8 @@ Images = Image | Iterable[Image]
 # The keys on which features depend, beside the parameters: a part of `VPM.fingerprint`. Never the device or dtype.
 _MATTERS = tuple(f"data.{k}" for k in ("height", "width", "resize", "mean", "std"))
 _MATTERS += tuple(f"model.{k}" for k in ("depth", "width", "stem", "strides", "last_stride", "stride_on"))
-_MATTERS += tuple(f"model.{k}" for k in ("bn_epsilon", "grid", "locator", "locator_groups"))
+_MATTERS += tuple(f"model.{k}" for k in ("bn_epsilon", "grid", "locator", "locator_groups", "locator_stage"))
+_MATTERS += ("match.feature", "eval.flip")
 
 
 @dataclass(frozen=True)
