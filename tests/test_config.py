@@ -35,10 +35,10 @@ def test_what_is_to_be_compared_can_be():
     screen, evaluated = lists["SCREEN"], lists["EVALUATED"]
     assert screen["base"] == {} and len({str(changes) for changes in screen.values()}) == len(screen)
     for of, changes in [*((name, {}) for name in screen), *evaluated.values()]:
-        trained, config = recipe("market", "small"), recipe("market", "small")
+        base, trained, config = (recipe("market", "small") for _ in range(3))
         for key, value in screen[of].items():
-            assert of == "all" or flatten(config)[key] != value, "nothing to compare"
             set_key(trained, key, value)
+        assert (flatten(trained) == flatten(base)) == (of == "base")
         for key, value in (screen[of] | changes).items():
             set_key(config, key, value)
         check(config)
