@@ -75,8 +75,8 @@ def region_distance(
     Features are used as given: L2-normalise them first where the recipe asks for it. `squared` takes the squared
     local distances instead (the released code). Features may be NumPy arrays, `np.memmap`s, jax arrays, or anything
     that has a shape and gives rows for a slice, of any float type. The gallery is read once, in chunks, the queries
-    once for each of these; nothing of size [Q, G, P] ever exists, and beyond inputs and result about 5 * CHUNK_BYTES
-    are needed. This is a function for the host: it cannot be traced by `jax.jit`.
+    once (for each of these if they are many); nothing of size [Q, G, P] ever exists, and beyond inputs and result
+    about 7 * CHUNK_BYTES are needed. This is a function for the host: it cannot be traced by `jax.jit`.
 
     Accuracy: local distances come from |q|^2 + |g|^2 - 2 q.g in float32, taken about the queries' mean so that what
     all features share cancels beforehand. The error of a squared local distance is then about 1e-6 times the
@@ -107,8 +107,11 @@ def region_distance(
 
     # Any common origin leaves distances as they are; a sample of the queries is enough to find a good one.
     centre = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
+    query_chunks = partial(_chunks, query_features, query_weight, centre, CHUNK_BYTES // 4, "query")
+    if 4 * queries * centre.size <= 2 * CHUNK_BYTES:  # prepared once, not for each chunk of the gallery
+        query_chunks = partial(iter, list(query_chunks()))
     for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, centre, CHUNK_BYTES, "gallery"):
-        for query_rows, query, block in _chunks(query_features, query_weight, centre, CHUNK_BYTES // 4, "query"):
+        for query_rows, query, block in query_chunks():
             values, near = _block(block, on_device, squared)
             part = distance[query_rows, gallery_rows]
             part[...] = np.asarray(values)[: part.shape[0], : part.shape[1]]
@@ -200,8 +203,9 @@ def _chunks(
 @jax.jit
 def _prepare(features: jax.Array, weight: jax.Array, centre: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Centred features [P, n, C], their squared norms [P, n] and weights [P, n]: regions first."""
-    x = jnp.moveaxis(features.astype(jnp.float32) - centre, 1, 0)
-    return x, jnp.sum(x * x, axis=-1), weight.T
+    # Region by region: XLA:CPU would write the squares of all of them to memory before it sums them.
+    x = [features[:, i].astype(jnp.float32) - centre[i] for i in range(len(centre))]
+    return jnp.stack(x), jnp.stack([jnp.sum(region * region, axis=-1) for region in x]), weight.T
 
 
 @partial(jax.jit, static_argnames=("squared", "slack"))
