@@ -254,11 +254,11 @@ def test_a_result_of_another_config_is_refused_by_its_keys(pretend, call, tmp_pa
 
 def test_what_changes_no_result_changes_no_fingerprint():
     plain = make_run("market1501", "paper", "vpm").config
-    free = ("data.root", "data.workers", "data.threads", "log_every", "checkpoint_every", "eval.batch", "eval.every")
-    assert set(flatten(plain)) - set(fingerprint(plain)) == {
-        *free,
-        *("recipe", "keep_checkpoints", "tensorboard", "parallel"),
-    }
+    free = set(flatten(plain)) - set(fingerprint(plain))
+    assert free >= {"data.root", "data.workers", "data.threads", "log_every", "eval.batch", "eval.every", "parallel"}
+    for key in ("seed", "data.name", "data.gamma", "eval.crop", "eval.gammas", "match.visibility", "pretrained"):
+        assert key not in free
+    assert not any(key.startswith(("model.", "loss.", "optim.", "stage1.", "stage2.")) for key in free)
     plain.pretrained = "torchvision:/somewhere/resnet50.pth"
     assert fingerprint(plain)["pretrained"] == "torchvision:resnet50.pth"
 

@@ -191,11 +191,9 @@ def family(dataset: str, scale: str) -> str:
     return dataset if dataset == scale else f"{dataset}-{scale}"
 
 
-# Keys that change where and how fast a run goes, not what comes out of it.
-_NO_RESULT = (
-    *("recipe", "data.root", "data.workers", "data.threads", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("tensorboard", "tracker", "parallel", "eval.batch", "eval.every"),
-)
+# Keys that change where and how fast a run goes, not what comes out of it: what a run may be resumed with, but for how
+# it is evaluated.
+_NO_RESULT = {key for key in config_lib.RESUMABLE if not key.endswith(".")} | {"eval.batch", "eval.every"}
 
 
 def fingerprint(config: ConfigDict) -> dict[str, Any]:
