@@ -158,10 +158,10 @@ def test_all_is_one_table(monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "PARTS", {name: part(name) for name in PARTS})
     monkeypatch.setattr(step, "side", fake_side)
-    main(["all"])
+    assert main(["all"]) == 1
     out = capsys.readouterr().out
     assert out.count("of the limit") == 1 and out.count(": it") == len(PARTS) - 1
-    assert "matching: too little memory" in out
+    assert "matching: failed: too little memory" in out
 
 
 @pytest.mark.slow  # compiles in processes of their own

@@ -11,6 +11,7 @@ PART --help lists what a part takes; --json FILE keeps the figures with hardware
 from __future__ import annotations
 
 import argparse
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def add_common(one: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(argv)
     if args.part == "all":
         report = run_all(args, overrides)
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text(report))
     if args.json:
         write_atomically(args.json, to_json(report))
+    return 1 if report.failed else 0
 
 
 def read_config(args: argparse.Namespace, overrides: list[str]) -> ConfigDict:
@@ -102,8 +104,11 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> Report:
         one = parser().parse_args(arguments)
         try:
             found = part.run(one, read_config(one, overrides))
-        except UserError as error:
-            found = Report(rows=[], lines=[str(error)])
+        except Exception as error:  # what the other parts measured is kept
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            found = Report(rows=[], lines=[f"failed: {str(error) or type(error).__name__}"])
+            report.failed.append(name)
         report.rows += found.rows
         report.lines += [f"{name}: {line}" for line in found.lines]
         report.device = report.device or found.device

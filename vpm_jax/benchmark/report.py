@@ -41,6 +41,7 @@ class Report:
     figures: str = ""
     device: str = ""  # what JAX ran on, where that is no CPU
     config: dict[str, Any] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)  # the parts of `all` that could not be measured
 
 
 def align(rows: Sequence[tuple[str, ...]]) -> str:
