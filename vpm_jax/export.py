@@ -29,8 +29,9 @@ from vpm_jax.logs import replacing, write_atomically
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
 FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors"}
-# The largest difference from the live model that is rounding, of unit features, probabilities and shares of the map.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+# The largest difference from the live model that is rounding, of unit features, probabilities and shares of the map:
+# usually below 1e-6, but 4e-4 was seen where a locator with large logits is undecided in a cell.
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.05}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

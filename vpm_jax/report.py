@@ -162,16 +162,16 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops, eval_picture
     from vpm_jax.data.sources import load_dataset
-    from vpm_jax.matching import match_visibility, region_distance
 
     dataset = load_dataset(config.data)
     evaluate.check(config, dataset)
     model = VPM.load(workdir)
     query, gallery = dataset.query, dataset.gallery  # with junk: it is shown, in grey
+    if config.match.rerank:  # which depends on all that is ranked, as in an evaluation
+        gallery = evaluate.ranked(gallery)
     mesh = parallel.data_mesh(config.eval.batch)
     found = evaluate.extract_many(config, model.variables, [(gallery, 1.0), (query, gamma)], mesh)
-    pairs = [(part.features, match_visibility(part.visibility, config.match.visibility)) for part in found]
-    distance = region_distance(*pairs[1], *pairs[0], squared=config.match.squared)
+    distance = evaluate.match(config, found[1], found[0])
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
 
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "

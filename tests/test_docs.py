@@ -1,0 +1,119 @@
+"""The documentation is true: marked examples run, commands, options, keys, names and links exist."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import runpy
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import quick_compiler
+
+from vpm_jax.config import default, flatten
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)( test)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str, marked: bool = False) -> list[str]:
+    return [text for kind, test, text in BLOCK.findall(page.read_text()) if kind == language and (test or not marked)]
+
+
+def commands(text: str) -> list[list[str]]:
+    """[module, argument, ...] of each line `python -m vpm_jax.MODULE ...`."""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python -m vpm_jax.")]
+    return [shlex.split(line, comments=True)[2:] for line in lines]
+
+
+@cache
+def usage(module: str, *subcommand: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main([*subcommand, "--help"])
+    assert end.value.code == 0
+    return out.getvalue()
+
+
+def test_the_pages_are_there():
+    assert {page.stem for page in PAGES} >= {"data", "paper", "recipes", "scaling", "search"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_have_their_options_and_keys(page):
+    keys = flatten(default())
+    for module, *arguments in (c for text in blocks(page, "bash") for c in commands(text)):
+        known = usage(module)
+        if re.search(rf"[{{|\s]{re.escape(arguments[0])}\b", known) and arguments[0].isalpha():
+            with contextlib.suppress(AssertionError):  # a subcommand's options, or a plain argument
+                known = usage(module, arguments[0])
+        for argument in arguments:
+            if argument.startswith("--config."):
+                assert argument.removeprefix("--config.").partition("=")[0] in keys, argument
+            elif argument.startswith("--"):
+                assert re.search(rf"{re.escape(argument)}\b", known), f"{module} has no {argument}"
+            elif argument.startswith("configs/"):
+                get_config = runpy.run_path(str(ROOT / argument.partition(":")[0]))["get_config"]
+                get_config(*filter(None, [argument.partition(":")[2]]))
+    for key in re.findall(r"--config\.([\w.]+)=", page.read_text()):
+        assert key in (*keys, "KEY"), key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_files_and_names_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for file in re.findall(r"`((?:vpm_jax|configs|launch)/[\w/.]+\.\w+)", text):
+        assert (ROOT / file).exists(), file
+    modules = "|".join(path.stem for path in (ROOT / "vpm_jax").iterdir() if not path.stem.startswith("_"))
+    for name in re.findall(rf"`((?:{modules})\.[\w.]+)`", text):
+        key = name.removeprefix("config.")
+        if any(key == k or k.startswith(f"{key}.") for k in flatten(default())):
+            continue
+        if re.search(r"\.(jsonl?|jpg|md|png|html)$|^model\.(fingerprint|stablehlo)|^model\.stablehlo\.json", name):
+            continue  # a file, or an object of an example
+        parts = name.split(".")
+        for n in range(len(parts), 0, -1):  # a module, then attributes of it
+            try:
+                found = importlib.import_module(".".join(["vpm_jax", *parts[:n]]))
+            except ModuleNotFoundError:
+                continue
+            for attribute in parts[n:]:
+                found = getattr(found, attribute)
+            break
+        else:
+            pytest.fail(f"there is no {name}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_marked_examples_run(page, whole, compile_cache, tmp_path, monkeypatch):
+    """In order, on a tiny trained model and five made-up pictures."""
+    marked = [(kind, text) for kind, test, text in BLOCK.findall(page.read_text()) if test]
+    if not marked:
+        pytest.skip("no examples to run")
+    if "export" in page.read_text():
+        pytest.importorskip("flatbuffers", reason="jax.export writes with it")
+    shutil.copytree(whole, tmp_path / "runs" / "synthetic")
+    (tmp_path / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    for name in ("pictures/a", "pictures/b", "pictures/c", "pictures/d", "partial"):
+        Image.fromarray(random.integers(0, 256, (50, 30, 3), np.uint8)).save(tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    with quick_compiler(compile_cache):
+        for kind, text in marked:
+            if kind == "python":
+                exec(compile(text, str(page), "exec"), {"__name__": "example"})
+                continue
+            lines = commands(text)
+            assert len(lines) == len(text.strip().splitlines()), "an example to run is python -m vpm_jax... alone"
+            for module, *arguments in lines:
+                assert not importlib.import_module(module).main(arguments)
