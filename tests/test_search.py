@@ -187,7 +187,7 @@ def test_sigkill_at_any_moment(tmp_path, run, model, compiler):
     code = "import sys; from vpm_jax import search; search._COMMIT_SECONDS = 0; sys.exit(search.main(sys.argv[1:]))"
     arguments = ["index", str(folder), "--workdir", str(run), "--index", str(store), "--batch", "8"]
     draw, kills = np.random.default_rng(0), 0
-    for _ in range(20):
+    for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | compiler)
         while process.poll() is None and not (store / "store.json").exists():
             time.sleep(0.05)

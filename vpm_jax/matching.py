@@ -20,6 +20,9 @@ NEAR = 1e-3
 
 # Candidates that `top_k` keeps beyond k, so that one reading of the gallery nearly always proves its answer.
 SPARE = 16
+# On CPU `top_k` reads this much at a time: arrays that stay in caches and are never given back to the system make it
+# four times as fast as those of CHUNK_BYTES (3.3 s instead of 13 for a million images of 6 x 256, on one core).
+CPU_CHUNK_BYTES = 6 * 2**20
 FARTHEST = np.finfo(np.float32).max
 
 Features = np.ndarray | jax.Array  # or anything that has a shape and gives such rows for a slice
@@ -303,7 +306,7 @@ def top_k(
         rows, kept = todo.pop()
         kept = min(kept, len(gallery_weight))
         # Queries at a time: by the memory of their features, and of the pairs with a chunk or with the candidates.
-        size = max(1, CHUNK_BYTES // 4 // max(4 * width, 4 * _chunk_size(width), 32 * kept))
+        size = max(1, CHUNK_BYTES // 4 // max(4 * width, 4 * _chunk_size(width, mesh), 32 * kept))
         if len(rows) > size:
             todo += [(rows[start : start + size], kept) for start in range(0, len(rows), size)]
             continue
@@ -323,9 +326,10 @@ def top_k(
     return distance, index
 
 
-def _chunk_size(width: int) -> int:
+def _chunk_size(width: int, mesh: Mesh) -> int:
     """Gallery images at a time, of `width` numbers each."""
-    return max(1, CHUNK_BYTES // 2 // (4 * width))
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    return max(1, min(CHUNK_BYTES // 2, CPU_CHUNK_BYTES if cpu else CHUNK_BYTES) // (4 * width))
 
 
 def _scan(
@@ -340,7 +344,7 @@ def _scan(
     features, weight = gallery
     centre = query[0].mean(axis=0)  # any common origin leaves distances as they are
     prepared, centre = jax.device_put((_prepare(*query, centre), centre), everywhere)
-    count = -(-len(weight) // _chunk_size(centre.size))
+    count = -(-len(weight) // _chunk_size(centre.size, mesh))
     size = -(-len(weight) // count)
     size += -size % mesh.size
     shape = (mesh.size, len(query[0]), kept)
