@@ -111,6 +111,15 @@ def test_several_parts_are_extracted_one_after_the_other(trained):
     np.testing.assert_array_equal(two.features, evaluate.extract(config, variables, dataset.gallery, mesh).features)
 
 
+def test_a_report_says_how_features_are_made():
+    config = config_lib.default()
+    assert "features" not in evaluate.matching_in_words(config)
+    config.match.feature = "after"
+    assert "distances of features after the neck" in evaluate.matching_in_words(config)
+    config.eval.flip = True
+    assert "after the neck (means over an image and its mirror)" in evaluate.matching_in_words(config)
+
+
 def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     changes = ["--config.match.visibility=uniform", "--config.eval.gammas=0.7", "--config.eval.crop=bottom"]
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), *changes]) == 0

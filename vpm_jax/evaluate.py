@@ -208,8 +208,8 @@ def matching_in_words(config: ConfigDict) -> str:
     m = config.match
     numbers = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
     reranked = f", re-ranked by k-reciprocal neighbours ({numbers})" * m.rerank
-    features = " of features after the neck" * (m.feature == "after")
-    features += ", means over an image and its mirror image" * config.eval.flip
+    made = " after the neck" * (m.feature == "after") + " (means over an image and its mirror)" * config.eval.flip
+    features = f" of features{made}" if made else ""
     return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}"
 
 
