@@ -143,7 +143,9 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere")
     assert index(folder, run) == search.INCOMPLETE == 3
-    said = capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "15 images of" in printed.out and "(15 new, 6 unreadable; " in printed.out
+    said = printed.err
     for name, (_, sentence) in bad.items():
         assert re.search(rf"skipped: .*{name} .*{sentence}", said)
     assert re.search(r"skipped: .*gone\.jpg cannot be read \(No such file", said)

@@ -115,8 +115,10 @@ def index(folder: Path, store: Path, model_path: Path | None, dtype: str = "floa
         gone = sum(name not in names for name in before)
         stale = {entry.name for entry in fresh}
         writer.keep(np.array([name in names and name not in stale for name in before], bool))
-        unreadable = _describe(model, folder, fresh, writer, batch)
-    news = {"new": len(fresh) - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
+        skipped = _describe(model, folder, fresh, writer, batch)
+    unreadable = len(skipped)
+    changed -= len(skipped & before.keys())
+    news = {"new": len(fresh) - unreadable - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
     said = ", ".join(f"{number} {word}" for word, number in news.items() if number) or "nothing changed"
     total = len(Store(store))
     print(f"{store}: {total} images of {printable(root)} ({said}; {others} other files left out).")
@@ -183,10 +185,10 @@ def config_digest(model: VPM) -> str:
     return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
 
 
-def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, batch: int) -> int:
-    """Appends what the model says of the images; those that cannot be read are named and counted."""
+def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, batch: int) -> set[str]:
+    """Appends what the model says of the images; those that cannot be read are named, and returned."""
     ready: deque[Entry] = deque()
-    unreadable = 0
+    unreadable: set[str] = set()
 
     def prepare(entry: Entry) -> np.ndarray | UserError:
         try:
@@ -195,13 +197,12 @@ def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, ba
             return error
 
     def pixels() -> Iterator[np.ndarray]:
-        nonlocal unreadable
         images = iter(entries)
         with ThreadPoolExecutor(os.cpu_count(), "vpm_jax-read") as pool:
             while some := list(itertools.islice(images, batch)):
                 for entry, image in zip(some, pool.map(prepare, some), strict=True):
                     if isinstance(image, UserError):
-                        unreadable += 1
+                        unreadable.add(entry.name)
                         print(f"skipped: {image}", file=sys.stderr)
                     else:
                         ready.append(entry)
@@ -215,9 +216,9 @@ def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, ba
             writer.commit()
             committed = now
         rate = done / (now - started)
-        left = len(entries) - done - unreadable
+        left = len(entries) - done - len(unreadable)
         status.show(
-            f"images {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
+            f"images {done}/{len(entries) - len(unreadable)}  {rate:.0f} images/s  ETA {duration(left / rate)}",
             final=not left,
         )
     return unreadable
