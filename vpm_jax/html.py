@@ -58,8 +58,8 @@ th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-.beside { margin: 1rem 0; }
-@media (min-width: 48rem) { .beside { display: grid; grid-template-columns: 13rem minmax(0, 1fr); gap: .6rem; } }
+.beside { margin: 1rem 0; display: grid; grid-template-columns: minmax(0, 1fr); gap: .6rem; }
+@media (min-width: 48rem) { .beside { grid-template-columns: 13rem minmax(0, 1fr); } }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .6rem; align-items: start;
   margin: .6rem 0; }
 .beside > * { align-self: start; margin-top: 0; }
