@@ -164,6 +164,12 @@ def test_all_is_one_table(monkeypatch, capsys):
     assert "matching: failed: too little memory" in out
 
 
+def test_cpu_time_is_of_one_thread(monkeypatch):
+    monkeypatch.setattr(benchmark, "threads", lambda: 2)
+    with pytest.raises(UserError, match="taskset"):
+        main(["metrics", "--clock=cpu"])
+
+
 @pytest.mark.slow  # compiles in processes of their own
 def test_step_runs(capsys):
     config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=18"]

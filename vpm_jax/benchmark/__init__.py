@@ -21,7 +21,7 @@ from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import data, evaluation, extraction, matching, metrics, step
 from vpm_jax.benchmark.report import Report, text, to_json
-from vpm_jax.benchmark.timing import Rate, measure
+from vpm_jax.benchmark.timing import Rate, measure, threads
 from vpm_jax.errors import UserError
 from vpm_jax.logs import write_atomically
 
@@ -65,6 +65,11 @@ def add_common(one: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(argv)
+    if args.clock == "cpu" and threads() > 1:
+        raise UserError(
+            f"--clock cpu with {threads()} threads would count those that only wait: give this process one core, by "
+            "`taskset -c 1 python -m vpm_jax.benchmark ...`, or leave it out."
+        )
     if args.part == "all":
         report = run_all(args, overrides)
     else:
