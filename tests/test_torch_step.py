@@ -83,3 +83,11 @@ def test_pytorch_refuses_what_it_does_not_follow():
     config.model.name = "another"
     with pytest.raises(UserError, match=r"model\.name"):
         torch_step.refuse_unknown(config)
+
+
+@pytest.mark.parametrize("key, value", [("model.neck", "bn"), ("model.head_dim", 0), ("optim.ema", 0.9)])
+def test_a_step_that_the_other_side_lacks_is_refused(key, value):
+    config = shrunk("market", **{key: value})
+    with pytest.raises(UserError, match=f"{key} is .*PyTorch side"):
+        benchmark_step.check_rival(config)
+    benchmark_step.check_rival(shrunk("market", **{"model.head_dim": 8}))

@@ -41,7 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-torch-compile", action="store_true", help="PyTorch without torch.compile only")
 
 
+# Keys that the PyTorch side knows with their defaults alone.
+OURS_ALONE = (
+    *("model.neck", "model.head_dim", "model.head_bias", "model.locator_hidden", "model.locator_stage"),
+    *("loss.triplet_normalize", "loss.hinge", "loss.region_smoothing", "optim.name", "optim.clip", "optim.ema"),
+)
+
+
+def check_rival(config: ConfigDict) -> None:
+    """Raises UserError for a config of which PyTorch's side would do other work."""
+    mine, plain = config_lib.flatten(config), config_lib.flatten(config_lib.default())
+    for key in OURS_ALONE:
+        if mine[key] != plain[key] and not (key == "model.head_dim" and mine[key]):
+            raise UserError(
+                f"Config key {key} is {mine[key]!r}, which the PyTorch side of this benchmark does not have: leave it "
+                f"at {plain[key]!r}, or measure without --against."
+            )
+
+
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if args.against:
+        check_rival(config)
     config = fixed(config)
     batch = random_batch(config, args.batch or config.stage2.identities * config.stage2.images_per_identity)
     here = probe()
