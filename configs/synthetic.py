@@ -2,8 +2,8 @@
 
     python -m vpm_jax.train --config configs/synthetic.py
 
-Set-up included 6.5 to 8 minutes on two CPU cores; rank-1 / mAP 16.5 / 21.2 at gamma 0.5, 67.1 / 61.9 whole (seed 0,
-chance 0.34; another jaxlib gave 15.4 / 20.5 and 65.2 / 60.8).
+Set-up included about 8 minutes on two CPU cores; rank-1 / mAP 30.5 / 34.8 at gamma 0.5, 79.8 / 73.9 whole (seed 0,
+chance 0.34; docs/results; 32.0 / 35.4 and 77.9 / 73.0 on two threads, which round differently).
 """
 
 from vpm_jax.config import small
