@@ -41,22 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-torch-compile", action="store_true", help="PyTorch without torch.compile only")
 
 
-# Keys that the PyTorch side knows with their defaults alone.
-OURS_ALONE = (
-    *("model.neck", "model.head_dim", "model.head_bias", "model.locator_hidden", "model.locator_stage"),
-    *("loss.triplet_normalize", "loss.hinge", "loss.region_smoothing", "optim.name", "optim.clip", "optim.ema"),
-)
+# The keys that PyTorch's side follows in these groups; it knows every other at its default alone.
+FOLLOWED = {
+    "model": "depth width stem strides last_stride stride_on bn_epsilon grid locator locator_dropout locator_groups "
+    "locator_init_std pool_gradient head_dim head_dropout head_bn_visible_only global_head dummy_classes "
+    "num_identities dtype",
+    "loss": "region_weight identity_weight identity_reduction identity_regions triplet_pairs margin min_cells "
+    "label_smoothing",
+    "optim": "momentum nesterov weight_decay backbone_multiplier",
+}
 
 
 def check_rival(config: ConfigDict) -> None:
     """Raises UserError for a config of which PyTorch's side would do other work."""
-    mine, plain = config_lib.flatten(config), config_lib.flatten(config_lib.default())
-    for key in OURS_ALONE:
-        if mine[key] != plain[key] and not (key == "model.head_dim" and mine[key]):
-            raise UserError(
-                f"Config key {key} is {mine[key]!r}, which the PyTorch side of this benchmark does not have: leave it "
-                f"at {plain[key]!r}, or measure without --against."
-            )
+    usual = config_lib.default()
+    for group, followed in FOLLOWED.items():
+        for key, value in config[group].items():
+            # Without a reducer (head_dim 0) there is another head.
+            if value != usual[group][key] and (key not in followed.split() or (key == "head_dim" and not value)):
+                raise UserError(
+                    f"Config key {group}.{key} is {value!r}, which the PyTorch side of this benchmark does not have: "
+                    f"leave it at {usual[group][key]!r}, or measure without --against."
+                )
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:

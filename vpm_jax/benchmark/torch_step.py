@@ -311,33 +311,9 @@ def optimizer(config: ConfigDict, model: VPM, learning_rate: float) -> torch.opt
 # ---- A side of the benchmark -----------------------------------------------------------------------------
 
 
-# The keys that this side follows; of others it knows the default alone.
-FOLLOWED = {
-    "model": "depth width stem strides last_stride stride_on bn_epsilon grid locator locator_dropout locator_groups "
-    "locator_init_std pool_gradient head_dim head_dropout head_bn_visible_only global_head dummy_classes "
-    "num_identities dtype",
-    "loss": "region_weight identity_weight identity_reduction identity_regions triplet_pairs margin min_cells "
-    "label_smoothing",
-    "optim": "momentum nesterov weight_decay backbone_multiplier",
-}
-
-
-def refuse_unknown(config: ConfigDict) -> None:
-    """UserError for a config that this side does not follow: the comparison would be of different work."""
-    for group, followed in FOLLOWED.items():
-        usual = config_lib.default()[group]
-        for key in set(usual) - set(followed.split()):
-            if config[group][key] != usual[key]:
-                raise UserError(
-                    f"--against torch knows config key {group}.{key} at its default {usual[key]!r} alone, found "
-                    f"{config[group][key]!r}: compare another config."
-                )
-
-
 def build(config_json: str, batch: dict[str, np.ndarray], compile: bool) -> tuple[dict[str, Any], dict[str, Callable]]:
     """What `step.Side` serves: facts, and {"step", "matmul"}, functions of the repetitions."""
     config = config_lib.from_json(config_json, "config")
-    refuse_unknown(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads())
     torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
