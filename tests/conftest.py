@@ -22,6 +22,7 @@ def _append_xla_flag(name: str, value: str) -> None:
 
 # The same tests everywhere; JAX_PLATFORMS=cuda runs them on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of whoever runs the tests
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
 prepare_backend()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny import fill, shrunk
 from tiny_runs import largest_file
@@ -122,24 +123,96 @@ def test_another_model_is_refused_with_an_array_that_differs(tmp_path, keep):
             checkpoints.restore(tree() | {"params": tree()["params"] | {"more": jnp.ones(2)}})
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_one_sentence_that_names_it(tmp_path, damage):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, tree(1), {})
-        checkpoints.save(2, tree(2), {})
-    for path in (tmp_path / "checkpoints" / "2" / "state").rglob("d/*"):
-        if path.is_file():
-            if damage == "cut":
-                path.write_bytes(path.read_bytes()[:10])
-            else:
-                path.unlink()
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UserError, match=r"checkpoints/2 cannot be read \(.*\): delete that folder") as error:
-            checkpoints.restore(tree())
+def two(folder: Path) -> None:
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, tree(1), {"step": 1})
+        checkpoints.save(2, tree(2), {"step": 2})
+
+
+def damage(file: Path, kind: str) -> None:
+    data = file.read_bytes()
+    if kind == "gone":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        middle = len(data) // 2
+        file.write_bytes(data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :])
+
+
+@pytest.mark.parametrize("kind", ["cut", "gone", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, kind, capsys):
+    two(tmp_path)
+    folder = tmp_path / "checkpoints"
+    largest = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damage(largest, kind)
+    with Checkpoints(tmp_path, keep=0) as checkpoints:  # a reader leaves everything as it is
+        assert checkpoints.restore(tree())[1] == {"step": 1}
+        with pytest.raises(UserError, match=r"checkpoints/2 cannot be read \(.*\): it is damaged\.$") as error:
+            checkpoints.restore(tree(), 2)
         assert "\n" not in str(error.value)
-        shutil.rmtree(tmp_path / "checkpoints" / "2")
+    assert (folder / "2").exists()
+    capsys.readouterr()
     with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(checkpoints.restore(tree())[0], tree(1))
+        state, meta = checkpoints.restore(tree())
+        assert_equal(state, tree(1))
+        assert meta == {"step": 1}
+        assert "checkpoints/2 cannot be read" in (said := capsys.readouterr().err)
+        assert "Going on from the one of step 1." in said
+        checkpoints.save(2, tree(2), {"step": 2})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(tree())[0], tree(2))
+    assert capsys.readouterr().err == ""
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "2.damaged"}
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
+    two(tmp_path)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "meta" / "metadata").write_text("{")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoints/2 cannot be read"):
+        checkpoints.restore(tree())
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
+
+
+@pytest.mark.parametrize("fraction", [1 / 80, pytest.param(1, marks=pytest.mark.slow)])
+def test_whatever_bytes_change_a_whole_checkpoint_comes_back(tmp_path, fraction):
+    """Any file of the newest cut, removed, or with a bit flipped: its values or those before, never others."""
+    two(tmp_path)
+    folder = tmp_path / "checkpoints"
+    random, fallen_back, same = np.random.default_rng(0), 0, 0
+    for file in sorted(path for path in (folder / "2").rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        flips = random.choice(8 * len(data), max(1, round(fraction * len(data))), replace=False)
+        for flip in ("gone", "cut", *flips.tolist()):
+            if flip == "gone":
+                file.unlink()
+            elif flip == "cut":
+                file.write_bytes(data[: random.integers(len(data))])
+            else:
+                changed = bytearray(data)
+                changed[flip // 8] ^= 1 << flip % 8
+                file.write_bytes(changed)
+            with Checkpoints(tmp_path, keep=0) as checkpoints:
+                state, meta = checkpoints.restore(tree())
+            assert meta["step"] in (1, 2)
+            assert_equal(state, tree(meta["step"]))
+            fallen_back, same = fallen_back + (meta["step"] == 1), same + (meta["step"] == 2)
+            file.write_bytes(data)
+    assert fallen_back > 10 and same > 0  # some bytes, such as times, mean nothing
+
+
+def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    meta = {"seconds": 1.0, "pending": [], "best": None}
+    with ocp.CheckpointManager(folder) as manager:
+        items = {"state": ocp.args.StandardSave(tree(3)), "meta": ocp.args.JsonSave(meta)}
+        manager.save(3, args=ocp.args.Composite(**items))
+    with Checkpoints(tmp_path) as checkpoints:
+        state, found = checkpoints.restore(tree())
+    assert_equal(state, tree(3))
+    assert found == meta
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

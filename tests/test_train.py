@@ -17,6 +17,7 @@ from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_sta
 
 from vpm_jax import config as config_lib
 from vpm_jax import evaluate, parallel, train
+from vpm_jax import workdir as workdir_lib
 from vpm_jax.config import set_key
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
@@ -98,6 +99,23 @@ def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedes
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, monkeypatch):
+    shown = []
+
+    def stop_at_the_first_batch(self, text, final):
+        shown.append(text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: patch.setattr(evaluate.Status, "show", stop_at_the_first_batch))
+        assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+    assert len(shown) == 1  # of the batches of an evaluation
+    assert saved_steps(tmp_path / "run")[-1] == 7
+    assert [r["step"] for r in records(tmp_path / "run", "evaluations.jsonl")] == [3]
+    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole, but_best=7)
+
+
 def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, environment):
     program = f"""
 import os, signal, time
@@ -114,7 +132,7 @@ def and_die(self, steps, metrics):
 train.Window.add = and_die
 train.train(tiny_run({str(pedestrians)!r}), Path("run"))
 """
-    variables = os.environ | environment | {"PYTHONPATH": str(Path(__file__).parent)}
+    variables = os.environ | environment | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
     )
@@ -189,12 +207,36 @@ def test_what_may_change_passes(whole, pedestrians):
             now = config_lib.read(whole)
             value = config_lib.flatten(now)[key]
             set_key(now, key, (not value) if isinstance(value, bool) else value * 2)
-            train.continue_run(saved, now, whole)
+            workdir_lib.continue_run(saved, now, whole)
 
 
 def test_checkpoints_that_lost_their_config_are_refused(whole, pedestrians, tmp_path):
     shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
     refused(tiny_run(pedestrians), tmp_path / "run", r"without their run's config\.json")
+
+
+def test_a_workdir_in_use_is_refused(whole, pedestrians, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir_lib.Lock, "BEAT", 1e6)  # its file stays as it is
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with workdir_lib.Lock(workdir):
+        refused(tiny_run(pedestrians), workdir, "in use by another training")
+    assert train.train(tiny_run(pedestrians), workdir) == 0
+
+
+def test_what_failed_before_its_first_checkpoint_starts_anew(whole, pedestrians, tmp_path):
+    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
+        shutil.copy(whole / name, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny_run(pedestrians, seed=7)))
+    assert train.train(tiny_run(pedestrians), tmp_path, resume=False) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_nothing_moves_to_the_devices_unasked(pedestrians, tmp_path, monkeypatch):
+    placement = parallel.placement
+    monkeypatch.setattr(parallel, "placement", lambda *args: placement(*args)._replace(put_batch=lambda batch: batch))
+    with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
+        train.train(tiny_run(pedestrians), tmp_path / "run")
 
 
 def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):

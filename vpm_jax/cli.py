@@ -26,27 +26,32 @@ def run(main: Callable[[], Any]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        _fail(str(error))
     except BrokenPipeError:  # the reader of our output has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
         sys.exit(1)
-    except OSError as error:
-        trouble = disk_trouble(error)
-        if trouble is None:
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        _fail(f"{error.filename or 'A result'} could not be written: {trouble}.")
-    except MemoryError as error:
-        _fail(f"Out of memory ({error or 'on the host'}): use a smaller eval.batch or a machine with more.")
+        _fail(sentence)
     except KeyboardInterrupt:
         _fail("Interrupted.", code=130)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's
-            raise
-        _fail(
-            f"The device is out of memory ({_first_line(error)}): use smaller batches (eval.batch, and a stage's "
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error that the user can mend, None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (trouble := disk_trouble(error)):
+        return f"{error.filename or 'A result'} could not be written: {trouble}."
+    if isinstance(error, MemoryError):
+        return f"Out of memory ({error or 'on the host'}): use a smaller eval.batch or a machine with more."
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # XLA's
+        return (
+            f"The device is out of memory ({first_line(error)}): use smaller batches (eval.batch, and a stage's "
             "identities or images_per_identity) or more devices."
         )
+    return None
 
 
 def _fail(sentence: str, code: int = 1) -> NoReturn:
@@ -56,7 +61,7 @@ def _fail(sentence: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
@@ -91,7 +96,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} does not build a config ({reason}): expected Python with get_config().") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, expected a ConfigDict.")

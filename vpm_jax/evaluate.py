@@ -15,14 +15,14 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, metrics, paper, parallel, plots
+from vpm_jax import cli, hosts, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
@@ -53,8 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "$VPM_DATA or ./data)",
     )
     parser.add_argument("--rerank", action="store_true", help="re-rank by k-reciprocal neighbours (match.rerank)")
+    hosts.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
-    saved = config_lib.read(args.workdir)
+    with hosts.joined(args):
+        return run(args, overrides)
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """What the command does, in every process of it."""
+    parallel.prepare_backend()
+    saved = hosts.from_first(lambda: config_lib.read(args.workdir))
     if saved is None:
         raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
     config = saved.copy_and_resolve_references()
@@ -75,19 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.data.name, config.data.holdout_identities = args.dataset, 0
     config.data.root = args.root or config.data.root
 
-    parallel.prepare_backend()
-
     from vpm_jax import partial, step
     from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.sources import load_dataset
 
-    dataset = load_dataset(config.data)
+    dataset = hosts.in_turn(lambda: load_dataset(config.data))
     if args.dataset:
         print(*dataset.notes, sep="\n")
     check(config, dataset)
+    hosts.check_job(config, dataset)
     mesh = parallel.data_mesh(config.eval.batch)
     output = args.output or args.workdir
-    make_folder(output)
+    if hosts.is_first():
+        make_folder(output)
     with Checkpoints(args.workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables = parallel.replicate(mesh, step.evaluated(state))
@@ -104,13 +112,23 @@ def extract(config: ConfigDict, variables: Any, split: Any, mesh: Any, gamma: fl
     return extract_many(config, variables, [(split, gamma)], mesh)[0]
 
 
-def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float]], mesh: Any) -> list[Features]:
-    """`extract` for several (split, gamma), one after the other, with one progress line."""
+def extract_many(
+    config: ConfigDict,
+    variables: Any,
+    jobs: list[tuple[Any, float]],
+    mesh: Any,
+    check: Callable[[], None] | None = None,
+) -> list[Features]:
+    """`extract` for several (split, gamma), one after the other, with one progress line.
+
+    `check` is called after every batch, and may raise to end the work.
+    """
     import jax
 
     from vpm_jax.data.pipeline import eval_batches
 
-    feature_step = _feature_step(config_lib.to_json(config))
+    feature_step = _feature_step(config_lib.to_json(config), mesh)
+    share = jax.process_index(), jax.process_count()
     total, done = sum(len(split) for split, _ in jobs), 0
     status, started = Status(), time.monotonic()
     extracted = []
@@ -118,9 +136,9 @@ def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float
 
         def batches(split=split, gamma=gamma) -> Iterator[tuple[int, Any]]:
             crop = config.eval.crop if gamma < 1 else "none"
-            for batch in eval_batches(config, split, crop, gamma):
+            for number, batch in enumerate(eval_batches(config, split, crop, gamma, *share)):
                 image = parallel.shard(mesh, {"image": batch["image"]})["image"]
-                yield int(batch["valid"].sum()), image
+                yield min(config.eval.batch, len(split) - number * config.eval.batch), image
 
         arrays: Features | None = None
         first = 0
@@ -137,6 +155,8 @@ def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float
             rate = done / (time.monotonic() - started)
             text = f"features {done}/{total}  {rate:.0f} images/s  ETA {duration((total - done) / rate)}"
             status.show(text, final=done == total)
+            if check is not None:
+                check()
         if arrays is None or first != len(split):
             raise RuntimeError(f"{first} features of {len(split)} images")  # every image exactly once
         broken = ~np.isfinite(arrays.features).all(axis=(1, 2))
@@ -150,12 +170,14 @@ def extract_many(config: ConfigDict, variables: Any, jobs: list[tuple[Any, float
 
 
 @functools.lru_cache(maxsize=1)  # evaluating again during training compiles nothing
-def _feature_step(config_json: str) -> Any:
+def _feature_step(config_json: str, mesh: Any) -> Any:
     import jax
 
     from vpm_jax import step
 
-    return jax.jit(step.make_feature_step(config_lib.from_json(config_json, "config")))
+    # Every process gets the features of all.
+    function = step.make_feature_step(config_lib.from_json(config_json, "config"))
+    return jax.jit(function, out_shardings=parallel.everywhere(mesh))
 
 
 def check(config: ConfigDict, dataset: Any) -> None:
@@ -179,11 +201,16 @@ def ranked(gallery: Any) -> Any:
     return gallery.take(gallery.identity != -1)
 
 
-def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dict[float, dict[str, Any]]:
-    """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas, gallery whole."""
+def evaluate(
+    config: ConfigDict, variables: Any, dataset: Any, mesh: Any, check: Callable[[], None] | None = None
+) -> dict[float, dict[str, Any]]:
+    """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas, gallery whole.
+
+    `check` is called between batches, and may raise to end the evaluation.
+    """
     query, gallery = dataset.query, ranked(dataset.gallery)
     jobs = [(gallery, 1.0)] + [(query, gamma) for gamma in config.eval.gammas]
-    whole, *cropped = extract_many(config, variables, jobs, mesh)
+    whole, *cropped = extract_many(config, variables, jobs, mesh, check)
     among = eq4(config, whole, whole) if config.match.rerank else None  # once for all gammas
     results = {}
     for gamma, part in zip(config.eval.gammas, cropped, strict=True):
@@ -275,6 +302,8 @@ def evaluate_and_report(
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
         text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
     text = text.rstrip()
+    if not hosts.is_first():
+        return results
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
     write_atomically(output / f"evaluation{suffix}.md", text + (remarks(dataset) if trained_on else "") + "\n")
     record = {

@@ -55,13 +55,17 @@ class Records:
     Args:
       path: the file, made if need be.
       step: the step training goes on from; records of later steps, and a line cut short by a kill, are removed.
+
+    Attributes:
+      last: the step of the last record, 0 without any.
     """
 
     def __init__(self, path: Path, step: int = 0):
-        self.path = path
+        self.path, self.last = path, 0
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
+            self.last = int(max(map(_step_of, kept), default=0))
             write_atomically(path, "".join(line + "\n" for line in kept))
         with writing(path):
             self._file = path.open("ab", buffering=0)  # nothing is left to flush when a disk is full
@@ -76,6 +80,7 @@ class Records:
         except UserError:
             self._file.truncate(start)
             raise
+        self.last = record["step"]
 
     def close(self) -> None:
         self._file.close()

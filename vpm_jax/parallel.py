@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+import platform
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,46 +29,91 @@ _CPU_REDUCTION_VERSIONS = ("0.10.2", "0.12.0")
 
 
 def prepare_backend() -> None:
-    """Sets XLA's flags; call before JAX starts its backend. What the user has set stays."""
+    """Sets XLA's flags and JAX's compilation cache; call before JAX starts its backend. What the user has set stays."""
     flags = os.environ.get("XLA_FLAGS", "")
     version = importlib.metadata.version("jaxlib")
     if "ynn_fusion_type" not in flags and version.startswith(_CPU_REDUCTION_VERSIONS):
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_REDUCTION_FLAG}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # "" is none
+        import jax
+
+        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+            folder = compilation_cache()
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def data_mesh(batch: int | None = None):
-    """All devices along one axis, "data".
+def compilation_cache() -> Path:
+    """The folder where compiled programs are kept for the next run: one for each kind of processor.
+
+    A home may be shared by machines of several kinds, and a program compiled for a CPU runs on that kind alone.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    kind = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind += repr(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return Path(root) / "vpm_jax" / f"xla-{zlib.crc32(kind.encode()):08x}"
+
+
+def data_mesh(batch: int | None = None, devices: Sequence | None = None):
+    """All devices (or these) along one axis, "data": those of process 0 first, so that each has consecutive rows.
 
     Raises:
       UserError: if `batch`, the global batch size, is not a multiple of the device count.
     """
     import jax
-    from jax.sharding import AxisType
+    from jax.sharding import AxisType, Mesh
 
-    count = jax.device_count()
+    # Not jax.make_mesh: it may order devices by their wiring, which sums over all of them do not need.
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    count = len(devices)
     if batch is not None and batch % count:
         raise UserError(
             f"A batch of {batch} images does not divide over {count} devices: "
             "choose a multiple (stage identities x images_per_identity) or fewer devices."
         )
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def shard(mesh, batch: dict) -> dict:
-    """This host's rows of a batch, as global arrays sharded over the mesh."""
+    """This process's rows of a batch, as global arrays sharded over the mesh."""
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
+    sharding, devices = rows(mesh), list(mesh.local_devices)
+
+    def one(value: Any):
+        value = np.asarray(value)
+        # Each device's rows, told to go there: JAX's own assembling counts as a transfer that nobody asked for.
+        pieces = jax.device_put(np.split(value, len(devices)), devices)
+        shape = (len(value) * jax.process_count(), *value.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+    return {key: one(value) for key, value in batch.items()}
 
 
 def replicate(mesh, tree):
-    """The tree on every device."""
+    """The tree on every device; every process gives the same values."""
     import jax
+
+    sharding = everywhere(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def rows(mesh):
+    """The sharding of arrays whose first axis is divided over the mesh."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def everywhere(mesh):
+    """The sharding of arrays that every device holds whole."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def peak_memory() -> float:
@@ -94,12 +143,11 @@ def placement(kind: str, mesh) -> Placement:
       UserError: for "pmap" on several hosts.
     """
     import jax
-    import jax.numpy as jnp
 
     if kind == "jit":
 
         def compile_jit(make_step: Callable, config: Any) -> Callable:
-            return jax.jit(make_step(config), donate_argnums=0)
+            return jax.jit(make_step(config), donate_argnums=0, out_shardings=everywhere(mesh))
 
         return Placement(compile_jit, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
 
@@ -108,15 +156,20 @@ def placement(kind: str, mesh) -> Placement:
         raise UserError(f'parallel=pmap maps the devices of one host, found {jax.process_count()} hosts: use "jit".')
 
     def compile_pmap(make_step: Callable, config: Any) -> Callable:
-        return jax.pmap(make_step(config, "data"), axis_name="data", donate_argnums=0)
+        devices = list(mesh.devices.flat)
+        return jax.pmap(make_step(config, "data"), axis_name="data", devices=devices, donate_argnums=0)
+
+    def put(tree: Any) -> Any:  # leaves [n, ...], one row for each device
+        return jax.device_put(tree, rows(mesh))
 
     def split(batch: dict) -> dict:
-        return {k: np.asarray(v).reshape(n, len(v) // n, *np.shape(v)[1:]) for k, v in batch.items()}
+        return put({k: np.asarray(v).reshape(n, len(v) // n, *np.shape(v)[1:]) for k, v in batch.items()})
 
     def copy(state: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), state)
+        return put(jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), jax.device_get(state)))
 
-    return Placement(compile_pmap, split, copy, lambda tree: jax.tree.map(lambda x: x[0], tree))
+    one = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=everywhere(mesh))
+    return Placement(compile_pmap, split, copy, one)
 
 
 def prefetch(batches: Iterable, place: Callable, depth: int = 2) -> Iterator:

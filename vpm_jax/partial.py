@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from vpm_jax import metrics, paper
+from vpm_jax import hosts, metrics, paper
 from vpm_jax.data.folders import TITLES
 from vpm_jax.evaluate import extract_many, headline, match, matching_in_words, remarks
 from vpm_jax.logs import duration, write_atomically
@@ -114,6 +114,8 @@ def evaluate_and_report(
     if trained_on != "market1501":
         remark += f" This run was trained on {trained_on}: the differences say nothing of the method."
     text = "\n".join(lines) + f"\n\n{TITLES[dataset.name]}, in percent. {remark}\n\n" + table.rstrip()
+    if not hosts.is_first():
+        return results
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
     write_atomically(output / f"evaluation-{dataset.name}.md", text + remarks(dataset) + "\n")
     record = {

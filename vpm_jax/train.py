@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from types import FrameType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import cli, hosts, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
+from vpm_jax.interrupts import Interrupts, Stopped
 from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.workdir import Lock, continue_run, find_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,15 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="auto",
         help="auto: go on with the run that the workdir holds; never: refuse such a workdir (default: auto)",
     )
+    hosts.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
     config = cli.load_config(args.config, overrides)
     name = args.config.removesuffix(".py").replace(".py:", "-")
     workdir = args.workdir or Path("runs") / Path(name).name
-    return train(config, workdir, resume=args.resume == "auto")
+    with hosts.joined(args):
+        return train(config, workdir, resume=args.resume == "auto")
 
 
 def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     """Trains what `config` says in `workdir` and evaluates it; returns the command's exit code.
+
+    Of many processes (see `hosts.joined`), all call it; process 0 alone uses the workdir.
 
     Raises:
       UserError: for everything that its user can mend.
@@ -60,10 +63,10 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
     # ---- What the workdir holds already ----------------------------------------------------------------
     workdir = Path(workdir)
-    saved, has_checkpoint = find_run(workdir, resume)
+    saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
 
     # ---- Data, and the keys that depend on them --------------------------------------------------------
-    dataset = load_dataset(config.data)
+    dataset = hosts.in_turn(lambda: load_dataset(config.data))
     print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
     for note in dataset.notes:
         print(f"  {note}")
@@ -74,11 +77,12 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         )
     evaluate.check(config, dataset)
     config = resolve(config, dataset.train)
+    hosts.check_job(config, dataset)
     backbone = None
     if not has_checkpoint and config.pretrained != "none":
         from vpm_jax import pretrained
 
-        backbone = pretrained.load(config.pretrained, config.data.root)
+        backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
         config.model.stride_on, config.model.bn_epsilon = backbone.stride_on, backbone.bn_epsilon
         config.data.mean, config.data.std = backbone.mean, backbone.std
         print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
@@ -102,37 +106,59 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
         f"on {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
-    make_folder(workdir)
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
+    if first := hosts.is_first():
+        make_folder(workdir)
+    with (
+        Lock(workdir) if first else contextlib.nullcontext() as lock,
+        Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+        Interrupts(hosts.Agreement(mesh)) as interrupts,
+    ):
         meta: dict[str, Any] = {"seconds": 0.0, "pending": [], "best": None}
+        if has_checkpoint != (checkpoints.latest is not None):
+            raise UserError(f"{workdir} has changed while this training began: run the same command again.")
         if has_checkpoint:
             state, meta = checkpoints.restore(state)
             steps = int(state.step)
             print(f"resuming {workdir} after step {steps} of {total}")
-        write_atomically(workdir / "config.json", config_lib.to_json(config))
-        log = MetricsLog(workdir, steps, config.tensorboard, config.tracker, config.to_dict())
-        evaluations = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
+        log = records = None
+        if first:
+            write_atomically(workdir / "config.json", config_lib.to_json(config))
+            log = MetricsLog(workdir, steps, config.tensorboard, config.tracker, config.to_dict())
+            records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
+        evaluated = hosts.from_first(lambda: records.last if records else 0)  # the last step that was
 
         # ---- The loop: checkpoint, then the next batch, then the step ----------------------------------
         train_step, state = place.compile(step.make_step, config), place.put_state(state)
-        batches = train_batches(config, dataset.train, models.map_shape(config), steps, total)
+        share = jax.process_index(), jax.process_count()
+        batches = train_batches(config, dataset.train, models.map_shape(config), steps, total, *share)
         window = Window(config, meta["pending"], steps, total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
 
         def save(state: step.State) -> None:
             window.fetch()
+            if lock is not None:
+                lock.check()
             meta.update(seconds=spent + time.monotonic() - started, pending=window.pending)
-            checkpoints.save(steps, place.whole(state), meta)
+            with jax.transfer_guard("allow"):
+                checkpoints.save(steps, place.whole(state), meta)
 
-        def evaluate_now(state: step.State, records: Records) -> dict[float, dict[str, Any]]:
+        def evaluate_if_due(state: step.State) -> dict[float, dict[str, Any]] | None:
+            nonlocal evaluated
+            if evaluated >= steps or not config.eval.every or not ends_epochs(config, steps, config.eval.every):
+                return None
             window.fetch()
             began, variables = time.monotonic(), step.evaluated(place.whole(state))
-            results = evaluate.evaluate(config, variables, dataset, mesh)
-            found = {"step": steps} | evaluate.means(results)
+            try:
+                with jax.transfer_guard("allow"):
+                    results = evaluate.evaluate(config, variables, dataset, mesh, interrupts.check)
+            except Stopped:  # it is due again when training goes on
+                return None
+            evaluated, found = steps, {"step": steps} | evaluate.means(results)
             if meta["best"] is None or found["mAP"] > meta["best"]["mAP"]:
                 meta["best"] = found
             gammas = {str(g): {"rank1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
-            records.write(found | {"gammas": gammas})
+            if records is not None:
+                records.write(found | {"gammas": gammas})
             print(
                 f"step {steps}/{total} mean over gamma: rank-1 {found['rank1']:.1%}, mAP {found['mAP']:.1%} "
                 f"(best mAP {meta['best']['mAP']:.1%} at step {meta['best']['step']})"
@@ -140,23 +166,23 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             window.pause(time.monotonic() - began)
             return results
 
-        results = None  # of the last step, where it was evaluated
         try:
-            with contextlib.closing(batches):
+            results = evaluate_if_due(state)  # of the last step alone; due where a stop cut it short
+            # Nothing moves between host and devices but what is told to.
+            with contextlib.closing(batches), jax.transfer_guard("disallow"):
                 for batch in parallel.prefetch(batches, place.put_batch):
                     state, metrics = train_step(state, batch)
                     steps += 1
                     window.add(steps, place.whole(metrics))
                     if steps % config.log_every == 0 or steps == total:
                         record = window.close()
-                        log.write(record)
+                        if log is not None:
+                            log.write(record)
                         status.show(describe(record, total), final=steps == total)
-                    results = None
-                    if evaluations is not None and ends_epochs(config, steps, config.eval.every):
-                        results = evaluate_now(state, evaluations)
+                    results = evaluate_if_due(state)
                     if ends_epochs(config, steps, config.checkpoint_every):
                         save(state)
-                    if interrupts.received:
+                    if interrupts.agreed():
                         break
             if checkpoints.latest != steps:
                 save(state)
@@ -166,38 +192,21 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
             lower = "" if models.compute_dtype(config.model.dtype) == "float32" else " or model.dtype=float32"
             raise UserError(f"{error}: {kept}; train in another --workdir with a lower learning_rate{lower}.") from None
-        log.close()
-        if interrupts.received:
+        if log is not None:
+            log.close()
+        if interrupts.stop:
             checkpoints.wait()
             print(f"\nStopped after step {steps} of {total}, saved in {workdir}: run the same command to go on.")
-            return 128 + interrupts.received
+            return 128 + interrupts.stop
     print(f"trained {total} steps in {duration(meta['seconds'])}")
-    with replacing(workdir / "training.png") as path:
-        plots.training_curves(path, workdir / "metrics.jsonl")
+    if first:
+        with replacing(workdir / "training.png") as path:
+            plots.training_curves(path, workdir / "metrics.jsonl")
 
     # ---- Evaluation ------------------------------------------------------------------------------------
     variables = step.evaluated(place.whole(state))
     evaluate.evaluate_and_report(config, variables, dataset, mesh, workdir, steps, results)
     return 0
-
-
-def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
-    """(config of the run that the workdir holds, None if it is new; whether it has a checkpoint).
-
-    Raises:
-      UserError: for a run that must not be resumed, or that has lost its config.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file, expected a folder: choose another.")
-    saved = config_lib.read(workdir)
-    has_checkpoint = any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
-    if saved is None and has_checkpoint:
-        raise UserError(
-            f"{workdir} holds checkpoints without their run's config.json: put it back or choose another --workdir."
-        )
-    if saved is not None and not resume:
-        raise UserError(f"{workdir} holds a run and --resume=never was given: choose another --workdir or delete it.")
-    return saved, has_checkpoint
 
 
 def resolve(config: ConfigDict, split: Any) -> ConfigDict:
@@ -222,24 +231,6 @@ def resolve(config: ConfigDict, split: Any) -> ConfigDict:
     return config
 
 
-def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
-    """Checks that `config` may go on with the run of `saved`; takes over what its pretrained weights set.
-
-    Raises:
-      UserError: that names the keys that differ.
-    """
-    if config.pretrained == saved.pretrained != "none":
-        for group, key in (("model", "stride_on"), ("model", "bn_epsilon"), ("data", "mean"), ("data", "std")):
-            config[group][key] = saved[group][key]
-    changed = config_lib.changed_keys(saved, config)
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or set "
-            f"these keys back; what may change is {', '.join(key.rstrip('.') for key in config_lib.RESUMABLE)} and, "
-            "where its schedule is step-wise, more epochs of the last stage."
-        )
-
-
 def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
     """(number of finished steps within the stage, the stage) after `steps` finished steps."""
     from vpm_jax.data.sampling import schedule, stage_at
@@ -252,28 +243,6 @@ def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:
     """Whether an epoch of a stage, one of each `every`, ends with these finished steps."""
     within, stage = stage_of(config, steps)
     return within % (stage.steps_per_epoch * every) == 0
-
-
-class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> Interrupts:
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop without saving.\n")
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 class Window:

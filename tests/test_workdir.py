@@ -1,0 +1,144 @@
+"""The lock of a workdir: one holder, whatever died before, here or elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from tiny_runs import largest_file
+
+from vpm_jax.errors import UserError
+from vpm_jax.workdir import Lock, find_run
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(Lock, "BEAT", 0.05)
+    monkeypatch.setattr(Lock, "PATIENCE", 1.0)
+
+
+def left_behind(folder, **changes) -> None:
+    """A lock as this process would have left it, with changes."""
+    with Lock(folder):
+        holder = json.loads((folder / ".lock").read_text())
+    (folder / ".lock").write_text(json.dumps(holder | changes))
+
+
+def test_a_second_training_is_refused_by_name(tmp_path):
+    with Lock(tmp_path) as lock:
+        with pytest.raises(UserError, match=rf"in use by another training \(process {os.getpid()} on .*another --work"):
+            Lock(tmp_path).__enter__()
+        lock.check()
+    assert not list(tmp_path.iterdir())
+    with Lock(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lock, "PATIENCE", 1e9)
+    program = f"""
+import time
+from pathlib import Path
+from vpm_jax.workdir import Lock
+with Lock(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(999)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {process.pid} on"):
+        Lock(tmp_path).__enter__()
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which nobody has waited for yet
+    with Lock(tmp_path):
+        pass
+    process.communicate()
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_not_its_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lock, "PATIENCE", 1e9)
+    left_behind(tmp_path, started="long ago")
+    with Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{}", None])
+def test_a_lock_from_elsewhere_that_nobody_touches_is_taken_over(tmp_path, capsys, text):
+    left_behind(tmp_path, place="another machine", host="node7")
+    if text is not None:  # its holder died while it wrote its name
+        (tmp_path / ".lock").write_text(text)
+    with Lock(tmp_path) as lock:
+        lock.check()
+    assert ("on node7" if text is None else "left no name") in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_from_elsewhere_that_is_touched_is_respected(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lock, "PATIENCE", 60.0)
+    left_behind(tmp_path, place="another machine", host="node7")
+    touching = threading.Timer(0.2, os.utime, [tmp_path / ".lock"])
+    touching.start()
+    with pytest.raises(UserError, match="on node7"):
+        Lock(tmp_path).__enter__()
+    touching.join()
+    assert (tmp_path / ".lock").exists()
+
+
+def test_its_holder_touches_it(tmp_path):
+    with Lock(tmp_path):
+        before, end = (tmp_path / ".lock").stat().st_mtime_ns, time.monotonic() + 60
+        while (tmp_path / ".lock").stat().st_mtime_ns == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
+    left_behind(tmp_path, started="long ago")
+    locks, barrier, refused = [Lock(tmp_path) for _ in range(8)], threading.Barrier(8), []
+
+    def enter(lock):
+        barrier.wait()
+        try:
+            lock.__enter__()
+        except UserError:
+            refused.append(lock)
+
+    threads = [threading.Thread(target=enter, args=[lock]) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7
+    (holder,) = set(locks) - set(refused)
+    holder.check()
+    holder.__exit__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_that_lost_its_lock_learns_of_it(tmp_path):
+    with Lock(tmp_path) as lock:
+        (tmp_path / ".lock").unlink()
+        lock.check()  # nobody else has it: it is made again
+        left_behind_by_another = json.loads((tmp_path / ".lock").read_text()) | {"token": "another"}
+        (tmp_path / ".lock").write_text(json.dumps(left_behind_by_another))
+        with pytest.raises(UserError, match="has taken over"):
+            lock.check()
+    assert (tmp_path / ".lock").exists()  # the other's
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path):
+    with largest_file(10), pytest.raises(UserError, match="size limit"):
+        Lock(tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_failed_before_its_first_checkpoint_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    assert find_run(tmp_path, resume=True) == find_run(tmp_path, resume=False) == (None, False)
