@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A Cloud TPU pod slice, one process on each of its hosts:
+#
+#   launch/tpu_pod.sh NAME ZONE setup                                            # copy the checkout, install it
+#   launch/tpu_pod.sh NAME ZONE train --config configs/market.py --workdir runs/market
+#   launch/tpu_pod.sh NAME ZONE evaluate --workdir runs/market
+#   launch/tpu_pod.sh NAME ZONE stop                                             # SIGTERM: save and end
+#
+# NAME is a TPU VM as `gcloud compute tpus tpu-vm create` made it. Every host needs the dataset (~/vpm_jax/data, or
+# --config.data.root), the first one holds the workdir: copy it away before the slice is deleted, or give a --workdir
+# on a mounted disk. After a preemption the same command goes on. JAX asks the metadata server which host it is on.
+set -euo pipefail
+
+if (($# < 3)); then
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d' >&2
+  exit 2
+fi
+name=$1 zone=$2 what=$3
+shift 3
+
+on_all() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+}
+
+case $what in
+  setup)
+    archive=$(mktemp)
+    trap 'rm -f "$archive"' EXIT
+    git archive --format=tar.gz --output="$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$name:vpm_jax.tar.gz" --zone="$zone" --worker=all
+    on_all "mkdir -p vpm_jax && tar xzf vpm_jax.tar.gz -C vpm_jax && cd vpm_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+    ;;
+  train | evaluate)
+    printf -v quoted ' %q' "$@"
+    on_all "cd vpm_jax && exec .venv/bin/python -m vpm_jax.$what --distributed$quoted"
+    ;;
+  stop)
+    on_all "pkill -TERM -f 'python -m vpm_jax[.]' || true"
+    ;;
+  *)
+    echo "error: $what is not one of setup, train, evaluate, stop" >&2
+    exit 2
+    ;;
+esac
