@@ -1,6 +1,7 @@
 """The grain pipelines: batches as a function of the step, pixels that agree with their labels, padding, errors."""
 
 import io
+import multiprocessing
 from dataclasses import dataclass
 
 import numpy as np
@@ -295,3 +296,55 @@ def test_drawn_crops_are_inside():  # what the pipeline relies on
         for draw in np.random.default_rng(0).random((50, 3)).tolist():
             top, left, bottom, right = pixel_box(draw_crop(crop, 0.3, draw), 41, 23)
             assert 0 <= top < bottom <= 41 and 0 <= left < right <= 23
+
+
+def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(capsys):
+    images = list(noise(20))
+    broken = {5, 6, 17}
+    data = [png(image)[:-40] if i in broken else image for i, image in enumerate(images)]
+    strict, skipping = small_config(threads=0), small_config(threads=0, corrupt="skip")
+    with pytest.raises(UserError, match=r"000[56]\.png|0017\.png"):
+        list(train_batches(strict, split_of(data), (6, 3), 0, 20))
+    capsys.readouterr()
+
+    found = list(train_batches(skipping, split_of(data), (6, 3), 0, 20))
+    # As if the file held the image that takes its place.
+    stand_in = {5: 7, 6: 7, 17: 18}
+    mended = [images[stand_in.get(i, i)] for i in range(20)]
+    expected = list(train_batches(strict, split_of(mended), (6, 3), 0, 20))
+    for batch in (*found, *expected):
+        batch.pop("camera")  # that of the image which is shown
+    assert_equal(found, expected)
+    asked = np.concatenate([plan(strict, split_of(images).labels(), step).indices for step in range(20)])
+    error = capsys.readouterr().err
+    assert all(error.count(f"{i:04d}.png") == 1 for i in broken)  # each is named once
+    times = int(np.isin(asked, list(broken)).sum())
+    assert f"3 training images could not be read, and others took their place {times} times" in error
+
+    hosts = [list(train_batches(skipping, split_of(data), (6, 3), 3, 9, host, 2)) for host in range(2)]
+    joined = [np.concatenate([h["image"] for h in batch]) for batch in zip(*hosts, strict=True)]
+    assert all(np.array_equal(image, batch["image"]) for image, batch in zip(joined, found[3:9], strict=True))
+
+
+def test_an_identity_without_any_readable_image_is_an_error():
+    data = [png(image)[:-40] if i < 4 else image for i, image in enumerate(noise(20))]
+    with pytest.raises(UserError, match=r"000[0-3]\.png"):
+        list(train_batches(small_config(threads=0, corrupt="skip"), split_of(data), (6, 3), 0, 20))
+
+
+def test_an_evaluation_never_skips():
+    data = [png(image)[:-40] if i == 9 else image for i, image in enumerate(noise(12))]
+    with pytest.raises(UserError, match=r"0009\.png"):
+        list(eval_batches(small_config(threads=0, corrupt="skip"), split_of(data)))
+
+
+def test_a_loader_process_that_dies_is_one_sentence():
+    config = small_config(workers=1)
+    for stage in (config.stage1, config.stage2):
+        stage.steps_per_epoch = 500
+    batches = train_batches(config, split_of(noise(20)), (6, 3), 0, 2000)
+    next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if child.name != "MainProcess")
+    worker.kill()
+    with pytest.raises(UserError, match=r"A loader process died \(exit code -9;.*fewer config\.data\.workers"):
+        list(batches)

@@ -74,6 +74,9 @@ def default() -> ConfigDict:
     c.data.holdout_identities = 0  # training identities kept aside, for choosing things without a test set
     c.data.workers = 0  # loader processes; 0 loads in threads of this one
     c.data.threads = 2
+    # A training image that cannot be read: "error" stops; "skip" takes the next of its identity that can, and says so.
+    # An evaluation always stops: its numbers would be of another protocol.
+    c.data.corrupt = "error"
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
     # The synthetic pedestrians (rendered on first use).
@@ -202,6 +205,7 @@ _CHOICES: dict[str, tuple] = {
     "data.name": ("market1501", "dukemtmc", "synthetic", "csv", "partial_reid", "partial_ilids"),
     "data.crop": CROPS,
     "data.mix_crop": CROPS,
+    "data.corrupt": ("error", "skip"),
     "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
     "eval.crop": CROPS,
     "model.name": ("vpm",),
@@ -244,6 +248,7 @@ RESUMABLE = (
     "data.root",
     "data.workers",
     "data.threads",
+    "data.corrupt",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Generator
 from functools import lru_cache
 
@@ -91,11 +95,14 @@ class _Loader:
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
 
-    def _load(
-        self, index: int, crop: Crop, flip: bool, out: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)
+    def read(self, index: int) -> np.ndarray:
+        """The decoded image. Raises UserError, naming it, if it cannot be read."""
+        return decode(self._split.read(index), self._names[index], self._split.upright)
+
+    def _put(
+        self, out: np.ndarray, image: np.ndarray, crop: Crop, flip: bool = False, shift: tuple[float, float] = (0.0, 0.0)
     ) -> tuple[Box, int, int]:
-        """Fills `out` with one image; the box it was cut at, and the decoded image's height and width."""
-        image = decode(self._split.read(index), self._names[index], self._split.upright)
+        """Fills `out` with the image, cropped; the box it was cut at, and the decoded image's height and width."""
         height, width = image.shape[:2]
         box = _moved(pixel_box(crop, height, width), *shift)
         resize(cut(image, box, flip, self._fill), (self._height, self._width), self._filter, out)
@@ -121,22 +128,37 @@ class _TrainLoader(_Loader):
         self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
         self._shape = (int(feature_shape[0]), int(feature_shape[1]))
         self._hides = config.data.erasing_hides if config.data.erasing else 1.0
+        self._skips = config.data.corrupt == "skip"
+
+    def _readable(self, index: int) -> tuple[int, np.ndarray]:
+        """(index, image), or the next image of the identity that can be read, whoever loads it and when."""
+        try:
+            return index, self.read(index)
+        except UserError:
+            if not self._skips:
+                raise
+            same = np.flatnonzero(self._identity == self._identity[index])
+            for other in np.roll(same, -1 - np.searchsorted(same, index))[:-1].tolist():
+                with contextlib.suppress(UserError):
+                    return other, self.read(other)
+            raise
 
     def __call__(self, step: int) -> Batch:
         plan = self._sampler.plan(int(step))
         mine = slice(self._first, self._last)
-        indices, pixels = plan.indices[mine], self._pixels()
+        planned, indices, pixels = plan.indices[mine], plan.indices[mine].copy(), self._pixels()
         rows, columns = [], []
         flips, shifts, jitters, erased = (
             numbers[mine].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.erased)
         )
-        for image, index, flip, crop, shift, jitter, (y, x, y_end, x_end) in zip(
-            pixels, indices.tolist(), flips, plan.crops[mine], shifts, jitters, erased, strict=True
+        for row, (out, flip, crop, shift, jitter, (y, x, y_end, x_end)) in enumerate(
+            zip(pixels, flips, plan.crops[mine], shifts, jitters, erased, strict=True)
         ):
-            (top, left, bottom, right), height, width = self._load(index, crop, flip, image, shift)
+            indices[row], image = self._readable(int(planned[row]))
+            (top, left, bottom, right), height, width = self._put(out, image, crop, flip, shift)
             if jitter != [1, 1]:
-                _lit(image, *jitter)
-            image[y:y_end, x:x_end] = self._fill
+                _lit(out, *jitter)
+            out[y:y_end, x:x_end] = self._fill
             rows.append(_project_axis(top, bottom, height, self._grid.rows, self._shape[0], self._min_cells))
             columns.append(_project_axis(left, right, width, self._grid.cols, self._shape[1], self._min_cells))
         # The projection is separable: the rows' and the columns' make the whole batch's in one go.
@@ -148,13 +170,15 @@ class _TrainLoader(_Loader):
         visible = (row_visible[:, :, None] & column_visible[:, None, :]).reshape(self._count, -1)
         if self._hides < 1:
             visible &= ~self._hidden(labels, plan.erased[mine])
-        return {
+        batch = {
             "image": pixels,
             "identity": self._identity[indices],
             "camera": self._camera[indices],
             "labels": labels,
             "visible": visible,
         }
+        # What `_iterate` tells of: this may be another process.
+        return batch | {"unread": np.where(planned != indices, planned, -1)} if self._skips else batch
 
     def _hidden(self, labels: np.ndarray, erased: np.ndarray) -> np.ndarray:
         """Of which regions erasing takes more than data.erasing_hides: bool [b, P], of labels [b, h, w]."""
@@ -184,7 +208,7 @@ class _EvalLoader(_Loader):
         pixels = self._pixels()
         identity, camera = np.full(self._count, -1, np.int32), np.full(self._count, -1, np.int32)
         for row in range(count):
-            self._load(first + row, self._crops[first + row], False, pixels[row])
+            self._put(pixels[row], self.read(first + row), self._crops[first + row])
         pixels[count:] = 0
         identity[:count] = self._identity[first : first + count]
         camera[:count] = self._camera[first : first + count]
@@ -287,9 +311,17 @@ def eval_batches(
     return _run(config, loader, 0, -(-len(split) // batch))
 
 
-def _ignore_interrupt(worker_index: int, worker_count: int) -> None:
-    """Ctrl-C reaches the whole process group, but it is for the main process to end its loaders."""
+def _begin_worker(worker_index: int, worker_count: int) -> None:
+    """A loader process ends with the main one: not by Ctrl-C, which reaches both, and even when that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Batch]:
@@ -311,23 +343,50 @@ def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generato
             os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_begin_worker,
         )
-    batches = _iterate(dataset, copy=workers > 0)
+    batches = _iterate(dataset, loader, copy=workers > 0)
     _running.add(batches)
     return batches
 
 
-def _iterate(dataset: grain.IterDataset, copy: bool) -> Generator[Batch]:
+def _iterate(dataset: grain.IterDataset, loader: _Loader, copy: bool) -> Generator[Batch]:
     iterator = iter(dataset)
+    unread: Counter[int] = Counter()
     try:
         for batch in iterator:
+            for index in batch.pop("unread", np.empty(0)).tolist():
+                if index >= 0:
+                    if index not in unread:
+                        _tell(loader, index)
+                    unread[index] += 1
             # Plain arrays, not views of the shared memory that a worker process sent.
             yield {key: np.array(value) for key, value in batch.items()} if copy else batch
     except UserError as error:
         raise UserError(str(error)) from None  # without the notes and frames that grain adds
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):  # grain's words
+            raise
+        code = str(error).partition("exit code ")[2].partition(".")[0]
+        raise UserError(
+            f"A loader process died (exit code {code}; -9 is most often the system's, when memory runs out): "
+            "run the same command again, with fewer config.data.workers if it dies again."
+        ) from None
     finally:
         iterator.close()
+        if unread:
+            print(
+                f"warning: {len(unread)} training images could not be read, and others took their place "
+                f"{unread.total()} times.",
+                file=sys.stderr,
+            )
+
+
+def _tell(loader: _Loader, index: int) -> None:
+    try:
+        loader.read(index)
+    except UserError as error:
+        print(f"warning: another image of the identity takes the place of one: {error}", file=sys.stderr)
 
 
 _running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
