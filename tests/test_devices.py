@@ -1,0 +1,46 @@
+"""Eight virtual devices, in a process of their own, learn what one does (tests/devices.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def compare(*arguments: str) -> list[dict]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled in a fraction of the time
+    }
+    command = [sys.executable, str(TESTS / "devices.py"), "--json", *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["metrics"] < 1e-10 and row["state"] < 1e-10, row
+        assert row["other_triplets"] == 0 and row["gap"] > 1e-8, row
+        assert row["triplet"] > 0, row
+
+
+@pytest.mark.parametrize("recipe, kind", [("market", "pmap"), ("market_released", "jit")])
+def test_ten_steps_on_eight_devices(recipe, kind):
+    rows = compare("--recipes", recipe, "--kinds", kind, "--devices", "8")
+    check(rows)
+    assert [(row["recipe"], row["kind"], row["devices"]) for row in rows] == [(recipe, kind, 8)]
+
+
+@pytest.mark.slow
+def test_ten_steps_on_one_to_eight_devices():
+    rows = compare()
+    check(rows)
+    assert len(rows) == 2 * (3 + 4)
