@@ -154,6 +154,9 @@ class Soak:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            # On CPU one thread rounds otherwise than several, and how many there are depends on the cores a process
+            # may use when it starts.
+            "NPROC": "1",
         }
 
     def new_run(self, data: Path | None = None) -> dict[str, Any]:
