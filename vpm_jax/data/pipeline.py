@@ -100,7 +100,12 @@ class _Loader:
         return decode(self._split.read(index), self._names[index], self._split.upright)
 
     def _put(
-        self, out: np.ndarray, image: np.ndarray, crop: Crop, flip: bool = False, shift: tuple[float, float] = (0.0, 0.0)
+        self,
+        out: np.ndarray,
+        image: np.ndarray,
+        crop: Crop,
+        flip: bool = False,
+        shift: tuple[float, float] = (0.0, 0.0),
     ) -> tuple[Box, int, int]:
         """Fills `out` with the image, cropped; the box it was cut at, and the decoded image's height and width."""
         height, width = image.shape[:2]
