@@ -235,13 +235,13 @@ class Checkpoints:
 
             return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # Orbax leaves coroutines behind when a file is broken
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # Orbax leaves coroutines behind when a file is broken
+            try:
                 metadata = self._manager.item_metadata(step)["state"]
-            found, expected = shapes(metadata), shapes(like)
-        except Exception:  # unreadable: restoring says why
-            return
+                found, expected = shapes(metadata), shapes(like)
+            except Exception:  # unreadable: restoring says why
+                found = expected = {}
         differ = [
             f"{key} is {found.get(key, 'absent')} there and {expected.get(key, 'absent')} here"
             for key in sorted(set(found) | set(expected))
