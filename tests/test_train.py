@@ -216,9 +216,9 @@ def test_checkpoints_that_lost_their_config_are_refused(whole, pedestrians, tmp_
 
 
 def test_a_workdir_in_use_is_refused(whole, pedestrians, tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir_lib.Lock, "BEAT", 1e6)  # its file stays as it is
+    monkeypatch.setattr(workdir_lib.WorkdirLock, "BEAT", 1e6)  # its file stays as it is
     workdir = shutil.copytree(whole, tmp_path / "run")
-    with workdir_lib.Lock(workdir):
+    with workdir_lib.WorkdirLock(workdir):
         refused(tiny_run(pedestrians), workdir, "in use by another training")
     assert train.train(tiny_run(pedestrians), workdir) == 0
 

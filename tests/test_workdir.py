@@ -9,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_runs import largest_file
 
+from vpm_jax import locks
 from vpm_jax.errors import UserError
-from vpm_jax.workdir import Lock, find_run
+from vpm_jax.locks import Lock
+from vpm_jax.workdir import WorkdirLock, find_run
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +28,18 @@ def impatient(monkeypatch):
 
 def left_behind(folder, **changes) -> None:
     """A lock as this process would have left it, with changes."""
-    with Lock(folder):
+    with WorkdirLock(folder):
         holder = json.loads((folder / ".lock").read_text())
     (folder / ".lock").write_text(json.dumps(holder | changes))
 
 
 def test_a_second_training_is_refused_by_name(tmp_path):
-    with Lock(tmp_path) as lock:
+    with WorkdirLock(tmp_path) as lock:
         with pytest.raises(UserError, match=rf"in use by another training \(process {os.getpid()} on .*another --work"):
-            Lock(tmp_path).__enter__()
+            WorkdirLock(tmp_path).__enter__()
         lock.check()
     assert not list(tmp_path.iterdir())
-    with Lock(tmp_path):
+    with WorkdirLock(tmp_path):
         pass
 
 
@@ -45,18 +48,18 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, monkeypatc
     program = f"""
 import time
 from pathlib import Path
-from vpm_jax.workdir import Lock
-with Lock(Path({str(tmp_path)!r})):
+from vpm_jax.workdir import WorkdirLock
+with WorkdirLock(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(999)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {process.pid} on"):
-        Lock(tmp_path).__enter__()
+        WorkdirLock(tmp_path).__enter__()
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which nobody has waited for yet
-    with Lock(tmp_path):
+    with WorkdirLock(tmp_path):
         pass
     process.communicate()
 
@@ -64,7 +67,7 @@ with Lock(Path({str(tmp_path)!r})):
 def test_another_process_with_the_number_of_a_dead_one_is_not_its_holder(tmp_path, monkeypatch):
     monkeypatch.setattr(Lock, "PATIENCE", 1e9)
     left_behind(tmp_path, started="long ago")
-    with Lock(tmp_path):
+    with WorkdirLock(tmp_path):
         pass
 
 
@@ -73,7 +76,7 @@ def test_a_lock_from_elsewhere_that_nobody_touches_is_taken_over(tmp_path, capsy
     left_behind(tmp_path, place="another machine", host="node7")
     if text is not None:  # its holder died while it wrote its name
         (tmp_path / ".lock").write_text(text)
-    with Lock(tmp_path) as lock:
+    with WorkdirLock(tmp_path) as lock:
         lock.check()
     assert ("on node7" if text is None else "left no name") in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -85,44 +88,72 @@ def test_a_lock_from_elsewhere_that_is_touched_is_respected(tmp_path, monkeypatc
     touching = threading.Timer(0.2, os.utime, [tmp_path / ".lock"])
     touching.start()
     with pytest.raises(UserError, match="on node7"):
-        Lock(tmp_path).__enter__()
+        WorkdirLock(tmp_path).__enter__()
     touching.join()
     assert (tmp_path / ".lock").exists()
 
 
 def test_its_holder_touches_it(tmp_path):
-    with Lock(tmp_path):
+    with WorkdirLock(tmp_path):
         before, end = (tmp_path / ".lock").stat().st_mtime_ns, time.monotonic() + 60
         while (tmp_path / ".lock").stat().st_mtime_ns == before:
             assert time.monotonic() < end
             time.sleep(0.01)
 
 
-def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
+@pytest.mark.parametrize("attempt", range(5))
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path, attempt):
     left_behind(tmp_path, started="long ago")
-    locks, barrier, refused = [Lock(tmp_path) for _ in range(8)], threading.Barrier(8), []
+    locks, barrier = [Lock(tmp_path / ".lock") for _ in range(8)], threading.Barrier(8)
 
-    def enter(lock):
+    def acquire(lock):
         barrier.wait()
-        try:
-            lock.__enter__()
-        except UserError:
-            refused.append(lock)
+        return lock.acquire()
 
-    threads = [threading.Thread(target=enter, args=[lock]) for lock in locks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(refused) == 7
-    (holder,) = set(locks) - set(refused)
-    holder.check()
-    holder.__exit__()
+    with ThreadPoolExecutor(8) as pool:
+        refusals = list(pool.map(acquire, locks))
+    holder = locks[refusals.index(None)]
+    assert refusals.count(None) == 1 and not holder.is_lost()
+    for lock in locks:
+        lock.release()  # of which one is its holder's
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("attempt", range(5))
+def test_what_many_take_in_turn_is_never_held_twice(tmp_path, attempt):
+    left_behind(tmp_path, started="long ago")
+    inside, most, taken = 0, 0, 0
+
+    def work(_):
+        nonlocal inside, most, taken
+        for _ in range(10):
+            lock = Lock(tmp_path / ".lock")
+            if lock.acquire() is None:
+                inside, taken = inside + 1, taken + 1
+                most = max(most, inside)
+                time.sleep(0.001)
+                inside -= 1
+                lock.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert most == 1 and taken > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_look_tells_who_holds_it(tmp_path):
+    path = tmp_path / ".lock"
+    assert locks.holder(path) is None
+    with WorkdirLock(tmp_path):
+        assert f"process {os.getpid()} on" in locks.holder(path)
+    left_behind(tmp_path, started="long ago")
+    assert locks.holder(path) is None
+    left_behind(tmp_path, place="another machine", host="node7")
+    assert "on node7" in locks.holder(path) and "last heard of 0:00 ago" in locks.holder(path)
+    assert locks.holder(path, silence=-1) is None
+
+
 def test_a_holder_that_lost_its_lock_learns_of_it(tmp_path):
-    with Lock(tmp_path) as lock:
+    with WorkdirLock(tmp_path) as lock:
         (tmp_path / ".lock").unlink()
         lock.check()  # nobody else has it: it is made again
         left_behind_by_another = json.loads((tmp_path / ".lock").read_text()) | {"token": "another"}
@@ -134,7 +165,7 @@ def test_a_holder_that_lost_its_lock_learns_of_it(tmp_path):
 
 def test_a_full_disk_leaves_no_lock(tmp_path):
     with largest_file(10), pytest.raises(UserError, match="size limit"):
-        Lock(tmp_path).__enter__()
+        WorkdirLock(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
 
 

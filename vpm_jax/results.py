@@ -1,7 +1,7 @@
 """What finished runs leave: one JSON file each, shared by everybody who works on the same tables.
 
-A folder of these files says what is done. Processes and machines that share it divide the work by claims: a file
-made with O_EXCL, renewed while the run goes on, and taken over from an owner that has fallen silent.
+A folder of these files says what is done. Processes and machines that share it divide the work by claims: a lock
+for each run, taken over from an owner that has died.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpm_jax import __version__
+from vpm_jax import __version__, locks
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import report
-from vpm_jax.errors import UserError, writing
+from vpm_jax.errors import UserError
 from vpm_jax.experiments import Run, fingerprint
-from vpm_jax.logs import duration, write_atomically
+from vpm_jax.logs import write_atomically
 
 RANKS = 10  # of the CMC that is kept
-HEARTBEAT = 30.0  # seconds between renewals of a claim
-STALE = 900.0  # seconds without one after which a claim is taken over
 
 
 def read(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -158,101 +153,22 @@ def commit() -> str | None:
 
 
 def owner(folder: Path, run: Run) -> str | None:
-    """Who works on a run ("host, process 17, last heard of 0:20 ago"), None if nobody that is alive does."""
-    found = _read_claim(_claim_path(folder, run))
-    if found is None or not _alive(found):
-        return None
-    return f"{found['host']}, process {found['pid']}, last heard of {duration(time.time() - found['heartbeat'])} ago"
+    """Who works on a run ("process 17 on host, since ..."), None if nobody that is alive does."""
+    return locks.holder(_claim_path(folder, run))
 
 
 @contextlib.contextmanager
 def claim(folder: Path, run: Run) -> Iterator[bool]:
-    """Claims a run for this process while the block lasts; yields False if somebody else works on it.
-
-    A claim is renewed every HEARTBEAT seconds. One not renewed for STALE seconds, or of a process of this host that
-    is gone, is taken over.
-    """
-    path = _claim_path(folder, run)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "heartbeat": time.time()}
-    if not _create(path, mine) and not (_remove_stale(path) and _create(path, mine)):
+    """Claims a run for this process while the block lasts; yields False if somebody else works on it."""
+    lock = locks.Lock(_claim_path(folder, run))
+    if lock.acquire():
         yield False
         return
-    ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(HEARTBEAT):
-            with contextlib.suppress(OSError, UserError):
-                write_atomically(path, json.dumps(mine | {"heartbeat": time.time()}))
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
     try:
         yield True
     finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(OSError):
-            path.unlink()
+        lock.release()
 
 
 def _claim_path(folder: Path, run: Run) -> Path:
     return folder / f"{run.name}.claim"
-
-
-def _create(path: Path, content: Mapping[str, Any]) -> bool:
-    """Makes the file; False if it is there already. Whole from the start: linked, not written, to its name."""
-    with writing(path):
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
-    return True
-
-
-def _read_claim(path: Path) -> dict[str, Any] | None:
-    """What a claim says; of one that is being written, or was cut short, the time of the file."""
-    try:
-        text, changed = path.read_text(), path.stat().st_mtime
-    except OSError:
-        return None
-    try:
-        found = json.loads(text)
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "heartbeat": float(found["heartbeat"])}
-    except (ValueError, KeyError, TypeError):
-        return {"host": "unknown", "pid": 0, "heartbeat": changed}
-
-
-def _alive(found: Mapping[str, Any]) -> bool:
-    if time.time() - found["heartbeat"] > STALE:
-        return False
-    if found["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(found["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _remove_stale(path: Path) -> bool:
-    """Removes a claim whose owner is gone; False if it is alive. Of several that try, one moves the file away."""
-    found = _read_claim(path)
-    if found is None:
-        return True
-    if _alive(found):
-        return False
-    moved = path.with_name(f".{socket.gethostname()}-{os.getpid()}-{path.name}")
-    try:
-        os.rename(path, moved)
-    except FileNotFoundError:
-        return True
-    again = _read_claim(moved)
-    if again is not None and again != found and _alive(again):  # another was quicker and this is its new claim
-        with contextlib.suppress(FileExistsError):
-            os.link(moved, path)
-    moved.unlink()
-    return True

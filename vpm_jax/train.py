@@ -22,7 +22,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 from vpm_jax.interrupts import Interrupts, Stopped
 from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.workdir import Lock, continue_run, find_run
+from vpm_jax.workdir import WorkdirLock, continue_run, find_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     if first := hosts.is_first():
         make_folder(workdir)
     with (
-        Lock(workdir) if first else contextlib.nullcontext() as lock,
+        WorkdirLock(workdir) if first else contextlib.nullcontext() as lock,
         Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
         Interrupts(hosts.Agreement(mesh)) as interrupts,
     ):
