@@ -1,0 +1,58 @@
+"""What the backbone writes itself and its gradients, against sums in float64 NumPy."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from vpm_jax.models.resnet import convolve, max_pool
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("batch", [1, 6, 48, 35])  # whole, and in parts
+@pytest.mark.parametrize("size, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_convolution_and_its_gradients(float64, size, stride, batch):
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(batch, 7, 6, 3)), random.normal(size=(size, size, 3, 2))
+    y, back = jax.vjp(jax.jit(lambda x, kernel: convolve(x, kernel, stride)), x, kernel)
+    g = random.normal(size=y.shape)
+    by_x, by_kernel = back(g)
+
+    pad = size // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    expected, expected_by_kernel, by_padded = np.zeros(y.shape), np.zeros(kernel.shape), np.zeros(padded.shape)
+    for i, j in np.ndindex(size, size):
+        seen = np.s_[:, i : i + 7 : stride, j : j + 6 : stride]
+        window = padded[seen][:, : y.shape[1], : y.shape[2]]
+        expected += window @ kernel[i, j]
+        expected_by_kernel[i, j] = np.einsum("bhwi,bhwo->io", window, g)
+        by_padded[seen][:, : y.shape[1], : y.shape[2]] += g @ kernel[i, j].T
+    for got, want in (
+        (y, expected),
+        (by_kernel, expected_by_kernel),
+        (by_x, by_padded[:, pad : pad + 7, pad : pad + 6]),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("height, width", [(8, 6), (7, 5), (1, 4), (2, 1)])
+def test_max_pool_and_its_gradient(float64, height, width):
+    random = np.random.default_rng(0)
+    x = random.permutation(2 * height * width * 3).reshape(2, height, width, 3) - 20.0  # no two alike, many negative
+    y, back = jax.vjp(jax.jit(max_pool), x)
+    g = random.normal(size=y.shape)
+    expected, by_x = np.zeros((2, -(-height // 2), -(-width // 2), 3)), np.zeros(x.shape)
+    for b, i, j, c in np.ndindex(expected.shape):
+        top, left = max(2 * i - 1, 0), max(2 * j - 1, 0)
+        window = x[b, top : 2 * i + 2, left : 2 * j + 2, c]
+        row, column = np.unravel_index(window.argmax(), window.shape)
+        expected[b, i, j, c] = window.max()
+        by_x[b, top + row, left + column, c] += g[b, i, j, c]
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(back(g)[0], by_x, rtol=1e-12, atol=1e-12)
