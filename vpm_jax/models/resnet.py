@@ -6,12 +6,15 @@ bottleneck sits on its 3x3 convolution (torchvision) or on its first 1x1 (Caffe,
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+from vpm_jax.models.batch_norm import BatchNorm
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7" is followed by max pooling
@@ -21,12 +24,58 @@ BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class Conv(nn.Module):
-    """A convolution without bias, padded to keep its size; kernel [k, k, in, out].
+def _convolve(x, kernel, stride: int):
+    k = len(kernel)
+    if k == 1:
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    strides, padding = (stride, stride), [(k // 2, k // 2)] * 2
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    A 1x1 convolution is written as the matrix product it is: XLA:CPU runs the weight gradient of the
-    product up to twice as fast as that of the convolution, and GPU and TPU compile both alike.
+
+def _gradients(stride: int, inputs, g):
+    x, kernel = inputs
+
+    def kernel_gradient(x, g):
+        return jax.linear_transpose(lambda kernel: _convolve(x, kernel, stride), kernel)(g)[0]
+
+    def on_cpu(x, g):
+        """The same up to four times as fast, for what XLA:CPU makes of the above."""
+        if len(kernel) == 1:  # a product of matrices: with three dimensions to sum over, both would be transposed
+            x, g = (a.reshape(-1, a.shape[-1]) for a in (x[:, ::stride, ::stride], g))
+            if x.shape[1] > g.shape[1]:  # the wide one on the right; without the barrier XLA turns it round again
+                return lax.optimization_barrier(g.T @ x).T[None, None]
+            return (x.T @ g)[None, None]
+        # In parts of some 16 examples, which stay in the cache; each takes examples of every device.
+        n = next(n for n in range(max(len(x) // 16, 1), 0, -1) if len(x) % n == 0)
+        x, g = (a.reshape(-1, n, *a.shape[1:]) for a in (x, g))
+        return sum(kernel_gradient(x[:, i], g[:, i]) for i in range(n))
+
+    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g)
+    return dx, lax.platform_dependent(x, g, cpu=on_cpu, default=kernel_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x, kernel, stride: int):
+    """x [B, h, w, in] with kernel [k, k, in, out], k odd and padded by k // 2: every stride-th cell, [B, ., ., out]."""
+    return _convolve(x, kernel, stride)
+
+
+convolve.defvjp(lambda x, kernel, stride: (_convolve(x, kernel, stride), (x, kernel)), _gradients)
+
+
+def max_pool(x):
+    """The largest of 3x3 cells at every second row and column of x [B, h, w, C], padded by 1: [B, ceil(h / 2), ...].
+
+    As the maximum of nine shifted maps, whose gradient is a sum of selections (equal cells share it): XLA expands
+    that of a window's maximum to indices of every cell and a scatter, ten times as slow on CPU.
     """
+    _, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    return reduce(jnp.maximum, [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)])
+
+
+class Conv(nn.Module):
+    """A convolution without bias, padded to keep its size; kernel [k, k, in, out]."""
 
     channels: int
     size: int
@@ -39,16 +88,12 @@ class Conv(nn.Module):
         k, s = self.size, self.stride
         kernel = self.param("kernel", kaiming_fan_out, (k, k, x.shape[-1], self.channels), self.param_dtype)
         kernel = kernel.astype(self.dtype)
-        if k == 1:
-            return x[:, ::s, ::s] @ kernel[0, 0]
-        if k == s:  # patches: the same product after moving each into the channels
+        if k == s > 1:  # patches: a 1x1 convolution after moving each into the channels
             b, h, w, c = x.shape
             x = jnp.pad(x, ((0, 0), (0, -h % k), (0, -w % k), (0, 0)))
             x = x.reshape(b, -(-h // k), k, -(-w // k), k, c).transpose(0, 1, 3, 2, 4, 5)
-            return x.reshape(*x.shape[:3], -1) @ kernel.reshape(-1, self.channels)
-        return lax.conv_general_dilated(
-            x, kernel, (s, s), [(k // 2, k // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+            x, kernel, s = x.reshape(*x.shape[:3], -1), kernel.reshape(1, 1, -1, self.channels), 1
+        return convolve(x, kernel, s)
 
 
 class Block(nn.Module):
@@ -104,14 +149,13 @@ class ResNet(nn.Module):
     def __call__(self, x, train: bool = False) -> dict[str, Any]:
         conv = partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
+            BatchNorm,
+            train=train,
             momentum=self.bn_momentum,
             epsilon=self.bn_epsilon,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             axis_name=self.axis_name,
-            use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits where the mean is large
         )
         stages = {}
         x = x.astype(self.dtype)
@@ -119,7 +163,7 @@ class ResNet(nn.Module):
         x = conv(self.width, size, stride, name="conv_stem")(x)
         x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
         if self.stem == "7x7":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         strides = (*self.strides, self.last_stride)
         for s, (blocks, stage_stride) in enumerate(zip(STAGE_BLOCKS[self.depth], strides, strict=True), 1):
             for b in range(blocks):
