@@ -11,7 +11,8 @@ import pytest
 from tiny import SHRUNK, shrunk
 
 from vpm_jax import benchmark
-from vpm_jax.benchmark import PARTS, main, matching, measure, step
+from vpm_jax import config as config_lib
+from vpm_jax.benchmark import PARTS, convolutions, main, matching, measure, step
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.errors import UserError
 
@@ -175,3 +176,20 @@ def test_step_runs(capsys):
     config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=18"]
     main(["step", "--batch=8", "--rounds=2", "--steps=1", "--dtype=float32", "--config.model.grid=(3,1)", *config])
     assert "step float32: JAX" in capsys.readouterr().out
+
+
+def test_convolutions_are_those_of_the_step(capsys):
+    tiny = [f"--config.{key}={value}" for key, value in SHRUNK.items() if key != "model.num_identities"]
+    assert main(["convolutions", "--batch=4", "--seconds=0", *tiny]) == 0
+    assert "by kernel" in capsys.readouterr().out
+
+
+def test_convolutions_of_resnet_50_are_the_multiplications_torchvision_states():
+    config = step.fixed(config_lib.default())
+    config.data.update(height=224, width=224)
+    config.model.update(last_stride=2)
+    found = convolutions.distinct(config, 1)
+    assert sum(found.values()) == 53 and sum(conv.is_stem for conv in found) == 1
+    classifier = 2048 * 1000
+    convs = sum(count * conv.flops for conv, count in found.items()) / 2
+    assert round((convs + classifier) / 1e9, 2) == 4.09  # "GFLOPS" of ResNet50_Weights

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import data, evaluation, extraction, matching, metrics, step
+from vpm_jax.benchmark import convolutions, data, evaluation, extraction, matching, metrics, step
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure, threads
 from vpm_jax.errors import UserError
@@ -32,12 +32,13 @@ __all__ = ["Rate", "main", "measure"]
 PARTS = {
     "data": data,
     "step": step,
+    "convolutions": convolutions,
     "extraction": extraction,
     "matching": matching,
     "metrics": metrics,
     "evaluation": evaluation,
 }
-NETWORKS = ("step", "extraction", "evaluation")  # without --config: of the small recipe on CPU
+NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # without --config: of the small recipe on CPU
 
 
 def parser() -> argparse.ArgumentParser:
