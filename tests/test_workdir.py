@@ -140,6 +140,19 @@ def test_what_many_take_in_turn_is_never_held_twice(tmp_path, attempt):
     assert most == 1 and taken > 0 and not list(tmp_path.iterdir())
 
 
+def test_a_dead_lock_that_vanishes_as_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    left_behind(tmp_path, started="long ago")
+    lock, take_over = Lock(tmp_path / ".lock"), Lock._take_over
+
+    def vanish(self, text):
+        (tmp_path / ".lock").unlink()
+        return take_over(self, text)
+
+    monkeypatch.setattr(Lock, "_take_over", vanish)
+    assert lock.acquire() is None and not lock.is_lost()
+    lock.release()
+
+
 def test_a_look_tells_who_holds_it(tmp_path):
     path = tmp_path / ".lock"
     assert locks.holder(path) is None

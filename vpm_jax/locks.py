@@ -94,15 +94,20 @@ class Lock:
 
         Those that try take turns by the system's own lock of the file, which they hold for just as long.
         """
-        with contextlib.suppress(FileNotFoundError), writing(self._path), open(self._path, "r+b") as file:
-            with contextlib.suppress(OSError):  # a file system without such locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if file.read() == text.encode(errors="replace"):
-                file.seek(0)
-                file.write(self._text.encode())
-                file.truncate()
+        try:
+            with open(self._path, "r+b") as file:
+                with contextlib.suppress(OSError):  # a file system without such locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if file.read() != text.encode(errors="replace"):
+                    return False
+                with writing(self._path):
+                    file.seek(0)
+                    file.write(self._text.encode())
+                    file.truncate()
+                    file.flush()
                 return True
-        return False
+        except FileNotFoundError:  # released in between
+            return False
 
     def _is_touched(self, holder: _Holder) -> bool:
         """Whether a holder elsewhere, or about to write its name, gives a sign of life."""
