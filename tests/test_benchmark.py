@@ -12,7 +12,7 @@ from tiny import SHRUNK, shrunk
 
 from vpm_jax import benchmark
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import PARTS, convolutions, main, matching, measure, step
+from vpm_jax.benchmark import PARTS, convolutions, main, matching, measure, search, step
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.errors import UserError
 
@@ -127,6 +127,36 @@ def test_numpys_matching_is_equation_4():
     for i, j in np.ndindex(4, 6):
         local, weight = np.linalg.norm(q[i] - g[j], axis=-1), q_weight[i] * g_weight[j]
         np.testing.assert_allclose(found[i, j], np.average(local, weights=weight), rtol=1e-5)
+
+
+def test_search_reads_a_store_and_is_exact(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(search, "SLICE_BYTES", 2**10)  # many slices
+    sizes = ["--queries=3", "--gallery=200", "--regions=2", "--channels=8", "--rounds=1"]
+    file = tmp_path / "search.json"
+    main(["search", *sizes, f"--folder={tmp_path}", f"--json={file}"])
+    out = capsys.readouterr().out
+    assert "200 images of 2 x 8 float16" in out and "first 200 they are those" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["search: 3 queries"] * 3
+    assert len({row["limit_is"] for row in rows}) == 3 and all(row["share"] > 0 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["search.json"]  # the gallery is gone
+    with pytest.raises(UserError, match="is no folder"):
+        main(["search", *sizes, f"--folder={file}"])
+
+
+def test_search_notices_wrong_answers(monkeypatch):
+    random = np.random.default_rng(0)
+    query, gallery = (matching.images(n, 2, 8, random) for n in (3, 60))
+    search.check(query, gallery, 5)
+    from vpm_jax.matching import top_k
+
+    def off_by_one(*arguments):
+        distance, index = top_k(*arguments)
+        return distance, (index + 1) % 60
+
+    monkeypatch.setattr("vpm_jax.matching.top_k", off_by_one)
+    with pytest.raises(RuntimeError, match="whole distance matrix"):
+        search.check(query, gallery, 5)
 
 
 def test_metrics_and_the_plain_evaluator_agree(tmp_path, capsys):

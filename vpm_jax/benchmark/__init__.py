@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import convolutions, data, evaluation, extraction, matching, metrics, step
+from vpm_jax.benchmark import convolutions, data, evaluation, extraction, matching, metrics, search, step
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure, threads
 from vpm_jax.errors import UserError
@@ -35,6 +35,7 @@ PARTS = {
     "convolutions": convolutions,
     "extraction": extraction,
     "matching": matching,
+    "search": search,
     "metrics": metrics,
     "evaluation": evaluation,
 }
