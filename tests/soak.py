@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Where a fault may come: while the data are rendered or listed, while programs are compiled, in a step, while a
-# checkpoint is written, in an evaluation during training, and in that after it.
+# Where a fault may come: while the data are rendered or listed, while a checkpoint is restored and programs are
+# compiled, in a step, while a checkpoint is written, in an evaluation during training, and in that after it. Each lasts
+# until the next begins.
 MOMENTS = ("data", "start", "step", "save", "evaluate", "report")
 
 
@@ -64,21 +65,31 @@ def config_of(plan: dict[str, Any]) -> Any:
 
 
 def be_victim(plan: dict[str, Any]) -> int:
-    """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment."""
+    """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment, and not before the path
+    `after` is there."""
     from vpm_jax import checkpoints, cli, evaluate, parallel, train
     from vpm_jax.data import sources
 
     begun: collections.Counter[str] = collections.Counter()
     durations: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
+    now: list[tuple[str, float]] = []  # the moment that began last, and when
 
     def fault() -> None:
+        while not Path(plan.get("after", "/")).exists():
+            time.sleep(0.01)
         FAULT_ACTS[plan["act"]]()
+
+    def end_of_moment() -> None:
+        for moment, start in now:
+            durations[moment].append(time.monotonic() - start)
 
     def watch(owner: Any, name: str, moment: str) -> None:
         function = getattr(owner, name)
 
         def watched(*args, **kwargs):
             begun[moment] += 1
+            end_of_moment()
+            now[:] = [(moment, time.monotonic())]
             with open(plan["progress"], "a") as file:
                 print(moment, args[1] if moment == "step" else "", file=file)
             if (moment, begun[moment]) == (plan.get("moment"), plan.get("number")):
@@ -86,11 +97,9 @@ def be_victim(plan: dict[str, Any]) -> int:
                     threading.Timer(plan["delay"], fault).start()
                 else:
                     fault()
-            start = time.monotonic()
             result = function(*args, **kwargs)
             if moment == "save" and "measure" in plan:
                 args[0].wait()
-            durations[moment].append(time.monotonic() - start)
             return result
 
         setattr(owner, name, watched)
@@ -104,6 +113,7 @@ def be_victim(plan: dict[str, Any]) -> int:
 
     def run() -> int:
         code = train.train(config_of(plan), Path(plan["workdir"]))
+        end_of_moment()
         if "measure" in plan:
             Path(plan["measure"]).write_text(json.dumps(durations))
         return code
@@ -232,12 +242,14 @@ def said(process: subprocess.CompletedProcess[str]) -> str:
 def kills(soak: Soak) -> None:
     """SIGKILL at random moments of every kind, several in a run, until each run has come to its end."""
     done: collections.Counter[str] = collections.Counter()
-    half_written = again = finished = 0
+    half_rendered = half_written = again = finished = 0
     plan, waiting = soak.new_run(), []
     while done.total() < soak.kills:
         waiting = waiting or soak.chance.sample(MOMENTS, len(MOMENTS))
         moment = waiting.pop()
         # In a run that has come far, few of a kind are left.
+        if moment == "data":  # to be rendered anew
+            shutil.rmtree(plan["data"], ignore_errors=True)
         left = soak.numbers[moment] if moment in ("data", "start", "report") else min(3, soak.numbers[moment])
         process = soak.start(
             plan,
@@ -252,7 +264,10 @@ def kills(soak: Soak) -> None:
             plan = soak.new_run()
             continue
         expect(process.returncode == -signal.SIGKILL, "ended otherwise than by the kill", process)
+        moment = soak.progress(plan)[-1].split()[0]  # where it really came
         done[moment] += 1
+        unrendered = moment == "data" and bool(list(Path(plan["data"]).glob(".synthetic*")))
+        half_rendered += unrendered
         seen = [line for line in soak.progress(plan) if line.startswith("step")]
         reached, newest = int(seen[-1].split()[1]) if seen else 0, soak.newest(plan)
         unfinished = list(Path(plan["workdir"]).glob("checkpoints/*tmp*"))
@@ -260,12 +275,14 @@ def kills(soak: Soak) -> None:
         again += max(0, reached - newest) if seen else 0
         print(
             f"kill {done.total()}: during {moment}, after step {reached or newest}, newest checkpoint {newest}"
-            + (", one half-written" if unfinished else ""),
+            + ", one half-written" * bool(unfinished)
+            + ", images half-rendered" * unrendered,
             flush=True,
         )
     soak.finish(plan)
     kinds = ", ".join(f"{n} in {moment}" for moment, n in sorted(done.items()))
-    text = f"{done.total()} kills ({kinds}; {half_written} left a checkpoint half-written) in {finished + 1} runs, "
+    left_by = f"{half_rendered} left images half-rendered, {half_written} a checkpoint half-written"
+    text = f"{done.total()} kills ({kinds}; {left_by}) in {finished + 1} runs, "
     soak.results.append(("kills", text + f"{again} steps done again, nothing lost"))
 
 
@@ -318,9 +335,10 @@ def damage(soak: Soak) -> None:
     counts: collections.Counter[str] = collections.Counter()
     for kind in ("flipped", "flipped", "flipped", "cut", "gone"):
         plan = soak.new_run(soak.whole.parent / "data")
-        process = soak.start(plan, act="kill", moment="step", number=9, delay=0.0)
+        newest = Path(plan["workdir"]) / "checkpoints" / "7"
+        process = soak.start(plan, act="kill", moment="step", number=9, delay=0.0, after=str(newest))
         expect(process.returncode == -signal.SIGKILL and soak.newest(plan) == 7, "no checkpoint to damage", process)
-        files = sorted(p for p in (Path(plan["workdir"]) / "checkpoints" / "7").rglob("d/*") if p.is_file())
+        files = sorted(p for p in newest.rglob("d/*") if p.is_file())
         file = soak.chance.choices(files, [p.stat().st_size for p in files])[0]
         data = bytearray(file.read_bytes())
         if kind == "gone":

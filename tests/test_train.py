@@ -290,6 +290,28 @@ def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monke
 
 
 @pytest.mark.slow  # a worker process imports everything
+def test_the_wait_for_input_is_told(whole, monkeypatch):
+    """A loader that takes 3 s for a batch, of which the step takes 1 s; the first steps compile and do not count."""
+    now = [100.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    def batches():
+        for _ in range(4):
+            now[0] += 3
+            yield {}
+
+    config = config_lib.read(whole)
+    window = train.Window(config, [], 0, STEPS)
+    for number, _ in enumerate(window.waits(batches()), 1):
+        now[0] += 1
+        window.add(number, {"loss": np.float32(1), "grad_norm": np.float32(1), "learning_rate": np.float32(1)})
+    record = window.close()
+    told = ("loss_region", "loss_identity", "loss_triplet", "accuracy_locator", "comparable")
+    assert record["input_wait"] == 0.75
+    assert record["images_per_second"] == pytest.approx(8 / 4)
+    assert "(input 75%)" in train.describe(record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS)
+
+
 def test_a_worker_process_changes_nothing(whole, pedestrians, tmp_path):
     assert train.train(tiny_run(pedestrians, data__workers=1), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)

@@ -119,7 +119,8 @@ def saved_steps(workdir: Path) -> list[int]:
 def records(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The lines of a run's log, without what differs from one run to the next."""
     lines = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "eta", "memory_gib")} for line in lines]
+    other = ("images_per_second", "input_wait", "eta", "memory_gib")
+    return [{k: v for k, v in line.items() if k not in other} for line in lines]
 
 
 def assert_same_run(one: Path, two: Path, but_best: int | None = None) -> None:

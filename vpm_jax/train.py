@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -170,7 +170,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             results = evaluate_if_due(state)  # of the last step alone; due where a stop cut it short
             # Nothing moves between host and devices but what is told to.
             with contextlib.closing(batches), jax.transfer_guard("disallow"):
-                for batch in parallel.prefetch(batches, place.put_batch):
+                for batch in parallel.prefetch(window.waits(batches), place.put_batch):
                     state, metrics = train_step(state, batch)
                     steps += 1
                     window.add(steps, place.whole(metrics))
@@ -255,14 +255,25 @@ class Window:
         self.pending = pending
         self._config, self._total, self._steps = config, total, steps
         self._device: list[tuple[int, dict]] = []
-        self._since, self._timed = 0.0, 0
+        self._since, self._timed, self._waited = 0.0, 0, 0.0
+
+    def waits(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The batches; the time until each of them comes is training's wait for its input."""
+        batches = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
 
     def add(self, steps: int, metrics: dict) -> None:
         """The metrics of the step that was just started, the `steps`-th."""
         if self._since:
             self._timed += 1
         else:  # this process's first step is compiled by now, and its compiling out of the rate
-            self._since = time.monotonic()
+            self._since, self._waited = time.monotonic(), 0.0
         self._device.append((steps, metrics))
         self._steps = steps
 
@@ -291,7 +302,8 @@ class Window:
         """The record of the window, which starts anew. Raises as `fetch`."""
         self.fetch()
         now = time.monotonic()
-        rate = max(self._timed, 1) / max(now - self._since, 1e-9)
+        seconds = max(now - self._since, 1e-9)
+        rate = max(self._timed, 1) / seconds
         within, stage = stage_of(self._config, self._steps)
         record: dict[str, Any] = {
             "step": self._steps,
@@ -303,9 +315,10 @@ class Window:
             record[key] = [mean(v) for v in zip(*values, strict=True)] if isinstance(values[0], list) else mean(values)
         record["learning_rate"] = self.pending[-1]["learning_rate"]
         record["images_per_second"] = rate * stage.identities * stage.images_per_identity
+        record["input_wait"] = round(min(self._waited / seconds, 1.0), 4)  # the share of the time
         record["memory_gib"] = round(parallel.peak_memory(), 3)
         record["eta"] = (self._total - self._steps) / rate
-        self.pending, self._since, self._timed = [], now, 0
+        self.pending, self._since, self._timed, self._waited = [], now, 0, 0.0
         return record
 
 
@@ -317,8 +330,8 @@ def describe(record: dict[str, Any], total: int) -> str:
         f"loss {record['loss']:.3f} (region {record['loss_region']:.3f} id {record['loss_identity']:.3f} "
         f"triplet {record['loss_triplet']:.3f})  id acc {mean(heads):.1%} ({min(heads):.0%}-{max(heads):.0%})  "
         f"locator {record['accuracy_locator']:.1%}  comparable {record['comparable']:.0%}  "
-        f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s  {record['memory_gib']:.1f} GiB  "
-        f"ETA {duration(record['eta'])}"
+        f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s "
+        f"(input {record['input_wait']:.0%})  {record['memory_gib']:.1f} GiB  ETA {duration(record['eta'])}"
     )
 
 
