@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_folders import make
 from tiny_runs import STEPS, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import hosts, parallel
@@ -109,6 +110,33 @@ def test_processes_train_and_evaluate_as_one(count, alone, pedestrians, tmp_path
     done = run(count, environment, *command, "--config.eval.batch=4", f"--config.data.root={pedestrians}")
     assert done.returncode == 0, done.stderr
     assert gammas(tmp_path / "again") == gammas(alone)
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_writes(alone, tmp_path, environment):
+    """Partial-REID by its own protocol; every process has an --output of its own."""
+    make(tmp_path, "original", 5, 3)
+    program = """
+import sys
+from vpm_jax import cli, evaluate
+at = sys.argv.index("--output") + 1
+sys.argv[at] += "/" + sys.argv[-1]
+cli.run(evaluate.main)
+"""
+    command = ["-c", program, "--workdir", str(alone), "--dataset", "partial_reid", "--config.eval.batch=4"]
+    command += ["--root", str(tmp_path / "Partial-REID_Dataset"), "--output"]
+    before = {path: path.stat().st_mtime_ns for path in alone.rglob("*")}
+    found = {}
+    for count in (1, 2):
+        done = run(count, environment, *command, str(tmp_path / str(count)))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("all-shot (15 x 15)") == 1
+        assert [path.name for path in (tmp_path / str(count)).iterdir()] == ["0"]
+        assert sorted(path.suffix for path in (tmp_path / str(count) / "0").iterdir()) == [".json", ".md"]
+        found[count] = json.loads((tmp_path / str(count) / "0" / "evaluation-partial_reid.json").read_text())
+    assert found[1]["hardware"] == "1 x cpu" and found[2]["hardware"] == "2 x cpu"
+    assert found[2]["results"] == found[1]["results"]
+    assert {path: path.stat().st_mtime_ns for path in alone.rglob("*")} == before
 
 
 @pytest.mark.slow

@@ -281,8 +281,14 @@ class FolderReader:
 
     def read(self, name: str, position: int) -> bytes:
         try:
-            with open(os.path.join(self.root, name), "rb", buffering=0) as file:  # 1.4 times Path.read_bytes
-                return file.read()
+            file = os.open(f"{self.root}/{name}", os.O_RDONLY)  # in half the time of open() and read()
+            try:
+                parts = []
+                while part := os.read(file, 2**16):
+                    parts.append(part)
+            finally:
+                os.close(file)
+            return b"".join(parts)
         except OSError as error:
             raise UserError(f"The image {self.root / name} cannot be read: {error.strerror}.") from error
 
