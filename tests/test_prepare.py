@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_sources import config, content, fails, make_folder, make_zip
 
 from vpm_jax.data import arrayrecord
@@ -56,6 +57,26 @@ def test_tfds_reads_it_without_tensorflow(prepared):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "9 2 1 (8, 4, 3) bounding_box_train/0002_c1s1_000001_00.jpg\nFalse\n"
+
+
+def test_other_images_are_not_taken_for_prepared_ones(tmp_path, capsys):
+    output = str(tmp_path / "out")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for image, colour in (("a.png", 9), ("b.png", 99), ("c.png", 199)):
+            shade = colour + (name == "two" and image == "a.png")
+            Image.new("RGB", (8, 16), (shade, 0, 0)).save(tmp_path / name / image)
+        rows = "path,identity,split\na.png,1,train\nb.png,1,query\nc.png,1,gallery\n"
+        (tmp_path / name / "own.csv").write_text(rows)
+    main(["csv", "--source", str(tmp_path / "one"), "--output", output])
+    main(["csv", "--source", str(tmp_path / "one" / "own.csv"), "--output", output])
+    assert "Already prepared" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"prepared from other images .* choose another --output"):
+        main(["csv", "--source", str(tmp_path / "two"), "--output", output])  # the same names, another picture
+    with (tmp_path / "one" / "own.csv").open("a") as file:
+        file.write("b.png,2,query\n".replace("b.png", "../two/b.png"))
+    with pytest.raises(UserError, match="1 query and 1 gallery images"):
+        main(["csv", "--source", str(tmp_path / "one"), "--output", output])
 
 
 def test_already_prepared(prepared, folder, capsys):

@@ -3,7 +3,8 @@
     python -m vpm_jax.prepare market1501 --source Market-1501-v15.09.15.zip --output data
 
 writes `data/market1501/1.0.0/`, which `config.data.root` may name, or find below `data`. The images stay the bytes
-they are. The folder appears whole or not at all, and is left alone if it exists.
+they are. The folder appears whole or not at all, and is left alone if it exists; one of other images than --source
+lists is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from vpm_jax.config import default
 from vpm_jax.data.folders import TITLES
@@ -44,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = arrayrecord.folder_of(output, args.dataset)
     if folder.exists():
         dataset = _load(args.dataset, str(folder))
+        # A source that is gone is asked nothing.
+        if args.source and Path(args.source).exists() and not _same(dataset, _load(args.dataset, args.source)):
+            raise UserError(
+                f"{folder} was prepared from other images ({_sizes(dataset)}) than {args.source} lists: choose another "
+                "--output, or delete that folder first."
+            )
         print(f"Already prepared: {folder} ({_sizes(dataset)}). To prepare it again, delete that folder first.")
         return
 
@@ -64,6 +74,19 @@ def _load(name: str, root: str) -> Dataset:
     config = default().data
     config.name, config.root = name, root
     return load_dataset(config)
+
+
+def _same(prepared: Dataset, source: Dataset) -> bool:
+    """Whether both list the same images; of their pixels the first ones are compared."""
+    for split in ("train", "query", "gallery"):
+        one, other = getattr(prepared, split), getattr(source, split)
+        if one.names != other.names or not np.array_equal(one.identity, other.identity):
+            return False
+        if (one.camera is None) != (other.camera is None) or not np.array_equal(one.camera, other.camera):
+            return False
+        if len(one) and one.read(0) != other.read(0):
+            return False
+    return True
 
 
 def _sizes(dataset: Dataset) -> str:
