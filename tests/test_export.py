@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_api import assert_equal
 from test_convert import make_run
 from tiny_runs import largest_file, quick_compiler
 
-from vpm_jax import VPM, UserError, export, step
+from vpm_jax import VPM, UserError, api, export, step
+from vpm_jax import config as config_lib
 from vpm_jax.pretrained import own
 
 pytest.importorskip("flatbuffers", reason="jax.export writes and reads with it")
@@ -119,6 +122,56 @@ def test_wrong_parameters_are_never_kept(exported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def with_variables(model: VPM, change) -> VPM:
+    """The model with `change`(name, array) for each of its arrays."""
+    flat = traverse_util.flatten_dict(model.variables, sep="/")
+    variables = traverse_util.unflatten_dict({name: change(name, x) for name, x in flat.items()}, sep="/")
+    return VPM(model.config, api._step(model.config, variables), model.fingerprint, "changed", variables)
+
+
+def undecided(name: str, x: np.ndarray) -> np.ndarray:
+    """A locator with large logits, the same for all regions: the last bit decides."""
+    return np.repeat(1e3 * x[..., :1], x.shape[-1], axis=-1) if "locator" in name and x.ndim > 1 else x
+
+
+@pytest.mark.parametrize("locator", [lambda name, x: x, undecided], ids=["random", "undecided"])
+def test_what_is_rounding_follows_the_model(exported, locator):
+    model = with_variables(VPM.load(exported[0]), locator)
+    moved = export.rounding(model, export._pictures(model))["region_maps"]
+    assert moved.min() > 2e-5 if locator is undecided else moved.max() < 2e-5
+
+    def neighbour(name, x):  # the next number: what another order of additions amounts to
+        return np.nextafter(x, np.float32(1))
+
+    def one_kernel(name, x):
+        return x * np.float32(1.003) if name.endswith("stage3_block1/conv1/kernel") else x
+
+    def epsilon(name, x):
+        return x + np.float32(1e-3) if name.endswith("/var") else x
+
+    export.compare(model, with_variables(model, neighbour).step)
+    with pytest.raises(UserError, match="something else than the model"):
+        export.compare(model, lambda images: model.step(images[..., ::-1]))
+    for wrong in () if locator is undecided else (one_kernel, epsilon):  # smaller than what the last bit does there
+        with pytest.raises(UserError, match="something else than the model"):
+            export.compare(model, with_variables(model, wrong).step)
+
+
+def test_a_file_that_is_given_away_names_no_path(tmp_path):
+    folder = tmp_path / "run"
+    config, _ = make_run(folder)
+    config.data.root, config.pretrained = f"{tmp_path}/own.csv", f"torchvision:{tmp_path}/r18.pth"
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    run_main(folder, tmp_path / "a.stablehlo")
+    run_main(folder, tmp_path / "a.safetensors")
+    (tensors,) = tmp_path.glob("a*.safetensors")
+    for path in (tmp_path / "a.stablehlo", tmp_path / "a.stablehlo.json", tensors):
+        assert str(tmp_path).encode() not in path.read_bytes()
+    said = json.loads((tmp_path / "a.stablehlo.json").read_text())
+    assert "of the run run)" in said["source"] and said["fingerprint"] == VPM.load(folder).fingerprint
+    assert (said["config"]["pretrained"], said["config"]["data"]["root"]) == ("torchvision:r18.pth", "")
+
+
 def test_parameters_for_pytorch_are_compared_too(exported, tmp_path, capsys):
     run_main(exported[0], tmp_path / "b.safetensors")
     (path,) = tmp_path.glob("b*.safetensors")
@@ -153,6 +206,10 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def test_damage_is_noticed(exported, tmp_path):
     path = tmp_path / "a.stablehlo"
     data, text = exported[1].read_bytes(), exported[1].with_name("a.stablehlo.json").read_text()
@@ -161,7 +218,11 @@ def test_damage_is_noticed(exported, tmp_path):
         (lambda: path.with_name("a.stablehlo.json").write_text("{}"), "is not what an export writes"),
         (lambda: path.with_name("a.stablehlo.json").write_text(text.replace('"depth": 18', '"depth": 17')), "depth"),
         (lambda: path.with_name("a.stablehlo.json").write_text(text), ""),
-        (lambda: path.write_bytes(data[:-9]), "is not the file that a.stablehlo.json describes"),
+        (lambda: path.write_bytes(data[:99]), "is not the file that a.stablehlo.json describes"),
+        (
+            lambda: path.with_name("a.stablehlo.json").write_text(text.replace(*map(sha256, (data, data[:99])))),
+            "by JAX",
+        ),
     ]:
         change()
         if sentence:

@@ -105,6 +105,13 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def check_output(flag: str, path: Path) -> None:
+    """Raises UserError, before any work is done, unless `path` can be the file that `flag` asks for."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(f"{flag} {path}: {found}, choose another name.")
+
+
 def override(config: ConfigDict, arguments: Sequence[str]) -> None:
     """Applies --config.KEY=VALUE (or --config.KEY VALUE), each value read as the type it replaces.
 

@@ -110,7 +110,7 @@ def _convert(
         bn_epsilon=epsilon,
         mean=(CAFFE_MEAN[0] / 255, CAFFE_MEAN[1] / 255, CAFFE_MEAN[2] / 255),
         std=CAFFE_STD,
-        source=f"{network} (Keras, {where}{dtype_note(fits)})",
+        source=f"{network} (Keras, {where.name}{dtype_note(fits)})",
         network=network,
         classifier={leaf: floats[f"{head}/{leaf}"] for leaf in ("kernel", "bias")} if has_head else None,
         skipped=differences,

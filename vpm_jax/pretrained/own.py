@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
@@ -69,7 +70,7 @@ def read_workdir(path: Path, partial: bool = False) -> Pretrained:
         bn_epsilon=m.bn_epsilon,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        source=f"{network} and its heads (step {int(state.step)} of the run in {path})",
+        source=f"{network} and its heads (step {int(state.step)} of the run {path.resolve().name})",
         network=network,
         heads=nested({name: x for name, x in flat.items() if "/backbone/" not in name}),
         config=config,
@@ -136,9 +137,17 @@ def metadata(weights: Pretrained, **more: Any) -> dict[str, str]:
             "last_stride": config.model.last_stride,
             "grid": list(config.model.grid),
             "recipe": config.recipe,
-            "config": json.dumps(config.to_dict()),
+            "config": json.dumps(without_paths(config).to_dict()),
         }
     return {key: str(value) for key, value in values.items()}
+
+
+def without_paths(config: ConfigDict) -> ConfigDict:
+    """A copy for files that are given away: of the machine's paths only the name of the pretrained weights is left."""
+    config = config.copy_and_resolve_references()
+    kind, colon, path = config.pretrained.rpartition(":")
+    config.data.root, config.pretrained = "", kind + colon + Path(path).name
+    return config
 
 
 def is_ours(file: File) -> bool:
@@ -191,7 +200,7 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
         bn_epsilon=epsilon,
         mean=mean,
         std=std,
-        source=f"{network}{' and its heads' * whole} ({where})",
+        source=f"{network}{' and its heads' * whole} ({file.path.name})",
         network=network,
         classifier=classifier,
         heads=nested(heads.from_torch(floats, in_heads)) if whole else None,
