@@ -104,6 +104,15 @@ def test_training_curves_of_little(tmp_path, figures):
         plots.training_curves(tmp_path / "training.png", path)
 
 
+def test_a_metrics_file_with_something_else_in_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": "x"}\n[1]\n{"step": 2, "loss": "low"}\n{"step": 3, "loss": 1.5}\n'
+    )
+    assert list(plots.read_steps(tmp_path / "metrics.jsonl")) == [2, 3]
+    plots.training_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    assert (tmp_path / "curves.png").stat().st_size
+
+
 def test_running_mean():
     values = np.random.default_rng(0).random(30)
     expected = [values[max(0, i - 2) : i + 3].mean() for i in range(30)]

@@ -142,14 +142,16 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
     for name, data in (good | {name: data for name, (data, _) in bad.items()}).items():
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.jpg")
     assert index(folder, run) == search.INCOMPLETE == 3
     printed = capsys.readouterr()
-    assert "15 images of" in printed.out and "(15 new, 6 unreadable; " in printed.out
+    assert "15 images of" in printed.out and "(15 new, 7 unreadable; " in printed.out
     said = printed.err
     for name, (_, sentence) in bad.items():
         assert re.search(rf"skipped: .*{name} .*{sentence}", said)
     assert re.search(r"skipped: .*gone\.jpg cannot be read \(No such file", said)
-    assert "6 of 21 images could not be read and were skipped." in said
+    assert re.search(r"skipped: .*pipe\.jpg is a pipe or a device", said)
+    assert "7 of 22 images could not be read and were skipped." in said
     store = Store(folder.parent / "store")
     assert len(store) == 15 and set(good) < set(store.names)
     assert_describes(store, folder, model)
@@ -365,7 +367,17 @@ def test_a_query_that_is_no_image(folder, indexed, name, sentence):
 def test_how_many_is_at_least_one(folder, indexed, capsys):
     with pytest.raises(SystemExit, match="2"):
         search.main(["query", "a.jpg", "--index", str(indexed), "--top", "0"])
-    assert "0, expected at least 1" in capsys.readouterr().err
+    assert "'0', expected a whole number from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_what_cannot_be_written_is_said_before_anything_is(folder, indexed, tmp_path, flag):
+    other = "--json" if flag == "--html" else "--html"
+    where = ["--index", str(indexed), other, str(tmp_path / "good")]
+    for bad, sentence in [(tmp_path, "that is a folder"), (tmp_path / "none" / "a", "there is no folder")]:
+        with pytest.raises(UserError, match=rf"{flag} .*{sentence}"):
+            search.main(["query", str(folder / "a.jpg"), flag, str(bad), *where])
+    assert not (tmp_path / "good").exists()
 
 
 def test_names_that_are_no_text_are_printed(indexed, folder, capsys):

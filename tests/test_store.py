@@ -206,8 +206,10 @@ def test_one_writer_at_a_time(folder):
     ],
 )
 def test_what_does_not_fit_the_store(folder, change, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as raised:
         Writer(folder, dataclasses.replace(ABOUT, **change))
+    Writer(folder, ABOUT).__exit__(None, None, None)  # though `raised` still holds the one that failed
+    assert raised.value.__traceback__ is not None
     assert len(Store(folder)) == 7
 
 
@@ -271,6 +273,15 @@ def test_damage_is_one_sentence(folder, damage, sentence):
     assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
     with pytest.raises(UserError):  # nothing is appended to it
         Writer(folder, ABOUT)
+
+
+def test_a_path_that_is_none(folder):
+    with Writer(folder, dataclasses.replace(ABOUT, extra={"model": 3, "folder": "", "other": "a/b"})):
+        pass
+    store = Store(folder)
+    assert (store.path("folder"), store.path("none"), store.path("other")) == (None, None, Path("a/b"))
+    with pytest.raises(UserError, match=r"store\.json is damaged \(model is 3, expected a path\)"):
+        store.path("model")
 
 
 def flip(path: Path):

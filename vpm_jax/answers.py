@@ -58,7 +58,7 @@ def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[A
     weight = match_visibility(described.visibility, match.visibility)
     gallery_weight = match_visibility(store.visibility, match.visibility)
     distance, index = top_k(described.features, weight, (store.features, gallery_weight), top, match.squared)
-    root, names = Path(store.about.extra.get("folder", "")), store.names
+    root, names = store.path("folder") or Path(), store.names
     answers = []
     for row, path in enumerate(images):
         found = index[row][np.isfinite(distance[row])]
@@ -129,7 +129,7 @@ def page(model: VPM, store: Store, answers: list[Answer]) -> str:
     """One self-contained HTML file. Pictures are read from the folder that was indexed."""
     rows, cols = model.grid.rows, model.grid.cols
     order = "from the top down" if cols == 1 else f"{rows} rows of {cols}, from the top left"
-    folder = html.escape(printable(store.about.extra.get("folder", store.folder)))
+    folder = html.escape(printable(store.path("folder") or store.folder))
     intro = (
         f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both pictures show. "
         f"Regions are numbered {order}.</p>"

@@ -287,9 +287,11 @@ def read(image: Image, name: str = "the image") -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         try:
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, expected an image: give the images that are in it.")
+            if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
+                raise UserError(f"{path} is a pipe or a device, expected an image file.")
             data = path.read_bytes()
-        except IsADirectoryError:
-            raise UserError(f"{path} is a folder, expected an image: give the images that are in it.") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({reason}): expected an image file.") from None

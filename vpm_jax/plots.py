@@ -306,15 +306,15 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict) and "step" in line:
-            lines[int(line["step"])] = line
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines[line["step"]] = line
     if not lines:
         raise ValueError(f"{path} holds no line with a step, expected the metrics that training writes")
     return dict(sorted(lines.items()))
 
 
 def _values(lines: Mapping[int, Mapping[str, Any]], key: str) -> list[tuple[int, Any]]:
-    return [(step, line[key]) for step, line in lines.items() if line.get(key) is not None]
+    return [(step, line[key]) for step, line in lines.items() if np.asarray(line.get(key)).dtype.kind in "if"]
 
 
 def _curve(

@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "numbers from 1."
         )
     output = args.output or args.workdir / "report.html"
-    if output.is_dir() or not output.parent.is_dir():
-        found = "that is a folder" if output.is_dir() else f"there is no folder {output.parent}"
-        raise UserError(f"--output {output}: {found}, choose another name.")
+    cli.check_output("--output", output)
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
 
     body = results(args.workdir) + training(args.workdir)

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     # ---- The runs ----------------------------------------------------------------------------------------
-    for folder in (args.results, args.workdirs):
+    name = experiments.family(dataset, scale) + f"-{args.variant}" * bool(args.variant)
+    output = args.output or Path("docs/results") / name
+    for folder in (args.results, args.workdirs, output):  # hours before the last is needed
         make_folder(folder)
     stopped, skipped = 0, len(left)
     for number, run in enumerate(missing, 1):
@@ -66,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
 
     # ---- The report --------------------------------------------------------------------------------------
-    name = experiments.family(dataset, scale) + f"-{args.variant}" * bool(args.variant)
-    output = args.output or Path("docs/results") / name
     if done:
         report(output, exhibits, cells, done, left, command_line(argv), args.workdirs)
         print(f"\nreport of {len(done)} of {count}: {output / 'report.md'}")

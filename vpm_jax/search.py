@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vpm_jax.search",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for what was named on stderr: images that "
-        "cannot\nbe read (index), queries that show no region (query).",
+        epilog="Exit codes: 0 done; 1 an error, in one sentence; 2 wrong arguments; 3 done but for what was named on\n"
+        "stderr: images that cannot be read (index), queries that show no region (query).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index | query")
     one = commands.add_parser(
@@ -76,10 +76,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}, expected at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+    return int(text)
 
 
 # ---- Index ----
@@ -168,16 +167,16 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
 
 def _check_root(store: Store, folder: Path) -> None:
     """Refuses a store of another folder, unless that one has moved."""
-    root = store.about.extra.get("folder", "")
-    if root and Path(root).is_dir() and not Path(root).samefile(folder):
+    root = store.path("folder")
+    if root and root.is_dir() and not root.samefile(folder):
         raise UserError(f"{store.folder} is the index of {root}: give that folder, or another --index.")
 
 
 def _model_of(store: Store | None, folder: Path) -> Path:
-    path = store.about.extra.get("model") if store is not None else None
-    if not path:
+    path = store.path("model") if store is not None else None
+    if path is None:
         raise UserError(f"{folder} names no model: give --workdir RUN, the folder of a training run, or --model FILE.")
-    return Path(path)
+    return path
 
 
 def config_digest(model: VPM) -> str:
@@ -240,6 +239,9 @@ def query(
     Raises:
       UserError: for an image that cannot be read, a store that is damaged or empty, or one of another model.
     """
+    for flag, file in (("--json", json_file if json_file != "-" else None), ("--html", html_file)):
+        if file:
+            cli.check_output(flag, Path(file))
     there = Store(store)
     if not len(there):
         raise UserError(f"{store} holds no images yet: run python -m vpm_jax.search index.")

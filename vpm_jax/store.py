@@ -184,6 +184,13 @@ class Store:
                 f"{model}): features of two models cannot be compared; give the model that made it, or another store."
             )
 
+    def path(self, key: str) -> Path | None:
+        """A path that the writer kept as `key` of About.extra, None without one. Raises UserError for anything else."""
+        found = self.about.extra.get(key) or None
+        if not isinstance(found, str | None):
+            raise UserError(f"{self.folder / 'store.json'} is damaged ({key} is {found!r}, expected a path): {_AGAIN}")
+        return None if found is None else Path(found)
+
     def verify(self) -> None:
         """Reads everything and compares it with its checksum. Raises UserError if it is damaged."""
         for kind in _KINDS:
@@ -262,7 +269,18 @@ class Writer:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise UserError(f"{self.folder} is being written by another process: wait for it to end.") from None
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            self._start(about)
+        except BaseException:
+            self._close()
+            self._lock.close()
+            raise
+
+    def _start(self, about: About) -> None:
+        """Opens the store, which is made if need be."""
         self.about = about
         if (self.folder / "store.json").exists():
             there = Store(self.folder)
@@ -275,7 +293,6 @@ class Writer:
                 )
             there.verify()
             self.about = dataclasses.replace(there.about, config=about.config, extra=about.extra)
-        self._files: dict[str, BinaryIO] = {}
         self._open(self.about.generation)
         self._remove_strays()
         self.commit()

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--clock cpu with {threads()} threads would count those that only wait: give this process one core, by "
             "`taskset -c 1 python -m vpm_jax.benchmark ...`, or leave it out."
         )
+    if args.json:
+        cli.check_output("--json", args.json)
     if args.part == "all":
         report = run_all(args, overrides)
     else:

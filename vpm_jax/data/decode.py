@@ -80,6 +80,8 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
 def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.ndarray:
     """A Pillow image of any mode as uint8 [H, W, 3], RGB. Arguments and errors as those of `decode`."""
     _check_size(picture.size[::-1], name)
+    if 0 in picture.size:
+        raise UserError(f"{name} has {picture.height} x {picture.width} pixels, expected at least one: {_WHAT_TO_DO}")
     try:
         picture.load()
         if picture.mode.startswith(_DEEP_MODES):  # Pillow would clip them to white
