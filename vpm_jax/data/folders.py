@@ -281,7 +281,8 @@ class FolderReader:
 
     def read(self, name: str, position: int) -> bytes:
         try:
-            file = os.open(f"{self.root}/{name}", os.O_RDONLY)  # in half the time of open() and read()
+            path = os.path.join(self.root, name)  # which may be absolute: a CSV of own images may list such
+            file = os.open(path, os.O_RDONLY)  # in half the time of open() and read()
             try:
                 parts = []
                 while part := os.read(file, 2**16):
