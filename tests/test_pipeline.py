@@ -10,11 +10,10 @@ from PIL import Image
 
 from vpm_jax.config import default
 from vpm_jax.data.decode import resize
-from vpm_jax.data.pipeline import _TrainLoader, cut, eval_batches, train_batches
+from vpm_jax.data.pipeline import cut, eval_batches, train_batches
 from vpm_jax.data.sampling import plan
 from vpm_jax.data.sources import Split
 from vpm_jax.errors import UserError
-from vpm_jax.parallel import data_mesh, shard
 from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
 
 
@@ -78,30 +77,6 @@ def test_a_batch_is_a_function_of_the_step():
     assert_equal(joined, batches[5:15])
     config.data.threads = 3
     assert_equal(list(train_batches(config, split, shape, 0, 20)), batches)
-
-
-def test_memory_is_used_again_when_nobody_looks_at_it():
-    loader = _TrainLoader(small_config(), split_of(noise(20)), (6, 3), 0, 1)
-    first, second = loader(0)["image"], loader(1)["image"]
-    assert not np.shares_memory(first, second)
-    copies, pair = (first.copy(), second.copy()), first[:2]
-    was = id(second.base)  # the loader holds it, so that nothing else takes its place
-    del first, second
-    third, fourth = loader(2)["image"], loader(3)["image"]
-    assert id(third.base) == was
-    assert not np.shares_memory(fourth, third) and not np.shares_memory(fourth, pair)  # a part is enough to keep all
-    assert np.array_equal(pair, copies[0][:2])
-
-
-def test_memory_that_devices_use_is_left_alone():
-    split, config = split_of(noise(20)), small_config(threads=2)
-    config.data.update(height=256, width=128)  # JAX copies what is small
-    mesh, ahead = data_mesh(8), []
-    for batch in train_batches(config, split, (16, 8), 0, 12):
-        expected = batch["image"].copy()
-        ahead.append((shard(mesh, {"image": batch.pop("image")})["image"], expected))
-    for image, expected in ahead:
-        assert np.array_equal(image, expected)
 
 
 def test_worker_processes_change_nothing():

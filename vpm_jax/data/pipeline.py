@@ -74,16 +74,6 @@ def _lit(image: np.ndarray, brightness: float, contrast: float) -> None:
     cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8), dst=image)
 
 
-def _references(arrays: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(array) for array in arrays]
-
-
-# Whoever looks at an array holds a view of it, and so a reference: JAX on CPU too, which may keep using the memory of
-# an array that it was given.
-_ALONE = _references([np.empty(0)])[0]
-_lock = threading.Lock()
-
-
 class _Loader:
     """What both kinds of batches share: pixels of rows [first, last) of a global batch."""
 
@@ -103,7 +93,6 @@ class _Loader:
             raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
         self._fill = np.rint(255 * np.array(config.data.mean)).astype(np.uint8)
         self._batch, self._count = batch, batch // host_count
-        self._memory: list[np.ndarray] = []  # of batches, see `_pixels`
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
 
     def read(self, index: int) -> np.ndarray:
@@ -125,14 +114,8 @@ class _Loader:
         return box, height, width
 
     def _pixels(self) -> np.ndarray:
-        """uint8 [b, H, W, 3] to be filled, of memory that nobody looks at any more: the system takes as long to clear
-        new memory as it takes to read a file."""
-        with _lock:  # other threads load other batches
-            for whole, count in zip(self._memory, _references(self._memory), strict=True):
-                if count == _ALONE:
-                    return whole[...]
-            self._memory.append(np.empty((self._count, self._height, self._width, 3), np.uint8))
-            return self._memory[-1][...]
+        # Fresh for every batch: JAX on CPU may keep using the memory of an array it was given.
+        return np.empty((self._count, self._height, self._width, 3), np.uint8)
 
 
 def _cameras(split: Split) -> np.ndarray:
