@@ -11,6 +11,7 @@ import numpy as np
 from vpm_jax import api, html
 from vpm_jax.api import VPM, Description
 from vpm_jax.errors import UserError
+from vpm_jax.regions import RegionGrid
 from vpm_jax.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
@@ -122,17 +123,20 @@ def record(model: VPM, store: Store, answers: list[Answer]) -> dict[str, Any]:
     }
 
 
+def numbering(grid: RegionGrid) -> str:
+    """In which order regions are numbered, for people."""
+    return "from the top down" if grid.cols == 1 else f"{grid.rows} rows of {grid.cols}, from the top left"
+
+
 # ---- The page ----
 
 
 def page(model: VPM, store: Store, answers: list[Answer]) -> str:
     """One self-contained HTML file. Pictures are read from the folder that was indexed."""
-    rows, cols = model.grid.rows, model.grid.cols
-    order = "from the top down" if cols == 1 else f"{rows} rows of {cols}, from the top left"
     folder = html.escape(printable(store.path("folder") or store.folder))
     intro = (
         f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both pictures show. "
-        f"Regions are numbered {order}.</p>"
+        f"Regions are numbered {numbering(model.grid)}.</p>"
         '<p class="soft">Under a query: how much of the picture shows each region, in cells of the feature map. Under '
         "a result: how far apart the two pictures are in each region, and the region's share in the overall distance, "
         f"which is the more the better both show it. Regions with less than {100 * _LEAST_SHARE:.0f} % are faint.</p>"

@@ -256,17 +256,17 @@ def query(
     if html_file:
         write_atomically(html_file, answers_lib.page(model, there, answers))
     if json_file != "-":
-        _print(answers)
+        _print(answers, answers_lib.numbering(model.grid))
     empty = [answer for answer in answers if not answer.results]
     for answer in empty:
         print(f"{answer.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)
     return INCOMPLETE if empty else 0
 
 
-def _print(answers: list[Answer]) -> None:
+def _print(answers: list[Answer], numbering: str) -> None:
     for answer in answers:
         count, shown = answer.query.visibility.shape[1], numbers(answer.visible)
-        print(f"\n{printable(answer.path)} shows regions {shown} of 0 to {count - 1} (from the top left).")
+        print(f"\n{printable(answer.path)} shows regions {shown} of 0 to {count - 1} ({numbering}).")
         if not answer.results:
             continue
         width = max(4 * count, len("share of each region, %"))
