@@ -81,7 +81,10 @@ os.write(1, b"ready\\n")
 time.sleep(60)
 """
     command = [LAUNCH / "local.sh", "2", sys.executable, "-c", program]
+    # What a shell starts in the background ignores Ctrl-C, as do its children, and no shell can trap what it ignores.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(number)
