@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from math import isqrt
 from typing import Any, Protocol
 
 import jax
@@ -11,18 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Gallery features on the device at a time; queries take a quarter of it. Large enough for matrix products at
-# full speed (Market-1501 with 6 x 2048 floats: chunks of 2,500 x 600 images), small beside the features themselves.
+# Features of either side on the device at a time, and distances: large enough for matrix products at full speed
+# (Market-1501 with 6 x 2048 floats: 2,700 by 2,700 images), small beside the features themselves.
 CHUNK_BYTES = 128 * 2**20
+# On a CPU less: the C library gives larger arrays back to the system, which clears them each time they come again.
+# 1.5 times as fast for 1,000 by 8,000 images of 6 x 2,048 on two cores.
+CPU_CHUNK_BYTES = 20 * 2**20
+# The few queries of `top_k` leave arrays of this size in the caches: four times as fast as those of CHUNK_BYTES (3.3 s
+# instead of 13 for a million images of 6 x 256, on one core).
+CPU_SCAN_BYTES = 6 * 2**20
 
 # Where |q - g|^2 falls below this share of |q|^2 + |g|^2 the float32 expansion has lost too many digits.
 NEAR = 1e-3
 
 # Candidates that `top_k` keeps beyond k, so that one reading of the gallery nearly always proves its answer.
 SPARE = 16
-# On CPU `top_k` reads this much at a time: arrays that stay in caches and are never given back to the system make it
-# four times as fast as those of CHUNK_BYTES (3.3 s instead of 13 for a million images of 6 x 256, on one core).
-CPU_CHUNK_BYTES = 6 * 2**20
 FARTHEST = np.finfo(np.float32).max
 
 Features = np.ndarray | jax.Array  # or anything that has a shape and gives such rows for a slice
@@ -110,15 +114,17 @@ def region_distance(
 
     # Any common origin leaves distances as they are; a sample of the queries is enough to find a good one.
     centre = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
-    query_chunks = partial(_chunks, query_features, query_weight, centre, CHUNK_BYTES // 4, "query")
+    chunk_bytes = min(CHUNK_BYTES, CPU_CHUNK_BYTES) if jax.default_backend() == "cpu" else CHUNK_BYTES
+    most = max(1, min(chunk_bytes // (4 * centre.size), isqrt(chunk_bytes // 4)))
+    query_chunks = partial(_chunks, query_features, query_weight, centre, most, "query")
     if 4 * queries * centre.size <= 2 * CHUNK_BYTES:  # prepared once, not for each chunk of the gallery
         query_chunks = partial(iter, list(query_chunks()))
-    for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, centre, CHUNK_BYTES, "gallery"):
+    for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, centre, most, "gallery"):
         for query_rows, query, block in query_chunks():
             values, near = _block(block, on_device, squared)
             part = distance[query_rows, gallery_rows]
-            part[...] = np.asarray(values)[: part.shape[0], : part.shape[1]]
-            pairs = np.nonzero(np.asarray(near)[: part.shape[0], : part.shape[1]])
+            part[...] = values
+            pairs = np.nonzero(np.asarray(near))
             if len(pairs[0]):
                 _recompute(
                     part, pairs, (query, query_weight[query_rows]), (gallery, gallery_weight[gallery_rows]), squared
@@ -180,23 +186,19 @@ def _checked_visibility(visibility: Features, name: str) -> np.ndarray:
 
 
 def _chunks(
-    features: Features, weight: np.ndarray, centre: np.ndarray, most_bytes: int, name: str
+    features: Features, weight: np.ndarray, centre: np.ndarray, most: int, name: str
 ) -> Iterator[tuple[slice, Features, tuple[jax.Array, jax.Array, jax.Array]]]:
-    """(rows, their features, the same prepared on the device), where the last chunk is padded to the others' size.
+    """(rows, their features, the same prepared on the device), `most` rows at most.
 
-    All prepared chunks have one shape, so that one compiled program serves them.
+    All chunks have one size, so that one compiled program serves them: the last one begins among the rows before it.
     """
-    count = -(-len(weight) // max(1, most_bytes // (4 * centre.size)))
+    count = -(-len(weight) // most)
     size = -(-len(weight) // count)
     for start in range(0, len(weight), size):
-        rows = slice(start, min(start + size, len(weight)))
-        chunk = padded = features[rows]
-        padded_weight = weight[rows]
-        padding = size - len(padded_weight)
-        if padding:
-            padded = np.pad(np.asarray(chunk), ((0, padding), (0, 0), (0, 0)))
-            padded_weight = np.pad(padded_weight, ((0, padding), (0, 0)))
-        prepared = _prepare(padded, padded_weight, centre)
+        start = min(start, len(weight) - size)
+        rows = slice(start, start + size)
+        chunk = features[rows]
+        prepared = _prepare(chunk, weight[rows], centre)
         bad = np.flatnonzero(~np.isfinite(np.asarray(prepared[1])).all(axis=0))
         if len(bad):
             raise ValueError(f"the features of {name} image {start + bad[0]} are not finite, or overflow when squared")
@@ -329,7 +331,7 @@ def top_k(
 def _chunk_size(width: int, mesh: Mesh) -> int:
     """Gallery images at a time, of `width` numbers each."""
     cpu = mesh.devices.flat[0].platform == "cpu"
-    return max(1, min(CHUNK_BYTES // 2, CPU_CHUNK_BYTES if cpu else CHUNK_BYTES) // (4 * width))
+    return max(1, min(CHUNK_BYTES // 2, CPU_SCAN_BYTES if cpu else CHUNK_BYTES) // (4 * width))
 
 
 def _scan(
