@@ -120,10 +120,11 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (losses, accuracies), (rate, gradient) = figure.subplots(2, 2, sharex=True)
 
-    for index, (key, label) in enumerate(
-        {"loss": "total", "loss_region": "region", "loss_identity": "identity", "loss_triplet": "triplet"}.items()
-    ):
-        _curve(losses, lines, key, label, COLOURS[-1] if key == "loss" else COLOURS[index - 1])
+    names = {"loss": "total", "loss_region": "region", "loss_identity": "identity", "loss_triplet": "triplet"}
+    trained = {key for key in names if any(np.mean(value) > 0 for _, value in _values(lines, key))}
+    for colour, (key, label) in zip((COLOURS[-1], *COLOURS), names.items(), strict=False):
+        if key in trained:
+            _curve(losses, lines, key, label, colour)
     losses.set_title("loss", fontsize=11, loc="left", pad=20)
 
     heads = [(step, np.ravel(value)) for step, value in _values(lines, "accuracy_identity")]
@@ -132,7 +133,8 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         low, high = [head.min() for _, head in heads], [head.max() for _, head in heads]
         accuracies.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
     _curve(accuracies, lines, "accuracy_identity", "identity (band: heads)", COLOURS[0])
-    _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLOURS[1])
+    if "loss_region" in trained:
+        _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLOURS[1])
     _curve(accuracies, lines, "comparable", "comparable", COLOURS[2])
     accuracies.set_title("accuracy and shares", fontsize=11, loc="left", pad=20)
     accuracies.set_ylim(0, 1.02)
@@ -289,11 +291,12 @@ def _plain(axes: Axes) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis labelled 0.1, 0.2, 0.5, 1, where anything positive is drawn."""
+    """A logarithmic y axis labelled 0.1, 0.2, 0.5, 1 (closer where it is short), where anything positive is drawn."""
     if not any(np.any(np.asarray(line.get_ydata(), float) > 0) for line in axes.lines):
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 5 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
