@@ -65,7 +65,10 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
     )
     band = axes.collections[0].get_datalim(axes.transData)
     assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
-    assert "the paper's" in figures[0].legends[0].get_texts()[-1].get_text()
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()][-2:] == [
+        "± standard deviation over seeds",
+        "the paper's, in the same colour",
+    ]
     plots.gamma_curves(tmp_path / "gamma.png", results, "title", published={"p = 2": {0.5: {}}})
     assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(results)
     assert "40%" in [label.get_text() for label in panel(figures[0], "mAP").get_yticklabels()]
@@ -83,7 +86,7 @@ def test_training_curves(tmp_path, figures):
     path.write_text(line(1) + line(2, loss=99.0) + line(2) + line(3, stage=2, loss_triplet=0.4) + line(4)[:30])
     plots.training_curves(tmp_path / "training.png", path)
     loss = curves(panel(figures[0], "loss"))
-    np.testing.assert_allclose(loss["total"], [[1, 2, 3], [8.9, 8.8, 8.7]])
+    np.testing.assert_allclose(loss["total (weighted)"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
     accuracy = panel(figures[0], "accuracy and shares")
     np.testing.assert_allclose(curves(accuracy)["identity (band: heads)"], [[1, 2, 3], [0.3] * 3])
@@ -143,7 +146,7 @@ def test_region_maps(tmp_path, figures, count, grid):
     assert len(lines) == (best[1:] != best[:-1]).sum() + (best[:, 1:] != best[:, :-1]).sum()
     assert {tuple(np.ptp(line, axis=0)) for line in lines} <= {(8.0, 0.0), (0.0, 4.0)}
     assert {axes.get_title(loc="left") for axes in figures[0].axes} >= set(captions)
-    assert Image.open(tmp_path / "regions.png").size[0] == 496 * min(count, 4) + 144
+    assert Image.open(tmp_path / "regions.png").size[0] == 444 * min(count, 4) + 192
 
 
 def test_region_maps_names_the_shapes():

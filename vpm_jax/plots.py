@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; yellow left out, too faint for lines.
@@ -46,7 +47,7 @@ def gamma_curves(
       results: {method: {gamma: {"rank-1": ..., "mAP": ...}}}, as fractions in [0, 1].
       title: recipe and protocol.
       chance: the rank-1 of random rankings, drawn as a line.
-      spread: of the same form, what is drawn as a band of so much below and above.
+      spread: of the same form, the standard deviation over seeds: a band of so much below and above.
       published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's colour.
       shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colours.
     """
@@ -82,6 +83,9 @@ def gamma_curves(
         axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
     handles, labels = panels[0].get_legend_handles_labels()
+    if panels[0].collections:
+        handles.append(Patch(color="0.3", alpha=0.18, linewidth=0))
+        labels.append("± standard deviation over seeds")
     if any(any(scores.values()) for name, scores in (published or {}).items() if name in results):
         handles.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle=(0, (4, 2))))
         labels.append("the paper's, in the same colour")
@@ -120,7 +124,12 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (losses, accuracies), (rate, gradient) = figure.subplots(2, 2, sharex=True)
 
-    names = {"loss": "total", "loss_region": "region", "loss_identity": "identity", "loss_triplet": "triplet"}
+    names = {
+        "loss": "total (weighted)",
+        "loss_region": "region",
+        "loss_identity": "identity",
+        "loss_triplet": "triplet",
+    }
     trained = {key for key in names if any(np.mean(value) > 0 for _, value in _values(lines, key))}
     for colour, (key, label) in zip((COLOURS[-1], *COLOURS), names.items(), strict=False):
         if key in trained:
@@ -216,9 +225,10 @@ def region_maps(
     across = min(count, across)
     rows = -(-count // across)
     caption = 0.22 if captions else 0.0
-    size = (3.1 * across + 0.9, (0.76 * height / width + 0.2 + caption) * rows + 0.3)
+    key_width = 0.8
+    size = (1.85 * across + key_width, (0.43 * height / width + 0.08 + caption) * rows + 0.1)  # a page's width
     figure = Figure(figsize=size, layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=[size[0] - 0.9, 0.9])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[size[0] - key_width, key_width])
     sheet, key = parts
     # Three panels for each image and an empty one that keeps the bars from the next image.
     panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
@@ -241,7 +251,7 @@ def region_maps(
             plain.set_title(captions[index], fontsize=8, loc="left", pad=3)
         _score_bars(bars, scores[index], colours, longest, height / width)
     _region_key(key, grid, colours)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=240)
 
 
 def _borders(best: np.ndarray, height: int, width: int) -> list[list[tuple[float, float]]]:
