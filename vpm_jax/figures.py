@@ -12,8 +12,7 @@ from vpm_jax.logs import replacing
 from vpm_jax.tables import Row
 
 _METRICS = {"rank-1": "R-1", "mAP": "mAP"}
-# What is shown of each person: (crop, gamma).
-VIEWS = (("none", 1.0), ("top", 0.7), ("top", 0.5), ("bottom", 0.5))
+VIEWS = (("none", 1.0), ("left", 0.6), ("top", 0.7), ("top", 0.5))  # (crop, gamma) of each person, as in Figure 5
 
 
 def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, shaded: bool = False) -> None:
