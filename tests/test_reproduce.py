@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ def test_methods_are_the_keys_of_the_readme():
         "vpm-notriplet": {"stage2.triplet_weight": 0.0},
         "mvpm-1": {"match.visibility": "uniform"},
         "mvpm-4": {"loss.triplet_pairs": "all", "loss.identity_regions": "all"},
-        "vpm-3x2": {"model.grid": (3, 2)},
+        "vpm-3x2": {"model.grid": (3, 2), "data.crop": "any"},
         "vpm-bottom": {"data.crop": "bottom"},
     }.items():
         assert make_run("market1501", "paper", method, seed=3).changes == changes
@@ -49,6 +50,7 @@ def test_every_method_has_the_papers_numbers_where_it_has_any():
         known = {p.method for p in paper.PAPER if p.where.lower() == exhibit and p.dataset == dataset}
         known -= {"MTRC", "AMC+SWM", "DSR", "SFR"}  # other people's methods
         assert {METHODS[m].published for m in EXHIBITS[exhibit].methods} >= known
+    assert [m for m in METHODS if METHODS[m].published == "VPM"] == ["vpm", "vpm-p6"]  # Table 1: "p = 6 x 1"
 
 
 def test_what_comes_to_the_same_is_one_run():
@@ -172,6 +174,7 @@ def pretend(monkeypatch):
             "protocol": {"crop": "top", "queries": 3, "gallery": 4, "skipped": 0},
             "match": run.config.match.to_dict(),
             "chance_rank1": 0.01,
+            "notes": ["Gallery is not the official one."] if run.test else [],
             "steps": 7,
             "seconds": 2.0,
         }
@@ -215,6 +218,10 @@ def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
     assert call(f"{THREE} --seeds 3 --plan") == 0
     out = capsys.readouterr().out
     assert "6 finished before" in out and "the rates of finished runs" in out and out.count("seed2") == 3
+    # A variant, or another dataset, may take another time.
+    for other in ("--variant wide --config.model.width=99", "--dataset dukemtmc"):
+        assert call(f"{THREE} {other} --plan") == 0
+        assert "a few timed steps" in capsys.readouterr().out
 
 
 def test_a_result_says_how_it_came_about(pretend, call, tmp_path):
@@ -294,6 +301,26 @@ def test_what_others_work_on_is_left_to_them(pretend, call, tmp_path, capsys):
     assert run.name not in pretend and len(pretend) == 2
     assert f"worked on by process {os.getpid()} on {socket.gethostname()}, since" in capsys.readouterr().out
     assert socket.gethostname() not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_what_others_finish_meanwhile_is_in_the_report(pretend, call, tmp_path, monkeypatch):
+    folder, run = tmp_path / "results", make_run("market1501", "small", "vpm")
+    folder.mkdir()
+    with contextlib.ExitStack() as other:
+        other.enter_context(results.claim(folder, run))
+        work = reproduce.train
+
+        def meanwhile(mine, workdirs):
+            if mine.method == "pcb":
+                results.write(folder, run, reproduce.gather(run, workdirs))
+                other.close()
+            return work(mine, workdirs)
+
+        monkeypatch.setattr(reproduce, "train", meanwhile)
+        assert call(THREE) == 0
+    assert len(pretend) == 2
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert rows_of(text, "Rank-1 / mAP in percent").keys() >= {"VPM", "baseline", "PCB"} and "Not in" not in text
 
 
 def test_the_claims_of_the_dead_are_taken_over(pretend, call, tmp_path):
@@ -393,6 +420,7 @@ def test_partial_images_stand_beside_the_papers(pretend, call, tmp_path):
         assert "mAP" not in data[0]["numbers"]["single-shot"]
         assert f"| {np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} | {theirs:.1f} |" in text
     assert "3 partial images as queries, as they are, against 4 whole ones" in text
+    assert text.count("- Partial-REID: Gallery is not the official one.") == 1
 
 
 def test_a_dataset_that_is_absent_is_left_out_in_a_sentence(pretend, call, tmp_path, monkeypatch, capsys):

@@ -54,9 +54,10 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     """(images per second of training, seconds of evaluation) of finished runs like this one on such a machine.
 
-    Of the same scale and method, else of the same scale; None without any.
+    Of the same dataset, scale and variant; of the same method too where there is one. None without any.
     """
-    here = [r for r in finished if r["scale"] == run.scale and r["hardware"] == results.hardware()]
+    like = {"dataset": run.dataset, "scale": run.scale, "variant": run.variant, "hardware": results.hardware()}
+    here = [r for r in finished if like.items() <= r.items()]
     trained = [r for r in here if r["images"]]
     if not trained:
         return None

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or Path("docs/results") / name
     for folder in (args.results, args.workdirs, output):  # hours before the last is needed
         make_folder(folder)
-    stopped, skipped = 0, len(left)
+    stopped, skipped = 0, set(left)
     for number, run in enumerate(missing, 1):
         print(f"\n[{number}/{len(missing)}] {run.name}", flush=True)
         stopped, reason = perform(run, args.results, args.workdirs)
@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.name} {reason}", file=sys.stderr, flush=True)
         if stopped:
             break
+    for run in runs:  # what others have finished meanwhile
+        if run.name not in done and (result := results.read(args.results, run)):
+            done[run.name] = result
+            left.pop(run.name, None)
 
     # ---- The report --------------------------------------------------------------------------------------
     if done:
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stopped:
         print("Stopped: run the same command to go on.")
         return stopped
-    if len(left) > skipped or not done:
+    if set(left) - skipped or not done:
         reasons = "; ".join(f"{name} {reason.rstrip('.')}" for name, reason in left.items())
         raise UserError(f"{len(left)} of {count} have no result ({reasons}): run the same command again for them.")
     return 0

@@ -94,6 +94,7 @@ def record(
             "protocol": evaluation["protocol"] | {"held out identities": run.config.data.holdout_identities},
             "match": evaluation["match"],
             "chance_rank1": evaluation["chance_rank1"],
+            "notes": evaluation.get("notes", []),
             "protocols" if run.test else "gammas": numbers,
             "steps": evaluation["steps"],
             "images": images,

@@ -200,6 +200,7 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
                 f"- {TITLES[one['test']]}: {protocol['queries']} partial images as queries, as they are, against "
                 f"{protocol['gallery']} whole ones; no cameras, nothing is dropped. {chance}"
             )
+            lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]
             continue
         held = protocol["held out identities"]
         whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
