@@ -69,7 +69,9 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
         "± standard deviation over seeds",
         "the paper's, in the same colour",
     ]
-    plots.gamma_curves(tmp_path / "gamma.png", results, "title", published={"p = 2": {0.5: {}}})
+    plots.gamma_curves(
+        tmp_path / "gamma.png", results, "title", spread={"p = 2": {0.5: {}}}, published={"p = 2": {0.5: {}}}
+    )
     assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(results)
     assert "40%" in [label.get_text() for label in panel(figures[0], "mAP").get_yticklabels()]
 

@@ -83,15 +83,20 @@ def gamma_curves(
         axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
     handles, labels = panels[0].get_legend_handles_labels()
-    if panels[0].collections:
+    if _any_of(spread, results):
         handles.append(Patch(color="0.3", alpha=0.18, linewidth=0))
         labels.append("± standard deviation over seeds")
-    if any(any(scores.values()) for name, scores in (published or {}).items() if name in results):
+    if _any_of(published, results):
         handles.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle=(0, (4, 2))))
         labels.append("the paper's, in the same colour")
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=160)
+
+
+def _any_of(curves: Curves | None, results: Curves) -> bool:
+    """Whether there is anything of a method that has results."""
+    return any(any(scores.values()) for name, scores in (curves or {}).items() if name in results)
 
 
 @FuncFormatter
