@@ -256,6 +256,12 @@ def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians,
     refused(tiny_run(pedestrians, eval__batch=15), tmp_path / "run", "15 images does not divide over 2 devices")
 
 
+def test_the_batch_is_that_of_the_stage_that_is_trained(pedestrians, tmp_path):
+    config = tiny_run(pedestrians, stage1__identities=3, stage1__images_per_identity=1, stage2__epochs=0)
+    with pytest.raises(UserError, match=r"A batch of 3 images does not divide over \d+ devices"):
+        train.train(config, tmp_path)
+
+
 def test_a_grid_finer_than_the_feature_map_is_refused(pedestrians, tmp_path):
     sentence = r"model\.grid is \(5, 1\) but the feature map has 4 x 2 cells"
     refused(tiny_run(pedestrians, model__grid=(5, 1)), tmp_path / "run", sentence)

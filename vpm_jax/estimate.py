@@ -84,16 +84,14 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
     images, config.model.num_identities = size(config)
     for stage in schedule(config, images, config.model.num_identities):
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
-    batch = config.stage2.identities * config.stage2.images_per_identity
+    batch = stage.batch  # the same in all
     place = parallel.placement(config.parallel, parallel.data_mesh(batch))
     shape, regions = models.map_shape(config), config.model.grid[0] * config.model.grid[1]
     random = np.random.default_rng(0)
     arrays = place.put_batch(
         {
             "image": random.integers(0, 256, (batch, config.data.height, config.data.width, 3), np.uint8),
-            "identity": np.repeat(
-                np.arange(config.stage2.identities, dtype=np.int32), config.stage2.images_per_identity
-            ),
+            "identity": np.repeat(np.arange(stage.identities, dtype=np.int32), stage.images_per_identity),
             "labels": random.integers(0, regions, (batch, *shape), np.int32),
             "visible": np.ones((batch, regions), bool),
         }

@@ -90,7 +90,8 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         continue_run(saved, config, workdir)
 
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
-    batch_size = config.stage2.identities * config.stage2.images_per_identity
+    stage = schedule(config)[-1]  # all have its batch
+    batch_size, total, steps = stage.batch, stage.end_step, 0
     mesh = parallel.data_mesh(batch_size)
     place = parallel.placement(config.parallel, mesh)
     # With a checkpoint shapes are enough: it is restored below.
@@ -100,7 +101,6 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         state = step.new_state(config, pretrained.apply_to(variables, backbone))
-    total, steps = schedule(config)[-1].end_step, 0
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(
         f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
