@@ -188,6 +188,10 @@ def test_bad_numbers_are_named():
     broken[11, 2, 3] = np.nan
     with pytest.raises(ValueError, match="gallery image 11 are not finite"):
         region_distance(q, q_weight, broken, g_weight)
+    broken = q.copy()
+    broken[4, 0, 1] = np.inf
+    with pytest.raises(ValueError, match="query image 4 are not finite"):  # and no other, nor the gallery's
+        region_distance(broken, q_weight, g, g_weight)
     broken = q_weight.copy()
     for value in (-0.5, np.nan, np.inf):
         broken[4, 1] = value

@@ -114,6 +114,7 @@ def region_distance(
 
     # Any common origin leaves distances as they are; a sample of the queries is enough to find a good one.
     centre = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
+    centre[~np.isfinite(centre)] = 0  # so that only the image that is to blame is not finite below
     chunk_bytes = min(CHUNK_BYTES, CPU_CHUNK_BYTES) if jax.default_backend() == "cpu" else CHUNK_BYTES
     most = max(1, min(chunk_bytes // (4 * centre.size), isqrt(chunk_bytes // 4)))
     query_chunks = partial(_chunks, query_features, query_weight, centre, most, "query")
