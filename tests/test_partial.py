@@ -14,7 +14,7 @@ from test_metrics import reference
 from tiny_runs import STEPS, quick_compiler, saved_state, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, paper, parallel, partial, train
+from vpm_jax import evaluate, metrics, paper, parallel, partial, train
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
 
@@ -132,6 +132,22 @@ def test_partial_reid(whole, tmp_path, capsys):
     assert rows["ours, all-shot (15 x 15)"][:4] == [f"{100 * n:.1f}" for n in numbers]
     assert rows["ours, single-shot (3 x 3 groups of 5 x 5)"][0] == f"{100 * np.mean(firsts):.1f}"
     assert rows["VPM (Top), Table 2"][:2] == ["64.3", "83.6"]
+
+
+def test_fewer_identities_than_ranks(tmp_path, monkeypatch, capsys):
+    make(tmp_path, "original", 3, 2)
+    config = config_lib.default()
+    config.data.name, config.data.root = "partial_reid", str(tmp_path)
+    dataset = load_dataset(config.data)
+    distance, ids = np.random.default_rng(2).random((6, 6)), dataset.query.identity
+    found = {
+        "all-shot": metrics.rank_metrics(distance, ids, ids),
+        "single-shot": partial.single_shot(distance, ids, ids),
+    }
+    monkeypatch.setattr(partial, "evaluate", lambda *arguments: found)
+    partial.evaluate_and_report(config, None, dataset, None, tmp_path, 7, "synthetic")
+    at_3 = 100 * found["single-shot"]["spread"][2]  # every gallery image is among the first three
+    assert f"{at_3:.1f} at R-3, {at_3:.1f} at R-5" in capsys.readouterr().out
 
 
 def test_partial_ilids_from_a_zip(whole, tmp_path):

@@ -102,7 +102,8 @@ def evaluate_and_report(
         q, g = single["groups"]
         people = f"{len(np.unique(query.identity))} x {len(np.unique(gallery.identity))}"
         named[f"single-shot ({q} x {g} groups of {people})"] = single
-        spread = ", ".join(f"{100 * single['spread'][k - 1]:.1f} at R-{k}" for k in (1, 3, 5))
+        # As `paper.beside`: a gallery smaller than k is exhausted before rank k.
+        spread = ", ".join(f"{100 * single['spread'][:k][-1]:.1f} at R-{k}" for k in (1, 3, 5))
         lines.insert(
             2,
             "Single-shot: image k by name of every identity makes group k; the mean over every group of queries "
