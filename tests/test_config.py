@@ -102,6 +102,13 @@ def test_the_config_of_a_workdir(tmp_path):
         ("tensorboard", 1, "expected bool"),
         ("log_every", 0, "at least 1"),
         ("seed", -1, "finite numbers from 0"),
+        ("stage2.decay_epochs", (30, "forty"), "finite numbers from 0"),
+        ("data.mean", (0.5, 0.5), "three numbers"),
+        ("data.std", (0.2,), "three numbers above 0"),
+        ("data.std", (0.0, 0.2, 0.2), "three numbers above 0"),
+        ("model.strides", (1, 2), "1 or 2 for stages 1 to 3"),
+        ("model.strides", (1, 0, 2), "1 or 2 for stages 1 to 3"),
+        ("model.strides", (1, 2, 1.5), "1 or 2 for stages 1 to 3"),
     ],
 )
 def test_a_value_that_no_part_can_use_is_refused_with_its_key(key, value, expected):
@@ -111,6 +118,17 @@ def test_a_value_that_no_part_can_use_is_refused_with_its_key(key, value, expect
         check(config)
     assert key in str(error.value)
     assert expected in str(error.value)
+
+
+def test_channels_that_do_not_divide_into_groups_are_refused():
+    config = default()
+    config.model.locator_groups = 7
+    check(config)  # the pixel locator has none
+    config.model.locator = "row"
+    with pytest.raises(UserError, match=r"model\.locator_groups is 7, .* the 2048 channels"):
+        check(config)
+    config.model.locator_stage, config.model.depth, config.model.width = 3, 18, 28
+    check(config)  # 4 * 28 channels
 
 
 def test_an_int_may_stand_for_a_float():

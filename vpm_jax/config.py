@@ -303,8 +303,8 @@ def check(config: ConfigDict) -> None:
         if leaves[key] < 1:
             raise UserError(f"Config key {key} is {leaves[key]}, expected at least 1.")
     for key, value in leaves.items():
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
-        if not all(math.isfinite(v) and v >= 0 for v in numbers):
+        numbers = value if isinstance(value, tuple) else (value,) if isinstance(value, int | float) else ()
+        if not all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in numbers):
             raise UserError(f"Config key {key} is {value}, expected finite numbers from 0.")
     ranges = {
         "data.flip": (0, 1),
@@ -346,6 +346,19 @@ def check(config: ConfigDict) -> None:
         )
     if not config.eval.gammas or not all(0 < g <= 1 for g in config.eval.gammas):
         raise UserError(f"Config key eval.gammas is {config.eval.gammas}, expected kept area ratios in (0, 1].")
+    m, d = config.model, config.data
+    if len(d.mean) != 3:
+        raise UserError(f"Config key data.mean is {d.mean}, expected three numbers: red, green and blue.")
+    if len(d.std) != 3 or not all(d.std):
+        raise UserError(f"Config key data.std is {d.std}, expected three numbers above 0: red, green and blue.")
+    if len(m.strides) != 3 or not all(type(n) is int and n in (1, 2) for n in m.strides):
+        raise UserError(f"Config key model.strides is {m.strides}, expected 1 or 2 for stages 1 to 3.")
+    channels = m.width * 2 ** (m.locator_stage - 1) * (4 if m.depth >= 50 else 1)
+    if m.locator == "row" and channels % m.locator_groups:
+        raise UserError(
+            f"Config key model.locator_groups is {m.locator_groups}, no divisor of the {channels} channels that "
+            "the row locator reads: choose one that does."
+        )
     if len(config.model.grid) != 2 or not all(type(n) is int and n > 0 for n in config.model.grid):
         raise UserError(f"Config key model.grid is {config.model.grid}, expected (rows, cols), at least 1 each.")
     if not config.stage1.epochs + config.stage2.epochs:
