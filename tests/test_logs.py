@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_runs import largest_file
 
+from vpm_jax import logs
 from vpm_jax.errors import UserError
 from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
 
@@ -105,6 +106,11 @@ def test_a_folder_is_made_and_tried(tmp_path):
         make_folder(tmp_path / "file")
     with pytest.raises(UserError, match=r"below could not be written: Not a directory"):
         make_folder(tmp_path / "file" / "below")
+
+
+def test_two_processes_may_try_a_folder_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "write_atomically", lambda path, text: None)  # the other has removed the file meanwhile
+    make_folder(tmp_path)
 
 
 def test_a_log_is_not_flooded_with_status_lines(capsys):

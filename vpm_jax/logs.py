@@ -40,7 +40,7 @@ def make_folder(folder: Path) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)  # another process may try the same folder
 
 
 def write_atomically(path: Path, text: str) -> None:
