@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(estimate.describe(missing, args.results, args.workdirs))
     for reason in dict.fromkeys(left.values()):
-        print(f"{sum(r == reason for r in left.values())} of them not to be done here: {reason}")
+        print(f"{sum(r == reason for r in left.values())} of them {reason.removeprefix('is ')}")
     if args.plan:
         return 0
 
