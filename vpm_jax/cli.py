@@ -65,6 +65,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes in the arguments are UserErrors: one sentence and exit code 1, as for all that the user can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see {self.prog} --help.")
+
+
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds --config FILE[:VARIANT]; `read_config` takes the --config.KEY=VALUE that argparse leaves."""
     parser.add_argument(

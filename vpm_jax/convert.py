@@ -22,7 +22,7 @@ from vpm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vpm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="KIND:PATH or PATH")
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = args.output.suffix.lower()
     if kind not in (".npz", ".safetensors", ""):
         raise UserError(f"--output {args.output} ends in {kind!r}: expected .npz, .safetensors or a folder's name.")
-    if kind and not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}, make it or choose another.")
+    if kind:
+        cli.check_output("--output", args.output)
     if kind != ".safetensors" and (args.backbone_only or args.keep_epsilon):
         raise UserError("--backbone-only and --keep-epsilon are for an --output that ends in .safetensors.")
 

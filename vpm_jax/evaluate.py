@@ -27,6 +27,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.workdir import read_run
 
 
 class Features(NamedTuple):
@@ -37,7 +38,7 @@ class Features(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vpm_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,19 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """What the command does, in every process of it."""
     parallel.prepare_backend()
-    saved = hosts.from_first(lambda: config_lib.read(args.workdir))
-    if saved is None:
-        raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
-    config = saved.copy_and_resolve_references()
-    cli.override(config, overrides)
+    saved, config = read_run(args.workdir, overrides)
     config.match.rerank = config.match.rerank or args.rerank
-    config_lib.check(config)
-    changed = config_lib.changed_keys(saved, config)
-    if changed:
-        raise UserError(
-            f"The run in {args.workdir} was trained with another config ({changed[0]}): an evaluation may change "
-            "keys of data.root, data.workers, data.threads, eval and match only."
-        )
     if args.dataset:
         if args.dataset not in TITLES:
             raise UserError(f"--dataset is {args.dataset!r}, but the known ones are {', '.join(TITLES)}.")

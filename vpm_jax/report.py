@@ -20,10 +20,11 @@ from vpm_jax import cli, html, metrics, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 from vpm_jax.logs import duration, write_atomically
+from vpm_jax.workdir import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vpm_jax.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,18 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=3, help="best, worst and typical ones, each (default: 3)")
     parser.add_argument("--top", type=int, default=10, help="ranks shown of each query (default: 10)")
     args, overrides = parser.parse_known_args(argv)
-    saved = config_lib.read(args.workdir)
-    if saved is None:
-        raise UserError(f"{args.workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
-    config = saved.copy_and_resolve_references()
-    cli.override(config, overrides)
-    config_lib.check(config)
-    changed = config_lib.changed_keys(saved, config)
-    if changed:
-        raise UserError(
-            f"The run in {args.workdir} was trained with another config ({changed[0]}): a report may change keys of "
-            "data.root, data.workers, data.threads, eval and match only."
-        )
+    _, config = read_run(args.workdir, overrides)
     gamma = min(config.eval.gammas) if args.gamma is None else args.gamma
     if not 0 < gamma <= 1 or args.queries < 1 or args.top < 1:
         raise UserError(

@@ -39,12 +39,12 @@ _COMMIT_SECONDS = 5.0  # what a kill can lose
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vpm_jax.search",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done; 1 an error, in one sentence; 2 wrong arguments; 3 done but for what was named on\n"
-        "stderr: images that cannot be read (index), queries that show no region (query).",
+        epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for what was named on stderr: images that\n"
+        "cannot be read (index), queries that show no region (query).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index | query")
     one = commands.add_parser(

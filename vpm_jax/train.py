@@ -6,7 +6,6 @@ where the workdir stopped.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import time
@@ -26,7 +25,7 @@ from vpm_jax.workdir import WorkdirLock, continue_run, find_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vpm_jax.train", description=__doc__)
+    parser = cli.Parser(prog="python -m vpm_jax.train", description=__doc__)
     cli.add_config(parser, default="configs/synthetic.py")
     parser.add_argument("--workdir", type=Path, help="checkpoints, metrics and results (default: runs/CONFIG)")
     parser.add_argument(

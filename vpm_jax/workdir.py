@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from vpm_jax import cli, hosts
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 from vpm_jax.locks import Lock
@@ -31,6 +33,27 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
     if not resume:
         raise UserError(f"{workdir} holds a run and --resume=never was given: choose another --workdir or delete it.")
     return saved, True
+
+
+def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, ConfigDict]:
+    """(config of the run that the workdir holds, the same with --config.KEY=VALUE as looking at it may change it).
+
+    Raises:
+      UserError: without a run, and for keys that belong to its training.
+    """
+    saved = hosts.from_first(lambda: config_lib.read(workdir))
+    if saved is None:
+        raise UserError(f"{workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
+    config = saved.copy_and_resolve_references()
+    cli.override(config, overrides)
+    config_lib.check(config)
+    changed = config_lib.changed_keys(saved, config)
+    if changed:
+        raise UserError(
+            f"The run in {workdir} was trained with another config ({changed[0]}): what may change now is data.root, "
+            "data.workers, data.threads, and the keys of eval and match."
+        )
+    return saved, config
 
 
 def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:

@@ -43,7 +43,7 @@ NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # without --con
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m vpm_jax.benchmark", description="Measures parts of the project.")
+    top = cli.Parser(prog="python -m vpm_jax.benchmark", description="Measures parts of the project.")
     parts = top.add_subparsers(dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
         one = parts.add_parser(name, help=part.HELP, description=part.__doc__)
