@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -155,6 +156,24 @@ def test_what_a_user_can_mend_ends_a_command_with_one_sentence(capsys, error, co
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         cli.run(raising(error))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("train", "--resume maybe"),
+        ("evaluate", ""),
+        ("report", "--workdir runs --gamma half"),
+        ("search", "index pictures"),
+        ("export", "--workdir runs"),
+        ("convert", ""),
+        ("prepare", ""),
+        ("benchmark", "step --batch many"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(module, arguments):
+    with pytest.raises(UserError, match=rf"^[^\n]*: see python -m vpm_jax\.{module}.* --help\.$"):
+        importlib.import_module(f"vpm_jax.{module}").main(arguments.split())
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (143, 143)])

@@ -48,6 +48,16 @@ def test_prepared_equals_source(folder, tmp_path, form, capsys):
     assert sorted(p.name for p in output.iterdir()) == ["market1501"]  # no folder for downloads
 
 
+def test_images_that_cannot_be_decoded_are_kept_and_named(folder, tmp_path, capsys):
+    image = min((folder / "query").glob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:-20])
+    main(["market1501", "--source", str(folder), "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert f"warning: query/{image.name} is a damaged JPEG" in said
+    assert "warning: 1 of the images cannot be decoded and were kept as they are." in said
+    assert content(load_dataset(config(tmp_path / "out"))) == content(load_dataset(config(folder)))
+
+
 def test_tfds_reads_it_without_tensorflow(prepared):
     code = (
         "import sys, tensorflow_datasets as tfds; "

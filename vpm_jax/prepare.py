@@ -3,19 +3,21 @@
     python -m vpm_jax.prepare market1501 --source Market-1501-v15.09.15.zip --output data
 
 writes `data/market1501/1.0.0/`, which `config.data.root` may name, or find below `data`. The images stay the bytes
-they are. The folder appears whole or not at all, and is left alone if it exists; one of other images than --source
-lists is an error.
+they are; those that cannot be decoded are named. The folder appears whole or not at all, and is left alone if it
+exists; one of other images than --source lists is an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vpm_jax import cli
 from vpm_jax.config import default
 from vpm_jax.data.folders import TITLES
 from vpm_jax.data.sources import Dataset, data_root, load_dataset
@@ -23,7 +25,7 @@ from vpm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m vpm_jax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", help=", ".join(TITLES))
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from vpm_jax.data import arrayrecord
+    from vpm_jax.data.decode import decode
 
     output = data_root(args.output)
     folder = arrayrecord.folder_of(output, args.dataset)
@@ -60,12 +63,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = _load(args.dataset, args.source)
     print(*dataset.notes, sep="\n")
     start = time.monotonic()
-    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"))
+    damaged: list[str] = []
+
+    def look(image: bytes, name: str) -> None:
+        try:
+            decode(image, name)
+        except UserError as error:
+            damaged.append(str(error))
+
+    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"), look)
     print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
     if len(dataset.train):
         print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}")
     else:
         print(f"Evaluate on it with python -m vpm_jax.evaluate --workdir RUN --dataset {args.dataset} --root {folder}")
+    for sentence in damaged[:10]:
+        print(f"warning: {sentence}", file=sys.stderr)
+    if damaged:
+        print(f"warning: {len(damaged)} of the images cannot be decoded and were kept as they are.", file=sys.stderr)
     for left in sorted(folder.parent.glob("incomplete.*")):
         print(f"{left} was left by a run that was killed, and may be deleted.")
 
@@ -95,6 +110,4 @@ def _sizes(dataset: Dataset) -> str:
 
 
 if __name__ == "__main__":
-    from vpm_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -31,6 +31,7 @@ VERSION = "1.0.0"
 INDEX = "index.json"
 SPLITS = ("train", "query", "gallery")
 Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps the loop over one split's images, named
+Look = Callable[[bytes, str], object]  # is shown every encoded image, and its name
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -41,10 +42,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         None  # no checksum files beside this module; looking for them takes a package that TFDS does not require
     )
 
-    def __init__(self, dataset: Dataset, output: Path, progress: Progress):
+    def __init__(self, dataset: Dataset, output: Path, progress: Progress, look: Look):
         self.name = dataset.name
         self._dataset = dataset
-        self._progress = progress
+        self._progress, self._look = progress, look
         super().__init__(data_dir=output, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -74,10 +75,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     def _generate_examples(self, split: Split):
         for i in self._progress(range(len(split)), split.name):
+            image = split.read(i)
+            self._look(image, split.names[i])
             yield (
                 i,
                 {
-                    "image": split.read(i),
+                    "image": image,
                     "identity": split.identity[i],
                     "camera": -1 if split.camera is None else split.camera[i],
                     "name": split.names[i],
@@ -90,7 +93,12 @@ def folder_of(output: Path, name: str) -> Path:
     return output / name / VERSION
 
 
-def write(dataset: Dataset, output: Path, progress: Progress = lambda images, name: images) -> Path:
+def write(
+    dataset: Dataset,
+    output: Path,
+    progress: Progress = lambda images, name: images,
+    look: Look = lambda image, name: None,
+) -> Path:
     """Writes all three splits under `output`; returns the prepared folder, which appears whole or not at all.
 
     UserError for an image that cannot be read, and for an output that cannot be written.
@@ -101,7 +109,7 @@ def write(dataset: Dataset, output: Path, progress: Progress = lambda images, na
         # TFDS insists on a folder for downloads, and prints sizes that it does not know.
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
             tfds.disable_progress_bar()
-            _Builder(dataset, output.absolute(), progress).download_and_prepare(download_dir=downloads)
+            _Builder(dataset, output.absolute(), progress, look).download_and_prepare(download_dir=downloads)
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
