@@ -18,6 +18,7 @@ from PIL import Image
 from test_convert import make_run
 from test_decode import encode, oriented, with_size
 from test_html import Reader
+from test_store import flip
 from tiny_runs import quick_compiler
 
 from vpm_jax import VPM, answers, search
@@ -364,10 +365,16 @@ def test_a_query_that_is_no_image(folder, indexed, name, sentence):
         search.main(["query", str(folder / name), "--index", str(indexed)])
 
 
-def test_how_many_is_at_least_one(folder, indexed, capsys):
-    with pytest.raises(SystemExit, match="2"):
+def test_how_many_is_at_least_one(indexed):
+    with pytest.raises(UserError, match=r"--top: '0', expected a whole number from 1: see .*search query --help\.$"):
         search.main(["query", "a.jpg", "--index", str(indexed), "--top", "0"])
-    assert "'0', expected a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_store_that_is_damaged_ranks_nothing(folder, indexed, capsys):
+    flip(indexed / "features-0.bin")
+    with pytest.raises(UserError, match=r"features-0\.bin is damaged \(its checksum differs\)"):
+        search.main(["query", str(folder / "a.jpg"), "--index", str(indexed)])
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--json", "--html"])

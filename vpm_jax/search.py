@@ -245,7 +245,10 @@ def query(
     there = Store(store)
     if not len(there):
         raise UserError(f"{store} holds no images yet: run python -m vpm_jax.search index.")
-    model = VPM.load(model_path or _model_of(there, store))
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(there.verify)  # while the model is loaded: wrong bytes would rank wrongly, in silence
+        model = VPM.load(model_path or _model_of(there, store))
+        whole.result()
     answers = answers_lib.search(model, there, images, top)
     if json_file:
         text = json.dumps(answers_lib.record(model, there, answers), indent=1, allow_nan=False) + "\n"
