@@ -179,21 +179,14 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
         found = {name: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x for name, x in found.items()}
         names = {name: torchvision.torch_name(name) for name in network.shapes()}
         found = {names.get(name, name): x for name, x in found.items()}
-    expected = torchvision.expected(network)
+    expected = torchvision.with_classifier(torchvision.expected(network), found)
     in_heads: dict[str, tuple[int, ...]] = {}
     if config is not None and any(name.startswith(("locator.", "heads.")) for name in found):
         in_heads = heads.shapes(config)
         expected |= heads.expected(in_heads)
-    features = expected["layer4.0.downsample.1.bias"][0]
-    if "fc.bias" in found or "fc.weight" in found:
-        classes = found["fc.bias"].shape[0] if "fc.bias" in found and found["fc.bias"].ndim else 1000
-        expected |= {"fc.weight": (classes, features), "fc.bias": (classes,)}
     fits, differences = take(found, expected, f"{where} lacks what its metadata say", ADVICE, partial)
     floats = as_floats(fits, where, ADVICE)
     whole = bool(in_heads) and set(heads.expected(in_heads)) <= set(floats)
-    classifier = None
-    if "fc.weight" in floats and "fc.bias" in floats:
-        classifier = {"kernel": floats["fc.weight"].T, "bias": floats["fc.bias"]}
     return Pretrained(
         **nested(torchvision.from_torch(floats, network)),
         stride_on=stride_on,
@@ -202,7 +195,7 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
         std=std,
         source=f"{network}{' and its heads' * whole} ({file.path.name})",
         network=network,
-        classifier=classifier,
+        classifier=torchvision.classifier(floats),
         heads=nested(heads.from_torch(floats, in_heads)) if whole else None,
         config=config if whole else None,
         skipped=differences,

@@ -82,6 +82,24 @@ def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return {name: x for name, x in tensors.items() if name not in counters or x.ndim != 0}
 
 
+def with_classifier(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int, ...]]:
+    """`shapes`, and those of the ImageNet classifier (fc) where the tensors have one, of however many classes."""
+    if not {"fc.weight", "fc.bias"} & set(tensors):
+        return dict(shapes)
+    features = shapes["layer4.0.downsample.1.bias"][0]
+    classes = tensors["fc.bias"].shape[0] if "fc.bias" in tensors and tensors["fc.bias"].ndim else 1000
+    return {**shapes, "fc.weight": (classes, features), "fc.bias": (classes,)}
+
+
+def classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """What `Pretrained.classifier` holds, None without one that is whole."""
+    if not {"fc.weight", "fc.bias"} <= set(tensors):
+        return None
+    return {"kernel": tensors["fc.weight"].T, "bias": tensors["fc.bias"]}
+
+
 def read(file: File, partial: bool = False) -> Pretrained:
     """A ResNet's state dict. Its stride is on the 3x3 convolution, BN epsilon is 1e-5, and images are normalised by
     ImageNet's mean and std. The classifier (fc) may be absent.
@@ -92,16 +110,8 @@ def read(file: File, partial: bool = False) -> Pretrained:
     where = f"{file.path} is not a ResNet's state dict"
     tensors = without_counters(file.tensors)
     network = network_of(tensors)
-    shapes = expected(network)
-    if "fc.weight" in tensors or "fc.bias" in tensors:
-        features = shapes["layer4.0.downsample.1.bias"][0]
-        classes = tensors["fc.bias"].shape[0] if "fc.bias" in tensors and tensors["fc.bias"].ndim else 1000
-        shapes |= {"fc.weight": (classes, features), "fc.bias": (classes,)}
-    fits, differences = take(tensors, shapes, where, ADVICE, partial)
+    fits, differences = take(tensors, with_classifier(expected(network), tensors), where, ADVICE, partial)
     floats = as_floats(fits, str(file.path), "fetch or save it again")
-    classifier = None
-    if "fc.weight" in floats and "fc.bias" in floats:
-        classifier = {"kernel": floats["fc.weight"].T, "bias": floats["fc.bias"]}
     return Pretrained(
         **nested(from_torch(floats, network)),
         stride_on="3x3",
@@ -110,7 +120,7 @@ def read(file: File, partial: bool = False) -> Pretrained:
         std=IMAGENET_STD,
         source=f"{network} (torchvision's names, {file.path.name}{dtype_note(fits)})",
         network=network,
-        classifier=classifier,
+        classifier=classifier(floats),
         skipped=differences,
     )
 
