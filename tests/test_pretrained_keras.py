@@ -13,7 +13,8 @@ import pytest
 
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import ResNet
-from vpm_jax.pretrained import Pretrained, apply_to, load, match
+from vpm_jax.pretrained import Pretrained, apply_to, load
+from vpm_jax.pretrained.weights import take
 
 REAL = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")
 
@@ -245,12 +246,12 @@ def test_apply_to_refuses_another_network(small, changes):
         apply_to(variables, load(f"keras:{small}"))
 
 
-def test_match_lists_every_kind_of_difference():
+def test_take_lists_every_kind_of_difference():
     found = {"a": np.zeros(2), "b": np.zeros((3, 4)), "x": np.zeros(1)}
     expected = {"a": (2,), "b": (4, 3), "c": (5,), "d": (6,)}
-    match(found, {"a": (2,), "b": (3, 4), "x": (1,)}, "here", "do")
+    assert take(found, {"a": (2,), "b": (3, 4), "x": (1,)}, "here", "do") == (found, "")
     with pytest.raises(UserError) as error:
-        match(found, expected, "here", "do this")
+        take(found, expected, "here", "do this")
     assert str(error.value) == (
         "here: of 4 tensors expected, 2 missing (c, d); 1 unexpected (x); "
         "1 of another shape (b (3, 4) instead of (4, 3)): do this."

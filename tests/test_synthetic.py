@@ -181,11 +181,3 @@ def test_a_print_shows_from_the_front_only() -> None:
         chest = canvas.pixels[:, 60:110, 52:76]
         red.append(float((chest[0] - chest[1] > 0.3).mean()))
     assert red[0] > 0.2 and red[1] == 0.0
-
-
-def test_contact_sheet(folder: Path, tmp_path: Path) -> None:
-    sheet = cv2.imread(str(synthetic.contact_sheet(folder, tmp_path / "new" / "sheet.png", identities=3)))
-    assert sheet.shape == (3 * 132, 6 * 68, 3)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty"):
-        synthetic.contact_sheet(tmp_path / "empty", tmp_path / "sheet.png")

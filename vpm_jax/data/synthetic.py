@@ -427,36 +427,3 @@ def _expose(rng: np.random.Generator, cam: Camera, pixels: np.ndarray) -> np.nda
     image = cam.haze + (1 - cam.haze) * np.minimum(np.maximum(image, 0), 1) ** cam.contrast
     image += cam.noise * cv2.blur(rng.standard_normal((HEIGHT, WIDTH, 3), np.float32), (2, 2))
     return np.clip(255 * image + 0.5, 0, 255).astype(np.uint8)
-
-
-# ---------------------------------------------------------------- something to look at
-
-
-def contact_sheet(folder: Path | str, path: Path | str, identities: int = 8) -> Path:
-    """Writes a PNG with a row per test identity: its queries, one per camera, and then its images in the gallery."""
-    folder, path = Path(folder), Path(path)
-    rows: dict[str, list[Path]] = {}
-    for split in ("query", "bounding_box_test"):
-        for file in sorted((folder / split).glob("*.jpg")):
-            number = file.name.split("_")[0]
-            if number not in ("-1", "0000"):
-                rows.setdefault(number, []).append(file)
-    if not rows:
-        raise UserError(
-            f"{str(folder)!r} holds no images of test identities; expected a folder made by synthetic.ensure."
-        )
-    chosen = [rows[number] for number in sorted(rows)[:identities]]
-    sheet = np.full((len(chosen) * (HEIGHT + 4), max(map(len, chosen)) * (WIDTH + 4), 3), 255, np.uint8)
-    for row, files in enumerate(chosen):
-        for column, file in enumerate(files):
-            y, x = row * (HEIGHT + 4), column * (WIDTH + 4)
-            image = cv2.imread(str(file))
-            if image is None:
-                raise UserError(
-                    f"{str(file)!r} cannot be read as an image; delete the folder to have it rendered again."
-                )
-            sheet[y : y + HEIGHT, x : x + WIDTH] = image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), sheet):
-        raise UserError(f"The contact sheet could not be written to {str(path)!r}.")
-    return path

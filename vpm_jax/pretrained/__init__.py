@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vpm_jax.errors import UserError
 from vpm_jax.pretrained import files, keras, own, released, torchvision
-from vpm_jax.pretrained.weights import File, Network, Pretrained, apply_to, match
+from vpm_jax.pretrained.weights import File, Network, Pretrained, apply_to
 
-__all__ = ["KINDS", "Network", "Pretrained", "apply_to", "load", "match"]
+__all__ = ["KINDS", "Network", "Pretrained", "apply_to", "load"]
 
 # What config.pretrained may begin with; a path alone is recognised by what it holds.
 KINDS = {

@@ -113,11 +113,6 @@ def _shape(array: Any) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
-def match(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str, advice: str) -> None:
-    """Raises UserError, listing what differs, unless `found` (arrays) has the names and shapes of `expected`."""
-    take(found, expected, where, advice)
-
-
 def some(names: Iterable[str], most: int = 5) -> str:
     names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
