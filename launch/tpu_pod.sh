@@ -31,7 +31,8 @@ case $what in
     on_all "mkdir -p vpm_jax && tar xzf vpm_jax.tar.gz -C vpm_jax && cd vpm_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
     ;;
   train | evaluate)
-    printf -v quoted ' %q' "$@"
+    quoted=""
+    if (($#)); then printf -v quoted ' %q' "$@"; fi # of nothing it would make ''
     on_all "cd vpm_jax && exec .venv/bin/python -m vpm_jax.$what --distributed$quoted"
     ;;
   stop)

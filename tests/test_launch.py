@@ -126,6 +126,8 @@ def test_tpu_pod_runs_the_command_on_all_workers(tmp_path):
     assert command.startswith("--command=cd vpm_jax && exec .venv/bin/python -m vpm_jax.train --distributed ")
     arguments = run("bash", "-c", f"printf '%s\\n' {command.partition('--distributed ')[2]}").stdout.splitlines()
     assert arguments == ["--workdir", "it's here"]
+    assert run(script, "pod", "zone-a", "evaluate", path=tmp_path).returncode == 0
+    assert gcloud.read_text().endswith("-m vpm_jax.evaluate --distributed\n")
     assert run(script, "pod", "zone-a", "fly", path=tmp_path).returncode == 2
     assert "launch/tpu_pod.sh NAME ZONE setup" in run(script, "pod", path=tmp_path).stderr
 
