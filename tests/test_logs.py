@@ -29,6 +29,15 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    path = tmp_path / "a.json"
+    with replacing(path) as one, replacing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"  # who ended last
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, "old")

@@ -23,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
       UserError: when a disk is full or read-only.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    # Not by the process's number: containers that share a disk often run as the same.
+    temporary = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
     try:
         with writing(path):
             yield temporary
