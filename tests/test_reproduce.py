@@ -252,9 +252,10 @@ def test_a_result_of_another_config_is_refused_by_its_keys(pretend, call, tmp_pa
     del found["config"]["optim.nesterov"]
     path.write_text(json.dumps(found))
     assert call(THREE) == 0
-    path.write_text('{"config": {}}')
-    with pytest.raises(UserError, match=r"pcb-seed0\.json is not the result of a run"):
-        call(THREE)
+    for text in ('{"config": {}}', '{"config": [1]}', "[]", before[:900], ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"pcb-seed0\.json is not the result of a run"):
+            call(THREE)
 
 
 def test_what_changes_no_result_changes_no_fingerprint():

@@ -36,7 +36,7 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text())
-        saved = result["config"]
+        saved = dict(result["config"])
         needed = {"protocols" if run.test else "gammas", "images", "seconds", "hardware", "protocol"}
         if absent := needed - set(result):
             raise KeyError(min(absent))
