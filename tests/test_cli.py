@@ -169,6 +169,7 @@ def test_a_bug_keeps_its_traceback(error):
         ("convert", ""),
         ("prepare", ""),
         ("benchmark", "step --batch many"),
+        ("reproduce", "--table 9"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(module, arguments):

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = cli.Parser(
         prog="python -m vpm_jax.reproduce",
         description=__doc__,
         epilog="Any key of the configuration is overridden for all runs by --config.KEY=VALUE.",
