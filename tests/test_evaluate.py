@@ -135,6 +135,7 @@ def test_reranking(whole, trained, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--rerank", *k]) == 0
     assert "distances, re-ranked by k-reciprocal neighbours (k1 4, k2 2, lambda 0.3)" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["notes"] == list(dataset.notes[1:])
     query, gallery = dataset.query, evaluate.ranked(dataset.gallery)
     there = evaluate.extract(config, variables, gallery, mesh)
     for gamma in (0.5, 1.0):

@@ -200,15 +200,15 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
                 f"- {TITLES[one['test']]}: {protocol['queries']} partial images as queries, as they are, against "
                 f"{protocol['gallery']} whole ones; no cameras, nothing is dropped. {chance}"
             )
-            lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]
-            continue
-        held = protocol["held out identities"]
-        whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
-        lines.append(
-            f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
-            f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole; same identity and camera dropped, "
-            f"{protocol['skipped']} queries without a match skipped. {chance}"
-        )
+        else:
+            held = protocol["held out identities"]
+            whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
+            lines.append(
+                f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
+                f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole; same identity and camera "
+                f"dropped, {protocol['skipped']} queries without a match skipped. {chance}"
+            )
+        lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]
     trained = [result for result in done if result["images"]]
     for hardware in dict.fromkeys(result["hardware"] for result in trained):
         here = [result for result in trained if result["hardware"] == hardware]
