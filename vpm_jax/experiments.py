@@ -36,6 +36,7 @@ _STRIPES = {
     "loss.identity_regions": "all",
     "loss.triplet_pairs": "all",
     "match.visibility": "uniform",
+    "match.squared": True,  # and so as its concatenated features, each stripe of unit length
 }
 _WHOLE = {"data.crop": "none"}
 _PARTS = (2, 3, 4, 6, 8)
