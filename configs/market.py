@@ -8,8 +8,8 @@ Not yet run in full.
 
     python -m vpm_jax.train --config configs/market.py:small --config.data.root=DATA
 
-40 epochs of 93 steps of 64 images: 42 minutes at the 94 images/s of two cores, 65 at the 61 of one; rank-1 / mAP 27.9 /
-17.5 at gamma 0.5, 65.9 / 43.1 at 0.7, 75.5 / 51.7 whole (seed 0, commit d1b4c3a; docs/results).
+40 epochs of 93 steps of 64 images: 49 minutes at the 77 to 87 images/s of two cores, 68 at the 59 of one; rank-1 / mAP
+27.9 / 17.5 at gamma 0.5, 65.9 / 43.1 at 0.7, 75.5 / 51.7 whole (seed 0, commit d1b4c3a; docs/results).
 """
 
 from vpm_jax.config import default, small
