@@ -56,3 +56,12 @@ def test_max_pool_and_its_gradient(float64, height, width):
         by_x[b, top + row, left + column, c] += g[b, i, j, c]
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(back(g)[0], by_x, rtol=1e-12, atol=1e-12)
+
+
+def test_equal_cells_share_the_gradient_of_max_pool(float64):
+    g = np.random.default_rng(0).normal(size=(1, 3, 2, 1))
+    _, back = jax.vjp(max_pool, np.zeros((1, 5, 4, 1)))
+    by_x = back(g)[0]
+    np.testing.assert_allclose(by_x.sum(), g.sum(), rtol=1e-12)
+    # The corner's window has four cells, its neighbour to the right six; both see the second cell.
+    np.testing.assert_allclose(by_x[0, 0, :2, 0], [g[0, 0, 0, 0] / 4, g[0, 0, 0, 0] / 4 + g[0, 0, 1, 0] / 6])
