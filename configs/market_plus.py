@@ -5,13 +5,11 @@
 Not yet run in full, and no part has been measured to help yet: the parts and their values are what others report to
 help whole-body re-ID. `:small` puts the same parts on the small network of configs/market.py:small.
 
-SCREEN lists what is to be compared, one part at a time, on training identities held out, never on the test set:
+SCREEN lists what is to be compared, one part at a time, EVALUATED what needs no training of its own. This tries them, on
+training identities held out, never on the test set, and reports what each gains (--plan says what it costs, --models
+NAME ... takes only some):
 
-    python -m vpm_jax.reproduce --table 3 --models vpm --scale screen --seeds 3 --variant NAME --config.KEY=VALUE ...
-
-EVALUATED lists what needs no training, of runs that SCREEN trained:
-
-    python -m vpm_jax.evaluate --workdir runs/reproduce/RUN --output FOLDER --config.KEY=VALUE ...
+    python -m vpm_jax.reproduce --parts configs/market_plus.py --seeds 3
 """
 
 from vpm_jax.config import default, set_key, small, stage
@@ -33,7 +31,7 @@ PARTS = {
 
 _NECK = {"model.neck": "bn", "model.head_dim": 0, "model.head_bias": False}
 
-# What to train, by the name of its --variant: the keys that differ from --scale screen, which is the first.
+# What to train: {name: the keys that differ from --scale screen}; the first is what the others are compared with.
 SCREEN: dict[str, dict[str, object]] = {
     "base": {},
     "ema": {"optim.ema": 0.99},

@@ -160,3 +160,14 @@ def test_pyplot_stays_out():
     """Drawing must not choose a backend for the program that imports this."""
     check = "import sys, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+def test_gains(tmp_path, figures):
+    gained = {"flip": {"rank-1": [1.0, 3.0], "mAP": [2.0, 2.5]}, "ema": {"rank-1": [-1.0, 0.5], "mAP": [0.1, -0.4]}}
+    plots.gains(tmp_path / "gains.png", gained, "a title")
+    for metric in ("rank-1", "mAP"):
+        axes = panel(figures[0], f"gain in {metric}, points")
+        dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+        assert dots == [gain[metric] for gain in gained.values()]
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx([np.mean(g[metric]) for g in gained.values()])
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["flip", "ema"]

@@ -128,6 +128,12 @@ def test_overrides_that_change_results_need_a_name():
         ("--table 1 --variant a/b", "for a file's name"),
         ("--table 1 --models mvpm-2", "need none of these"),
         ("--table 1 --config.model.widht=3", "did you mean"),
+        ("--table 1 --models pbc", "there are vpm, baseline"),
+        ("--table 1 --parts configs/market_plus.py", "leave out --table"),
+        ("--parts configs/market_plus.py --variant x", "leave out --variant"),
+        ("--parts configs/market_plus.py --models emma", "lists base, ema"),
+        ("--parts configs/market_plus.py --scale small", "not for choosing"),
+        ("--parts configs/market.py", "KeyError: 'SCREEN'"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, found, tmp_path):
@@ -139,7 +145,7 @@ def test_images_that_a_run_trains_on():
     assert estimate.images(make_run("market1501", "released", "vpm")) == 130 * 93 * 64
     assert estimate.images(make_run("market1501", "paper", "vpm")) == (50 * 202 + 80 * 93) * 64
     screen = make_run("market1501", "screen", "baseline").config
-    assert estimate.images(make_run("market1501", "screen", "baseline")) == 600 * estimate.batch(screen)
+    assert estimate.images(make_run("market1501", "screen", "baseline")) == 500 * estimate.batch(screen)
     assert estimate.images(make_run("market1501", "paper", "mvpm-1")) == 0
     assert estimate.size(screen)[1] == 651
 
@@ -232,6 +238,84 @@ def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
         assert "a few timed steps" in capsys.readouterr().out
 
 
+def test_a_report_alone_trains_nothing(pretend, call, tmp_path, capsys):
+    with pytest.raises(UserError, match="leave out --report"):
+        call(f"{THREE} --report")
+    assert call(f"{THREE} --models vpm") == 0
+    assert call(f"{THREE} --seeds 2 --report") == 0
+    assert pretend == ["market1501-small-vpm-seed0"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| VPM | 1 |" in text and text.count("has not finished") == 5
+
+
+PARTS = """
+SCREEN = {"base": {}, "ema": {"optim.ema": 0.9}, "worse": {"data.erasing": 0.5, "stage2.epochs": 3}}
+EVALUATED = {"flip": ("base", {"eval.flip": True}), "ema_flip": ("ema", {"eval.flip": True})}
+"""
+
+
+def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
+    file = tmp_path / "parts.py"
+    file.write_text(PARTS)
+    pretend.failing.add("market1501-screen-worse-seed1")
+    with pytest.raises(UserError, match="1 of 10 runs have no result"):
+        call(f"--parts {file} --seeds 2")
+    assert pretend[:5] == [f"market1501-screen-{n}-seed0" for n in ("vpm", "ema", "worse", "flip", "ema_flip")]
+    result = json.loads((tmp_path / "results" / "market1501-screen-ema_flip-seed1.json").read_text())
+    assert result["changes"] == {"optim.ema": 0.9, "eval.flip": True} and result["images"] == 0
+    assert result["evaluates"] == "market1501-screen-ema-seed1"
+    assert result["protocol"]["held out identities"] == 100
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "(parts.png)" in report and (tmp_path / "report" / "parts.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((tmp_path / "report" / "report.json").read_text())["parts"]
+
+    def level(name, seed, metric):
+        values = numbers(f"market1501-screen-{name}-seed{seed}").values()
+        return 100 * np.mean([v["mAP"] if metric == "mAP" else v["cmc"][0] for v in values])
+
+    assert data[0]["title"] == "base" and "gain" not in data[0]
+    order = [row["gain"]["mAP"]["mean"] for row in data[1:]]
+    assert order == sorted(order, reverse=True) and len(order) == 4
+    shown = rows_of(report, "Rank-1 / mAP in percent")
+    for row in data[1:]:
+        seeds = [0] if row["title"] == "worse" else [0, 1]  # a failed run takes no part
+        assert row["seeds"] == seeds
+        cells = []
+        for metric in ("R-1", "mAP"):
+            gains = [level(row["title"], s, metric) - level("vpm", s, metric) for s in seeds]
+            np.testing.assert_allclose(row["gain"][metric]["values"], gains, rtol=1e-9)
+            cells.append(f"{np.mean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})")
+        assert shown[row["title"]][-2:] == cells
+    assert shown["worse"][0] == "`data.erasing=0.5`, `stage2.epochs=3`"
+
+    # Chosen by name, they are compared with the base even so, and on the test set only by name.
+    pretend.clear()
+    assert call(f"--parts {file} --models ema --scale small") == 0
+    assert pretend == ["market1501-small-vpm-seed0", "market1501-small-ema-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("SCREEN = {}", "begins with what changes keys"),
+        ("SCREEN = {'a': {'optim.ema': 0.9}}", "begins with what changes keys"),
+        ("SCREEN = {'base': {}, 'pcb': {'optim.ema': 0.9}}", "pcb in .* another model"),
+        ("SCREEN = {'base': {}, 'a': {'optim.emma': 0.9}}", r"part a sets optim\.emma"),
+        ("SCREEN = {'base': {}, 'a': {'optim.ema': 'x'}}", r"optim\.ema is 'x' \(str\)"),
+        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('a', {})}", "KeyError: 'a'"),
+        ("SCREEN = 3", "TypeError"),
+        ("SCREEN = ", "SyntaxError"),
+        (None, "FileNotFoundError"),
+    ],
+)
+def test_lists_of_parts_that_are_none(text, found, call, tmp_path):
+    file = tmp_path / "parts.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=found):
+        call(f"--parts {file} --plan")
+
+
 def test_a_result_says_how_it_came_about(pretend, call, tmp_path):
     call("--table 3 --scale screen --models mvpm-4 --config.data.root=/somewhere/else --config.data.threads=3")
     text = (tmp_path / "results" / "market1501-screen-mvpm-4-seed0.json").read_text()
@@ -240,7 +324,7 @@ def test_a_result_says_how_it_came_about(pretend, call, tmp_path):
     assert found["changes"] == {"loss.identity_regions": "all", "loss.triplet_pairs": "all"}
     assert found["protocol"]["held out identities"] == 100
     assert found["config"]["data.holdout_identities"] == 100 and "data.root" not in found["config"]
-    assert found["images"] == 600 * found["config"]["stage2.identities"] * found["config"]["stage2.images_per_identity"]
+    assert found["images"] == 500 * found["config"]["stage2.identities"] * found["config"]["stage2.images_per_identity"]
     assert found["gammas"]["0.5"]["cmc"] == numbers("market1501-screen-mvpm-4-seed0")["0.5"]["cmc"][:10]
     assert {"jax", "Python"} <= set(re.findall(r"[A-Za-z]+", found["versions"])) and found["hardware"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -105,13 +107,13 @@ SCALES: dict[str, Scale] = {
     "paper": Scale({"": "configs/market.py", "dukemtmc": "configs/duke.py"}),
     "released": Scale({"": "configs/market_released.py"}),
     "small": Scale(_SMALL),
-    # To choose by: never the test set, and 600 steps, about ten minutes on one core.
+    # To choose by: never the test set, and 500 steps, ten minutes on one core.
     "screen": Scale(
         _SMALL,
         {
             "data.holdout_identities": 100,
             "stage2.epochs": 10,
-            "stage2.steps_per_epoch": 60,
+            "stage2.steps_per_epoch": 50,
             "stage2.triplet_start": 2.5,
             "stage2.warmup_epochs": 1.0,
         },
@@ -221,20 +223,22 @@ def make_run(
     test: str = "",
     variant: str = "",
     overrides: Sequence[str] = (),
+    methods: Mapping[str, Method] = METHODS,
 ) -> Run:
     """The run of a method. What changes nothing (p = 4 where VPM has 4 regions) is VPM's own run, by its name.
 
     Args:
       dataset, scale: keys of `config.data.name` and SCALES.
-      method: a key of METHODS.
+      method: a key of `methods`.
       test: a dataset of partial images, to evaluate on that instead of training.
       variant: the name of what the overrides make.
       overrides: --config.KEY=VALUE, for every method alike.
+      methods: what there is to choose from.
 
     Raises:
       UserError: as `base_config`; for an override of what the method is about, or without a variant's name.
     """
-    base, config, own = base_config(scale, dataset), base_config(scale, dataset, overrides), METHODS[method]
+    base, config, own = base_config(scale, dataset), base_config(scale, dataset, overrides), methods[method]
     changed = differences(base, config)
     if changed and not variant:
         raise UserError(
@@ -251,7 +255,7 @@ def make_run(
     config.seed = base.seed = seed
     parent = None
     if own.of or test:
-        parent = make_run(dataset, scale, own.of or method, seed, "", variant, overrides)
+        parent = make_run(dataset, scale, own.of or method, seed, "", variant, overrides, methods)
     return Run(dataset, scale, method, variant, seed, config, base, parent, test)
 
 
@@ -294,6 +298,59 @@ def plan(
                 cells[Cell(method, "", seed)] = own
                 for test in exhibit.tests if dataset != "synthetic" and not own.config.data.holdout_identities else ():
                     cells[Cell(method, test, seed)] = make_run(dataset, scale, method, seed, test, variant, overrides)
+    return cells
+
+
+def parts(path: Path) -> dict[str, Method]:
+    """What a config file lists to be tried, one part at a time: its SCREEN {name: keys that differ from the scale's
+    config} and its EVALUATED {name: (a name in SCREEN whose checkpoint is evaluated, keys)}. The first of SCREEN
+    changes nothing: what the others are compared with.
+
+    Raises:
+      UserError: for a file without such lists, or a name that cannot be a part's.
+    """
+    try:
+        found = runpy.run_path(str(path))
+        screen, evaluated = dict(found["SCREEN"]), dict(found.get("EVALUATED", {}))
+        methods = {name: Method(name, dict(keys)) for name, keys in screen.items()}
+        methods |= {name: Method(name, screen[of] | dict(keys), of=of) for name, (of, keys) in evaluated.items()}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {cli.first_line(error)}"
+        raise UserError(
+            f"{path} lists no parts to try ({reason}): expected a Python file with SCREEN = {{name: {{key: value}}}}, "
+            "as configs/market_plus.py has it."
+        ) from error
+    if not screen or next(iter(screen.values())):
+        raise UserError(f"SCREEN in {path} begins with what changes keys: begin it with a name for no change, {{}}.")
+    if taken := sorted((set(methods) & set(METHODS)) | (set(screen) & set(evaluated))):
+        raise UserError(f"{taken[0]} in {path} is the name of another model: call the part something else.")
+    return methods
+
+
+def plan_parts(
+    methods: Mapping[str, Method],
+    dataset: str,
+    scale: str,
+    seeds: int,
+    names: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> dict[Cell, Run]:
+    """The runs of `parts`, seed by seed: of these names, or all, and always what they are compared with.
+
+    Raises:
+      UserError: for a key that there is not, a value that no part can use, and as `make_run`.
+    """
+    known = config_lib.flatten(config_lib.default())
+    for name, method in methods.items():
+        if wrong := sorted(set(method.changes) - set(known)):
+            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: vpm_jax/config.py lists them.")
+    cells = {}
+    for seed in range(seeds):
+        for number, name in enumerate(methods):
+            if not number or not names or name in names:
+                run = make_run(dataset, scale, name, seed, overrides=overrides, methods=methods)
+                config_lib.check(run.config)
+                cells[Cell(name, "", seed)] = run
     return cells
 
 

@@ -46,6 +46,13 @@ def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, sh
         )
 
 
+def gains(path: Path, found: Sequence[Row], title: str) -> None:
+    """What each part that was tried gains, of `tables.gains`; `path` is the picture to write."""
+    rows = {row["title"]: row["gain"] for row in found if "gain" in row}
+    with replacing(path) as temporary:
+        plots.gains(temporary, {t: {n: g[m]["values"] for n, m in _METRICS.items()} for t, g in rows.items()}, title)
+
+
 def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
     """What the locator of a trained run sees: synthetic pedestrians, whole and cut, with the regions found (Figure 5).
 

@@ -94,6 +94,31 @@ def gamma_curves(
     figure.savefig(path, dpi=160)
 
 
+def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
+    """What each part gains over doing without it: a row for each, a dot for each seed, a bar at their mean.
+
+    Args:
+      path: the picture to write.
+      gained: {part: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
+      title: of the picture.
+    """
+    figure = Figure(figsize=(7.2, 1.3 + 0.24 * len(gained)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    rows = np.arange(len(gained))
+    for axes, metric, colour in zip(panels, ("rank-1", "mAP"), COLOURS, strict=False):
+        axes.axvline(0.0, color="0.3", linewidth=0.9)
+        for row, gain in zip(rows, gained.values(), strict=True):
+            axes.barh(row, np.mean(gain[metric]), height=0.62, color=colour, alpha=0.3)
+            axes.plot(gain[metric], [row] * len(gain[metric]), "o", color=colour, markersize=3.5)
+        axes.set_title(f"gain in {metric}, points", fontsize=9)
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(rows, list(gained), fontsize=8)
+    panels[0].set_ylim(len(gained) - 0.4, -0.6)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=160)
+
+
 def _any_of(curves: Curves | None, results: Curves) -> bool:
     """Whether there is anything of a method that has results."""
     return any(any(scores.values()) for name, scores in (curves or {}).items() if name in results)

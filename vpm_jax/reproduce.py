@@ -2,7 +2,11 @@
 
 Trains what is missing, evaluates it, and writes one report: ours, the paper's, the difference, mean and spread over
 seeds. Every finished run leaves a JSON file in --results and is never repeated; processes and machines that share
-that folder divide the runs among them. --plan shows what is missing and what it will cost.
+that folder divide the runs among them. --plan shows what is missing and what it will cost, --report reports what has
+finished and trains nothing.
+
+--parts tries what a config file lists, one part at a time, on training identities held out, and reports what each
+gains: python -m vpm_jax.reproduce --parts configs/market_plus.py --seeds 3
 """
 
 from __future__ import annotations
@@ -30,27 +34,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(argv)
     scale, dataset, exhibits = choose(args)
     parallel.prepare_backend()
-    cells = experiments.plan(exhibits, dataset, scale, args.seeds, args.models, args.variant, overrides)
+    if args.parts:
+        cells = experiments.plan_parts(parts_of(args), dataset, scale, args.seeds, args.models, overrides)
+        exhibits = [f"the parts of {args.parts}"]
+    else:
+        cells = experiments.plan(exhibits, dataset, scale, args.seeds, args.models, args.variant, overrides)
     if not cells:
         raise UserError(f"--models {' '.join(args.models)}: {' and '.join(exhibits)} need none of these.")
     runs = experiments.distinct(cells.values())
     done = {run.name: result for run in runs if (result := results.read(args.results, run))}
     missing = [run for run in runs if run.name not in done]
-    left = without_data(missing, training=not args.plan)  # {run: why it has no result}
+    left = without_data(missing, training=not (args.plan or args.report))  # {run: why it has no result}
     missing = [run for run in missing if run.name not in left]
 
     # ---- What is to be done, and its cost ----------------------------------------------------------------
     count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
     print(f"{count} for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} finished before")
-    if missing:
+    if missing and not args.report:
         print(estimate.describe(missing, args.results, args.workdirs))
     for reason in dict.fromkeys(left.values()):
         print(f"{sum(r == reason for r in left.values())} of them {reason.removeprefix('is ')}")
     if args.plan:
         return 0
+    if args.report:
+        left |= {run.name: "has not finished" for run in missing}
+        missing = []
+        if not done:
+            raise UserError(f"Nothing of this has finished in {args.results}: leave out --report to train.")
 
     # ---- The runs ----------------------------------------------------------------------------------------
-    name = experiments.family(dataset, scale) + f"-{args.variant}" * bool(args.variant)
+    name = experiments.family(dataset, scale) + f"-{args.variant}" * bool(args.variant) + "-parts" * bool(args.parts)
     output = args.output or Path("docs/results") / name
     for folder in (args.results, args.workdirs, output):  # hours before the last is needed
         make_folder(folder)
@@ -96,26 +109,30 @@ def parser() -> argparse.ArgumentParser:
         top.add_argument(
             f"--{kind}", nargs="+", action="extend", choices=numbers, default=[], help=f"the paper's {kind}s"
         )
+    top.add_argument(
+        "--parts", type=Path, metavar="FILE", help="what a config file lists as SCREEN, one part at a time"
+    )
     top.add_argument("--dataset", choices=("market1501", "dukemtmc", "synthetic"), help="default: the scale's")
     top.add_argument(
         "--scale",
         choices=[s for s in SCALES if s != "released"],
         help="paper: the full recipe; small: two CPU cores, an hour a run; screen: ten minutes a run, on held-out "
         "training identities, for choosing; synthetic: the synthetic pedestrians (default: small, or synthetic with "
-        "--dataset synthetic)",
+        "--dataset synthetic, or screen with --parts)",
     )
     top.add_argument("--recipe", choices=("paper", "released"), default="paper", help="of --scale paper")
     top.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     top.add_argument(
         "--models",
         nargs="+",
-        choices=list(METHODS),
         metavar="MODEL",
         default=[],
-        help=f"only these of {', '.join(METHODS)}",
+        help=f"only these of {', '.join(METHODS)}, or of --parts",
     )
     top.add_argument("--variant", default="", metavar="NAME", help="names what --config overrides make")
-    top.add_argument("--plan", action="store_true", help="only show what is missing and what it will cost")
+    only = top.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="only show what is missing and what it will cost")
+    only.add_argument("--report", action="store_true", help="only report what has finished, train nothing")
     top.add_argument(
         "--results", type=Path, default=Path("docs/results/runs"), help="of finished runs (default: %(default)s)"
     )
@@ -132,7 +149,8 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
     Raises:
       UserError: where they do not go together.
     """
-    scale = args.scale or ("synthetic" if args.dataset == "synthetic" else "small")
+    small = "screen" if args.parts else "small"
+    scale = args.scale or ("synthetic" if args.dataset == "synthetic" else small)
     dataset = args.dataset or ("synthetic" if scale == "synthetic" else "market1501")
     if scale == "synthetic" and dataset != "synthetic":
         raise UserError(
@@ -143,13 +161,35 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
             raise UserError(f"--recipe released is of --scale paper, not of {scale}.")
         scale = "released"
     exhibits = [f"table {n}" for n in dict.fromkeys(args.table)] + [f"figure {n}" for n in dict.fromkeys(args.figure)]
-    if not exhibits:
-        raise UserError("Nothing was asked for: name a --table (1 to 3) or a --figure (4 or 5).")
+    if args.parts and (exhibits or args.variant):
+        other = "--variant" if args.variant else "--table and --figure"
+        raise UserError(f"--parts makes a report of its own: leave out {other}.")
+    if not (exhibits or args.parts):
+        raise UserError("Nothing was asked for: name a --table (1 to 3) or a --figure (4 or 5), or --parts FILE.")
+    if not args.parts and (unknown := [model for model in args.models if model not in METHODS]):
+        raise UserError(f"--models {unknown[0]}: there are {', '.join(METHODS)}.")
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}, expected how many, at least 1.")
     if args.variant and not args.variant.replace("_", "").replace(".", "").isalnum():
         raise UserError(f"--variant {args.variant}: expected letters, digits, dots and underscores, for a file's name.")
     return scale, dataset, exhibits
+
+
+def parts_of(args: argparse.Namespace) -> dict[str, experiments.Method]:
+    """The parts of --parts, whose names --models may choose from.
+
+    Raises:
+      UserError: for a file without parts, a name that is not among them, or all of them on a test set.
+    """
+    found = experiments.parts(args.parts)
+    if unknown := [name for name in args.models if name not in found]:
+        raise UserError(f"--models {unknown[0]}: {args.parts} lists {', '.join(found)}.")
+    if args.scale not in (None, "screen") and not args.models:
+        raise UserError(
+            f"--scale {args.scale} evaluates on the test set, which is not for choosing: leave it out, and confirm "
+            "what --scale screen has chosen by --models NAME."
+        )
+    return found
 
 
 def without_data(missing: Sequence[Run], training: bool = True) -> dict[str, str]:
@@ -291,20 +331,29 @@ def command_line(argv: Sequence[str] | None) -> str:
 
 def report(
     output: Path,
-    exhibits: Sequence[str],
+    what: Sequence[str],
     cells: Mapping[Cell, Run],
     done: Mapping[str, Mapping[str, Any]],
     left: Mapping[str, str],
     command: str,
     workdirs: Path,
 ) -> None:
-    """Writes report.md, report.json and the pictures of each exhibit into `output`."""
+    """Writes report.md, report.json and their pictures into `output`: of exhibits, or of parts that were tried."""
     make_folder(output)
     runs = experiments.distinct(cells.values())
     one = runs[0]
     variant = f", variant {one.variant}" * bool(one.variant)
+    heading = ", ".join(name[0].upper() + name[1:] for name in what)
+    data: dict[str, Any] = {"command": command, "spread": tables.SPREAD}
+    if EXHIBITS.keys() >= set(what):
+        data["exhibits"], body = {}, []
+        for name in what:
+            data["exhibits"][name], lines = exhibit(output, name, cells, done, workdirs)
+            body += lines
+    else:
+        data["parts"], body = parts(output, cells, done)
     lines = [
-        f"# {', '.join(e.capitalize() for e in exhibits)}: {one.dataset}, scale {one.scale}{variant}",
+        f"# {heading}: {one.dataset}, scale {one.scale}{variant}",
         "",
         f"    {command}",
         "",
@@ -312,30 +361,47 @@ def report(
         *tables.conditions(runs, done),
         *(f"- Not in this report: {name} {reason.rstrip('.')}." for name, reason in left.items()),
         "",
+        *body,
+        *tables.listing(runs, done),
     ]
-    data: dict[str, Any] = {"command": command, "spread": tables.SPREAD, "exhibits": {}}
-    for name in exhibits:
-        exhibit, stem = EXHIBITS[name], name.replace(" ", "-")
-        found = tables.rows(name, cells, done)
-        data["exhibits"][name] = {"sweep": found}
-        lines += [f"## {exhibit.title}", ""]
-        if found:
-            lines += tables.sweep(found)
-            chance = done[found[0]["runs"][0]]["chance_rank1"]
-            title = f"{exhibit.title.partition(':')[0]}: {TITLES[one.dataset]}, scale {one.scale}"
-            figures.gamma_curves(output / f"{stem}.png", found, title, chance, exhibit.shaded)
-            lines += [f"![{exhibit.title}]({stem}.png)", ""]
-        for test in exhibit.tests:
-            if found := tables.rows(name, cells, done, test):
-                data["exhibits"][name][test] = found
-                lines += tables.partial(found, test)
-        if exhibit.maps:
-            lines += maps(
-                output, stem, [run for cell, run in cells.items() if cell.method in exhibit.methods], workdirs
-            )
-    lines += tables.listing(runs, done)
     write_atomically(output / "report.md", "\n".join(lines).rstrip() + "\n")
     write_atomically(output / "report.json", json.dumps(data, indent=1) + "\n")
+
+
+def exhibit(
+    output: Path, name: str, cells: Mapping[Cell, Run], done: Mapping[str, Mapping[str, Any]], workdirs: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Draws a table or a figure of the paper; its data and its lines of the report."""
+    title, methods, tests, shaded, shows_maps = EXHIBITS[name]
+    stem, one = name.replace(" ", "-"), next(iter(cells.values()))
+    found = tables.rows(name, cells, done)
+    data, lines = {"sweep": found}, [f"## {title}", ""]
+    if found:
+        lines += tables.sweep(found)
+        chance = done[found[0]["runs"][0]]["chance_rank1"]
+        above = f"{title.partition(':')[0]}: {TITLES[one.dataset]}, scale {one.scale}"
+        figures.gamma_curves(output / f"{stem}.png", found, above, chance, shaded)
+        lines += [f"![{title}]({stem}.png)", ""]
+    for test in tests:
+        if found := tables.rows(name, cells, done, test):
+            data[test] = found
+            lines += tables.partial(found, test)
+    if shows_maps:
+        lines += maps(output, stem, [run for cell, run in cells.items() if cell.method in methods], workdirs)
+    return data, lines
+
+
+def parts(
+    output: Path, cells: Mapping[Cell, Run], done: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[tables.Row], list[str]]:
+    """Draws what each part gains; the data and the lines of the report."""
+    found, one = tables.gains(cells, done), next(iter(cells.values()))
+    lines = ["## What each part gains", "", *tables.parts(found)]
+    if any("gain" in row for row in found):
+        above = f"Gains over {found[0]['title']}: {TITLES[one.dataset]}, scale {one.scale}, mean over gammas"
+        figures.gains(output / "parts.png", found, above)
+        lines += ["![What each part gains](parts.png)", ""]
+    return found, lines
 
 
 def maps(output: Path, stem: str, runs: Sequence[Run], workdirs: Path) -> list[str]:

@@ -14,6 +14,7 @@ from vpm_jax.logs import duration
 
 METRICS = ("R-1", "R-5", "R-10", "mAP", "mINP")
 PARTIAL_METRICS = ("R-1", "R-3", "R-5", "mAP")
+GAINED = ("R-1", "mAP")
 SPREAD = "± is the sample standard deviation over the seeds"
 
 Results = Mapping[str, Mapping[str, Any]]  # {name of a run: its result}
@@ -129,6 +130,73 @@ def sweep(found: Sequence[Row]) -> list[str]:
     for row in found:
         lines += _beside_the_paper(row)
     return lines
+
+
+def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
+    """For each part that was tried: what it changes, its numbers, and what it gains over the base's run of the same
+    seed, in the mean over the gammas. The base, the first of the plan, comes first, then the most gained in mAP.
+
+    Args:
+      cells: of `experiments.plan_parts`.
+      results: {name of a run: its result}.
+    """
+    first = next(iter(cells)).method
+    base = {cell.seed: run.name for cell, run in cells.items() if cell.method == first}
+    found = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        runs = {c.seed: run.name for c, run in cells.items() if c.method == method and run.name in results}
+        if not runs:
+            continue
+        one = results[next(iter(runs.values()))]
+        row: Row = {
+            "method": method,
+            "title": method,
+            "changes": one["changes"],
+            "seeds": list(runs),
+            "runs": list(runs.values()),
+            "numbers": {
+                gamma: {
+                    m: summary([measured(numbers(results[name])[gamma], m) or 0.0 for name in runs.values()])
+                    for m in GAINED
+                }
+                for gamma in numbers(one)
+            },
+        }
+        pairs = [(results[name], results[base[seed]]) for seed, name in runs.items() if base[seed] in results]
+        if pairs and method != first:
+            row["gain"] = {m: summary([_level(a, m) - _level(b, m) for a, b in pairs]) for m in GAINED}
+        found.append(row)
+
+    def rank(row: Row) -> float:
+        return -math.inf if row["method"] == first else -row["gain"]["mAP"]["mean"] if "gain" in row else math.inf
+
+    return sorted(found, key=rank)
+
+
+def _level(result: Mapping[str, Any], metric: str) -> float:
+    """A number in percent, the mean over the gammas."""
+    return mean(measured(values, metric) or 0.0 for values in numbers(result).values())
+
+
+def parts(found: Sequence[Row]) -> list[str]:
+    """The table of `gains`."""
+    gammas = list(dict.fromkeys(gamma for row in found for gamma in row["numbers"]))
+    lines = [
+        f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}. A gain is that over {found[0]['title']} with the "
+        "same seed, the mean over the gammas; in brackets the least and the most of any seed.",
+        "",
+    ]
+    table = [["part", "keys", "seeds", *gammas, "gain in R-1", "gain in mAP"]]
+    for row in found:
+        keys = ", ".join(f"`{key}={value}`" for key, value in row["changes"].items())
+        cells = [row["title"], keys or "–", str(len(row["seeds"]))]
+        for gamma in gammas:
+            cells.append(" / ".join(_number(row["numbers"][gamma][m]) for m in GAINED))
+        for metric in GAINED:
+            gain = row.get("gain", {}).get(metric)
+            cells.append(f"{gain['mean']:+.1f} ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain else "–")
+        table.append(cells)
+    return [*lines, *_table(table)]
 
 
 def partial(found: Sequence[Row], test: str) -> list[str]:
