@@ -1,14 +1,17 @@
 """The benchmarks run and say what they measured."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import SHRUNK, shrunk
+from tiny import CONFIGS, SHRUNK, shrunk
 
 from vpm_jax import benchmark
 from vpm_jax import config as config_lib
@@ -206,6 +209,49 @@ def test_step_runs(capsys):
     config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=18"]
     main(["step", "--batch=8", "--rounds=2", "--steps=1", "--dtype=float32", "--config.model.grid=(3,1)", *config])
     assert "step float32: JAX" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--target h300", "expected a100, h100, h200"),
+        ("--target v5e", "such as v5e:4x4"),
+        ("--target h200:2x2", "such as v5e:4x4"),
+        ("--target h200 --devices 0", "at least 1"),
+        ("--target v5e:2x2 --devices 2", "the shape of v5e:2x2"),
+    ],
+)
+def test_elsewhere_refuses_what_it_cannot_compile_for(arguments, named):
+    with pytest.raises(UserError, match=named):
+        main(["elsewhere", *arguments.split()])
+
+
+@pytest.mark.parametrize(
+    ("target", "library", "devices"),
+    [
+        ("h200 --devices 2", ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), 2),
+        ("v5e:2x2", ("libtpu",), 4),
+    ],
+)
+def test_the_step_compiles_elsewhere(target, library, devices, tmp_path):
+    """Runs where the library of '.[cuda]' or '.[tpu]' is installed; a GPU or a TPU is not needed."""
+    if not any(installed(name) for name in library):
+        pytest.skip(f"needs {' or '.join(library)}")
+    file = tmp_path / "elsewhere.json"
+    command = [sys.executable, "-m", "vpm_jax.benchmark", "elsewhere", "--target", *target.split()]
+    command += ["--config", str(CONFIGS / "market.py:small"), "--json", str(file)]
+    subprocess.run(command, check=True, timeout=600)
+    found = json.loads(file.read_text())
+    assert f"compiled for {devices} x {target.split(':')[0].split()[0]}, which is not here" in found["lines"][0]
+    (row,) = (row for row in found["rows"] if row["name"] == "memory of a device")
+    assert 3 * 4 * 1_800_000 / 2**30 < row["value"] < row["limit"]  # parameters, momentum and gradients
+
+
+def installed(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def test_convolutions_are_those_of_the_step(capsys):

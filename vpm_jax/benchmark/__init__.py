@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import convolutions, data, evaluation, extraction, matching, metrics, search, step
+from vpm_jax.benchmark import convolutions, data, elsewhere, evaluation, extraction, matching, metrics, search, step
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure, threads
 from vpm_jax.errors import UserError
@@ -45,7 +45,7 @@ NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # without --con
 def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m vpm_jax.benchmark", description="Measures parts of the project.")
     parts = top.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, part in PARTS.items():
+    for name, part in {**PARTS, "elsewhere": elsewhere}.items():
         one = parts.add_parser(name, help=part.HELP, description=part.__doc__)
         add_common(one)
         part.add_arguments(one)
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.part == "all":
         report = run_all(args, overrides)
     else:
-        report = PARTS[args.part].run(args, read_config(args, overrides))
+        part = elsewhere if args.part == "elsewhere" else PARTS[args.part]
+        report = part.run(args, read_config(args, overrides))
     if args.clock == "cpu":
         report.lines.append("Seconds are of CPU time.")
     print(text(report))
