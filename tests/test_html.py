@@ -97,6 +97,16 @@ def test_an_overlay_has_the_colour_of_the_likeliest_region(cells):
     assert (np.abs(unsure - 128) <= np.abs(shown.astype(int) - 128)).all()  # the surer, the stronger
 
 
+def test_columns_of_regions_share_a_hue_in_pictures_and_bars():
+    grey, sure = np.full((60, 40, 3), 128, np.uint8), np.eye(6).reshape(3, 2, 6)
+    shown, colours = html.overlay(grey, sure, height=60, columns=2), region_colours(6, 2)
+    bars = re.findall(r"rgb\((\d+),(\d+),(\d+)\)", html.bars(np.ones(6), "x", 1.0, columns=2))
+    assert [tuple(map(int, rgb)) for rgb in bars] == [tuple(rgb) for rgb in (255 * colours).round().astype(int)]
+    for region, colour in enumerate(colours):
+        pixel = shown[20 * (region // 2) + 5, 20 * (region % 2) + 5]
+        np.testing.assert_allclose(pixel, 0.35 * 128 + 0.65 * 255 * colour, atol=1)
+
+
 def test_bars_are_as_long_as_their_values():
     text = html.bars(np.array([0.0, 2.0, 4.0, 9.0, np.inf]), "distance", 4.0, counted=np.array([1, 1, 0, 1, 0], bool))
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", text)]

@@ -141,24 +141,24 @@ def page(model: VPM, store: Store, answers: list[Answer]) -> str:
         "a result: how far apart the two pictures are in each region, and the region's share in the overall distance, "
         f"which is the more the better both show it. Regions with less than {100 * _LEAST_SHARE:.0f} % are faint.</p>"
     )
-    return html.page("Search results", intro + "".join(_section(answer) for answer in answers))
+    return html.page("Search results", intro + "".join(_section(answer, model.grid.cols) for answer in answers))
 
 
-def _section(answer: Answer) -> str:
+def _section(answer: Answer, columns: int) -> str:
     name = printable(answer.path.name)
     pixels = api.read(answer.path)
-    seen = html.regions(pixels, answer.query.region_maps[0], answer.query.visibility[0], f"query {name}")
+    seen = html.regions(pixels, answer.query.region_maps[0], answer.query.visibility[0], f"query {name}", columns)
     body = html.row([html.card(seen, f"shows regions {numbers(answer.visible)}", "query", "Query")], wide=True)
     if answer.results:
         longest = max(float(result.region_distance.max()) for result in answer.results)
-        cards = [_card(rank, result, longest) for rank, result in enumerate(answer.results, 1)]
+        cards = [_card(rank, result, longest, columns) for rank, result in enumerate(answer.results, 1)]
         body += f"<h3>{len(cards)} nearest</h3>\n" + html.row(cards, wide=True)
     else:
         body += "<p>It shares no visible region with any image: there is nothing to rank.</p>"
     return html.section(name, body)
 
 
-def _card(rank: int, result: Result, longest: float) -> str:
+def _card(rank: int, result: Result, longest: float, columns: int) -> str:
     name = printable(result.name)
     try:
         shown = html.picture(api.read(result.path), f"rank {rank}: {name}")
@@ -166,5 +166,5 @@ def _card(rank: int, result: Result, longest: float) -> str:
         shown = '<p class="soft">This picture is not there any more, or cannot be read.</p>'
     shares = [f"· {100 * weight:.0f} %" for weight in result.weight]
     label = "distance in each region, and its share in the overall distance"
-    shown += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares)
+    shown += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares, columns)
     return html.card(shown, name, mark=f"{rank}. distance {result.distance:.3f}")

@@ -179,20 +179,22 @@ def _uri(data: bytes, kind: str) -> str:
 # ---- What the model sees ----
 
 
-def overlay(pixels: np.ndarray, region_map: np.ndarray, height: int = 256) -> np.ndarray:
+def overlay(pixels: np.ndarray, region_map: np.ndarray, height: int = 256, columns: int = 1) -> np.ndarray:
     """The picture under its region map: each cell in the colour of its most probable region, stronger where surer.
 
     Args:
       pixels: uint8 [H, W, 3].
       region_map: the probabilities of Eq. 1, [h, w, P]; w is 1 for a row locator.
       height: of the result, in pixels, its width in proportion.
+      columns: of the region grid.
 
     Returns:
       uint8 [height, width, 3].
     """
     size = (max(round(pixels.shape[1] * height / len(pixels)), 1), height)
     best, strength = region_map.argmax(axis=-1), 0.25 + 0.4 * region_map.max(axis=-1, keepdims=True)
-    colours = np.concatenate([255 * region_colours(region_map.shape[-1])[best], strength], axis=-1).astype(np.float32)
+    colours = 255 * region_colours(region_map.shape[-1], columns)
+    colours = np.concatenate([colours[best], strength], axis=-1).astype(np.float32)
     layer: np.ndarray = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
     below = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
     share = layer[..., 3:]
@@ -206,6 +208,7 @@ def bars(
     form: str = "{:.1f}",
     counted: np.ndarray | None = None,
     notes: Sequence[str] | None = None,
+    columns: int = 1,
 ) -> str:
     """A bar for each region, in its colour and with its number, from region 0 downwards.
 
@@ -216,8 +219,9 @@ def bars(
       form: how a value is written.
       counted: bool [P]; the others are faint.
       notes: [P], what is written after each value.
+      columns: of the region grid.
     """
-    colours = (255 * region_colours(len(values))).round().astype(int)
+    colours = (255 * region_colours(len(values), columns)).round().astype(int)
     texts = [form.format(float(value)) for value in values]
     if notes is not None:
         texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
@@ -231,7 +235,7 @@ def bars(
     return f'<div class="bars" role="img" aria-label="{escape(f"{label}: {said}")}">{"".join(lines)}</div>'
 
 
-def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, name: str) -> str:
+def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, name: str, columns: int = 1) -> str:
     """A picture, beside it the same under its region map, and below them the visibility of each region in cells.
 
     Args:
@@ -239,9 +243,10 @@ def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, 
       region_map: [h, w, P], Eq. 1.
       visibility: [P], Eq. 2.
       name: what the picture is called.
+      columns: of the region grid.
     """
     cells = region_map.shape[0] * region_map.shape[1]
-    shown = picture(pixels, name), picture(overlay(pixels, region_map), f"region map of {name}")
+    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns=columns), f"region map of {name}")
     # A whole person fills every region alike: a bar of twice that share is full.
     full = 2 * cells / len(visibility)
-    return f'<div class="pair">{"".join(shown)}</div>' + bars(visibility, "visibility in cells", full)
+    return f'<div class="pair">{"".join(shown)}</div>' + bars(visibility, "visibility in cells", full, columns=columns)

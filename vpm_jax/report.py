@@ -174,9 +174,8 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
             name = f"query {query.names[index]}"
             caption = f"{query.names[index]}\nidentity {query.identity[index]}{camera(query, index)}\n"
             caption += f"AP {precision[index]:.0%}, first right at rank {first_right(ranking)}"
-            card = html.card(
-                html.regions(pixels, said.region_maps[0], said.visibility[0], name), caption, "query", "query"
-            )
+            seen = html.regions(pixels, said.region_maps[0], said.visibility[0], name, model.grid.cols)
+            card = html.card(seen, caption, "query", "query")
             body += html.beside(card, html.row(cards(ranking, distance[index], gallery, top)))
     sections = html.section(f"Ranked lists at gamma {gamma:g}", body)
 
@@ -188,18 +187,12 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
             eval_picture(query, index, eval_crops(config.eval.crop if g < 1 else "none", g, len(query))[index])
             for g in gammas
         ]
-        body += html.row(
-            [
-                html.card(
-                    html.regions(
-                        pixels, said.region_maps[0], said.visibility[0], f"{query.names[index]} at gamma {g:g}"
-                    ),
-                    f"gamma {g:g}",
-                )
-                for g, pixels, said in zip(gammas, shown, model(shown), strict=True)
-            ],
-            wide=True,
-        )
+        cells = []
+        for g, pixels, said in zip(gammas, shown, model(shown), strict=True):
+            name = f"{query.names[index]} at gamma {g:g}"
+            seen = html.regions(pixels, said.region_maps[0], said.visibility[0], name, model.grid.cols)
+            cells.append(html.card(seen, f"gamma {g:g}"))
+        body += html.row(cells, wide=True)
     return sections + html.section("What the locator sees", body)
 
 

@@ -76,10 +76,9 @@ def _windows(x):
 def max_pool(x):
     """The largest of 3x3 cells at every second row and column of x [B, h, w, C], padded by 1: [B, ceil(h / 2), ...].
 
-    Equal cells share the gradient. It is put together from the four kinds of cells, those in even or odd rows and
-    columns, of which each lies at known places of known windows: XLA turns a window's maximum into indices and a
-    scatter, and the gradient of nine shifted maps into as many masks, three times the bytes on a GPU and four times
-    the time on a CPU.
+    Equal cells share the gradient. It is put together from the four kinds of cells, those of even or odd rows and
+    columns, each of which lies at known places of known windows. XLA would make a scatter of a window's gradient, three
+    times the bytes on a GPU, and nine masks of that of nine shifted maps; on a CPU either takes four times as long.
     """
     return reduce(jnp.maximum, _windows(x))
 
