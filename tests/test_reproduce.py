@@ -130,7 +130,7 @@ def test_overrides_that_change_results_need_a_name():
         ("--table 1 --config.model.widht=3", "did you mean"),
         ("--table 1 --models pbc", "there are vpm, baseline"),
         ("--table 1 --parts configs/market_plus.py", "leave out --table"),
-        ("--parts configs/market_plus.py --variant x", "leave out --variant"),
+        ("--parts configs/market_plus.py --config.stage2.epochs=2", "name what you try by --variant"),
         ("--parts configs/market_plus.py --models emma", "lists base, ema"),
         ("--parts configs/market_plus.py --scale small", "not for choosing"),
         ("--parts configs/market.py", "KeyError: 'SCREEN'"),
@@ -292,6 +292,14 @@ def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
     pretend.clear()
     assert call(f"--parts {file} --models ema --scale small") == 0
     assert pretend == ["market1501-small-vpm-seed0", "market1501-small-ema-seed0"]
+
+    # On another base, by another name.
+    pretend.clear()
+    assert call(f"--parts {file} --models ema_flip --variant wide --config.model.width=32") == 0
+    assert pretend == [f"market1501-screen-{n}-wide-seed0" for n in ("vpm", "ema", "ema_flip")]
+    data = json.loads((tmp_path / "report" / "report.json").read_text())["parts"]
+    changes = {row["title"]: row["changes"] for row in data}
+    assert changes == {"base": {}, "ema_flip": {"optim.ema": 0.9, "eval.flip": True}}
 
 
 @pytest.mark.parametrize(

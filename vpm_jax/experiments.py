@@ -333,6 +333,7 @@ def plan_parts(
     scale: str,
     seeds: int,
     names: Sequence[str] = (),
+    variant: str = "",
     overrides: Sequence[str] = (),
 ) -> dict[Cell, Run]:
     """The runs of `parts`, seed by seed: of these names, or all, and always what they are compared with.
@@ -348,7 +349,7 @@ def plan_parts(
     for seed in range(seeds):
         for number, name in enumerate(methods):
             if not number or not names or name in names:
-                run = make_run(dataset, scale, name, seed, overrides=overrides, methods=methods)
+                run = make_run(dataset, scale, name, seed, "", variant, overrides, methods)
                 config_lib.check(run.config)
                 cells[Cell(name, "", seed)] = run
     return cells

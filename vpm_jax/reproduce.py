@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale, dataset, exhibits = choose(args)
     parallel.prepare_backend()
     if args.parts:
-        cells = experiments.plan_parts(parts_of(args), dataset, scale, args.seeds, args.models, overrides)
+        tried = parts_of(args)
+        cells = experiments.plan_parts(tried, dataset, scale, args.seeds, args.models, args.variant, overrides)
         exhibits = [f"the parts of {args.parts}"]
     else:
         cells = experiments.plan(exhibits, dataset, scale, args.seeds, args.models, args.variant, overrides)
@@ -161,9 +162,8 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
             raise UserError(f"--recipe released is of --scale paper, not of {scale}.")
         scale = "released"
     exhibits = [f"table {n}" for n in dict.fromkeys(args.table)] + [f"figure {n}" for n in dict.fromkeys(args.figure)]
-    if args.parts and (exhibits or args.variant):
-        other = "--variant" if args.variant else "--table and --figure"
-        raise UserError(f"--parts makes a report of its own: leave out {other}.")
+    if args.parts and exhibits:
+        raise UserError("--parts makes a report of its own: leave out --table and --figure.")
     if not (exhibits or args.parts):
         raise UserError("Nothing was asked for: name a --table (1 to 3) or a --figure (4 or 5), or --parts FILE.")
     if not args.parts and (unknown := [model for model in args.models if model not in METHODS]):

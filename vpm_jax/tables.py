@@ -9,7 +9,7 @@ from typing import Any
 
 from vpm_jax import paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.experiments import EXHIBITS, METHODS, Cell, Run
+from vpm_jax.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.logs import duration
 
 METRICS = ("R-1", "R-5", "R-10", "mAP", "mINP")
@@ -141,28 +141,28 @@ def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
       results: {name of a run: its result}.
     """
     first = next(iter(cells)).method
-    base = {cell.seed: run.name for cell, run in cells.items() if cell.method == first}
+    base = {cell.seed: run for cell, run in cells.items() if cell.method == first}
     found = []
     for method in dict.fromkeys(cell.method for cell in cells):
-        runs = {c.seed: run.name for c, run in cells.items() if c.method == method and run.name in results}
+        runs = {c.seed: run for c, run in cells.items() if c.method == method and run.name in results}
         if not runs:
             continue
-        one = results[next(iter(runs.values()))]
+        seed, one = next(iter(runs.items()))
+        each = [numbers(results[run.name]) for run in runs.values()]
         row: Row = {
             "method": method,
             "title": method,
-            "changes": one["changes"],
+            "changes": differences(base[seed].config, one.config),
             "seeds": list(runs),
-            "runs": list(runs.values()),
+            "runs": [run.name for run in runs.values()],
             "numbers": {
-                gamma: {
-                    m: summary([measured(numbers(results[name])[gamma], m) or 0.0 for name in runs.values()])
-                    for m in GAINED
-                }
-                for gamma in numbers(one)
+                gamma: {m: summary([measured(values[gamma], m) or 0.0 for values in each]) for m in GAINED}
+                for gamma in each[0]
             },
         }
-        pairs = [(results[name], results[base[seed]]) for seed, name in runs.items() if base[seed] in results]
+        pairs = [
+            (results[run.name], results[base[seed].name]) for seed, run in runs.items() if base[seed].name in results
+        ]
         if pairs and method != first:
             row["gain"] = {m: summary([_level(a, m) - _level(b, m) for a, b in pairs]) for m in GAINED}
         found.append(row)
