@@ -316,14 +316,14 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
 
 
 def command_line(argv: Sequence[str] | None) -> str:
-    """The command as given, without what only this machine has."""
+    """The command as given, without what only this machine has, and without --report, which changes no number."""
     own = ("--config.data.root", "--workdirs", "--results", "--output")
     words = list(sys.argv[1:] if argv is None else argv)
     kept = []
     while words:
         word = words.pop(0)
         if not word.startswith(own):
-            kept.append(word)
+            kept += [word] * (word != "--report")
         elif "=" not in word and words:
             words.pop(0)
     return shlex.join(["python", "-m", "vpm_jax.reproduce", *kept])
