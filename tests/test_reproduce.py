@@ -133,6 +133,7 @@ def test_overrides_that_change_results_need_a_name():
         ("--parts configs/market_plus.py --config.stage2.epochs=2", "name what you try by --variant"),
         ("--parts configs/market_plus.py --models emma", "lists base, ema"),
         ("--parts configs/market_plus.py --scale small", "not for choosing"),
+        ("--parts configs/market_plus.py --dataset synthetic", "not for choosing"),
         ("--parts configs/market.py", "KeyError: 'SCREEN'"),
     ],
 )
@@ -302,16 +303,36 @@ def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
     assert changes == {"base": {}, "ema_flip": {"optim.ema": 0.9, "eval.flip": True}}
 
 
+def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
+    file = tmp_path / "parts.py"
+    file.write_text(PARTS)
+    pretend.failing.add("market1501-screen-vpm-seed0")
+    with pytest.raises(UserError, match="1 of 5 runs have no result"):
+        call(f"--parts {file}")
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["parts"]
+    assert {row["title"] for row in rows} >= {"ema", "worse"} and not any("gain" in row for row in rows)
+    assert "that over base" in (tmp_path / "report" / "report.md").read_text()
+    for name in ("ema_flip", "worse", "flip"):
+        (tmp_path / "results" / f"market1501-screen-{name}-seed0.json").unlink(missing_ok=True)
+    assert call(f"--parts {file} --models ema_flip --report") == 0  # ema is its parent, and finished
+    assert "None has finished" in (tmp_path / "report" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("SCREEN = {}", "begins with what changes keys"),
-        ("SCREEN = {'a': {'optim.ema': 0.9}}", "begins with what changes keys"),
+        ("SCREEN = {}", "must begin with a name for no change"),
+        ("SCREEN = {'a': {'optim.ema': 0.9}}", "must begin with a name for no change"),
         ("SCREEN = {'base': {}, 'pcb': {'optim.ema': 0.9}}", "pcb in .* another model"),
         ("SCREEN = {'base': {}, 'a': {'optim.emma': 0.9}}", r"part a sets optim\.emma"),
-        ("SCREEN = {'base': {}, 'a': {'optim.ema': 'x'}}", r"optim\.ema is 'x' \(str\)"),
-        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('a', {})}", "KeyError: 'a'"),
-        ("SCREEN = 3", "TypeError"),
+        ("SCREEN = {'base': {}, 'a': {'optim.ema': 'x'}}", r"part a: .*optim\.ema is 'x' \(str\)"),
+        ("SCREEN = {'base': {}, 'a': {'data.holdout_identities': 0}}", "by which all parts are judged"),
+        ("SCREEN = {'base': {}, 'a': {'seed': 5}}", "by which all parts are judged"),
+        ("SCREEN = {'base': {}, 'a/b': {'optim.ema': 0.9}}", "expected a name of letters"),
+        ("SCREEN = {'base': {}, 3: {'optim.ema': 0.9}}", "expected a name of letters"),
+        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('a', {})}", "b evaluates a, which SCREEN"),
+        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('base', {'optim.ema': 0.9})}", "put it into SCREEN"),
+        ("SCREEN = 3", "AttributeError"),
         ("SCREEN = ", "SyntaxError"),
         (None, "FileNotFoundError"),
     ],
@@ -553,7 +574,9 @@ def test_misprints_are_not_compared_with(pretend, call, tmp_path):
 
 
 def test_the_command_of_a_report_has_no_paths_of_this_machine():
-    words = "--table 1 3 --results a --workdirs=b --output c --config.data.root /d --config.data.root=/e --seeds 2 --report"
+    words = (
+        "--table 1 3 --results a --workdirs=b --output c --config.data.root /d --config.data.root=/e --seeds 2 --report"
+    )
     assert reproduce.command_line(words.split()) == "python -m vpm_jax.reproduce --table 1 3 --seeds 2"
 
 

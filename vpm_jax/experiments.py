@@ -155,7 +155,7 @@ class Run:
 
     dataset: str
     scale: str
-    method: str  # a key of METHODS
+    method: str  # a key of METHODS, or the name of a part
     variant: str  # what the user calls overrides that hold for all runs; "" without
     seed: int
     config: ConfigDict
@@ -301,19 +301,28 @@ def plan(
     return cells
 
 
+# What every part is judged by: another value would be another comparison.
+_PROTOCOL = ("seed", "data.name", "data.root", "data.holdout_identities", "data.synthetic.", "eval.gammas", "eval.crop")
+
+
+def is_name(text: Any) -> bool:
+    """Whether something can stand in the names of runs and their files, which "-" divides."""
+    return isinstance(text, str) and text.replace("_", "").replace(".", "").isalnum()
+
+
 def parts(path: Path) -> dict[str, Method]:
     """What a config file lists to be tried, one part at a time: its SCREEN {name: keys that differ from the scale's
     config} and its EVALUATED {name: (a name in SCREEN whose checkpoint is evaluated, keys)}. The first of SCREEN
     changes nothing: what the others are compared with.
 
     Raises:
-      UserError: for a file without such lists, or a name that cannot be a part's.
+      UserError: for a file without such lists, a name that files cannot have or that is another model's, a key that
+        there is not or that no part may set.
     """
     try:
         found = runpy.run_path(str(path))
-        screen, evaluated = dict(found["SCREEN"]), dict(found.get("EVALUATED", {}))
-        methods = {name: Method(name, dict(keys)) for name, keys in screen.items()}
-        methods |= {name: Method(name, screen[of] | dict(keys), of=of) for name, (of, keys) in evaluated.items()}
+        screen = {name: dict(keys) for name, keys in found["SCREEN"].items()}
+        evaluated = {name: (of, dict(keys)) for name, (of, keys) in found.get("EVALUATED", {}).items()}
     except Exception as error:
         reason = f"{type(error).__name__}: {cli.first_line(error)}"
         raise UserError(
@@ -321,10 +330,26 @@ def parts(path: Path) -> dict[str, Method]:
             "as configs/market_plus.py has it."
         ) from error
     if not screen or next(iter(screen.values())):
-        raise UserError(f"SCREEN in {path} begins with what changes keys: begin it with a name for no change, {{}}.")
-    if taken := sorted((set(methods) & set(METHODS)) | (set(screen) & set(evaluated))):
+        raise UserError(
+            f"SCREEN in {path} must begin with a name for no change, {{}}: what the others are compared with."
+        )
+    if taken := sorted((set(screen) | set(evaluated)) & set(METHODS) | set(screen) & set(evaluated)):
         raise UserError(f"{taken[0]} in {path} is the name of another model: call the part something else.")
-    return methods
+    known = set(config_lib.flatten(config_lib.default()))
+    for name, keys in [*screen.items(), *((name, keys) for name, (_, keys) in evaluated.items())]:
+        if not is_name(name):
+            raise UserError(f"{name!r} in {path}: expected a name of letters, digits, dots and underscores.")
+        if wrong := sorted(set(keys) - known):
+            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: vpm_jax/config.py lists them.")
+        if wrong := sorted(key for key in keys if key.startswith(_PROTOCOL)):
+            raise UserError(f"The part {name} sets {wrong[0]}, by which all parts are judged: leave it out.")
+    for name, (of, keys) in evaluated.items():
+        if of not in screen:
+            raise UserError(f"The part {name} evaluates {of}, which SCREEN in {path} has not.")
+        if wrong := sorted(key for key in keys if not key.startswith(("eval.", "match."))):
+            raise UserError(f"The part {name} sets {wrong[0]}, which takes a training: put it into SCREEN.")
+    methods = {name: Method(name, keys) for name, keys in screen.items()}
+    return methods | {name: Method(name, screen[of] | keys, of=of) for name, (of, keys) in evaluated.items()}
 
 
 def plan_parts(
@@ -339,19 +364,23 @@ def plan_parts(
     """The runs of `parts`, seed by seed: of these names, or all, and always what they are compared with.
 
     Raises:
-      UserError: for a key that there is not, a value that no part can use, and as `make_run`.
+      UserError: for a value that no part of the config can have, for all parts on a test set, and as `make_run`.
     """
-    known = config_lib.flatten(config_lib.default())
-    for name, method in methods.items():
-        if wrong := sorted(set(method.changes) - set(known)):
-            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: vpm_jax/config.py lists them.")
     cells = {}
     for seed in range(seeds):
         for number, name in enumerate(methods):
             if not number or not names or name in names:
                 run = make_run(dataset, scale, name, seed, "", variant, overrides, methods)
-                config_lib.check(run.config)
+                try:
+                    config_lib.check(run.config)
+                except UserError as error:
+                    raise UserError(f"The part {name}: {error}") from error
                 cells[Cell(name, "", seed)] = run
+    if not names and not all(run.config.data.holdout_identities for run in cells.values()):
+        raise UserError(
+            "These runs evaluate on the test set, which is not for choosing: take --scale screen, or confirm what it "
+            "has chosen by --models NAME."
+        )
     return cells
 
 

@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--workdirs", type=Path, default=Path("runs/reproduce"), help="of trainings (default: %(default)s)"
     )
-    top.add_argument("--output", type=Path, help="where the report goes (default: docs/results/DATASET-SCALE)")
+    top.add_argument("--output", type=Path, help="where the report goes (default: docs/results/DATASET-SCALE[-parts])")
     return top
 
 
@@ -170,7 +170,7 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str]]:
         raise UserError(f"--models {unknown[0]}: there are {', '.join(METHODS)}.")
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}, expected how many, at least 1.")
-    if args.variant and not args.variant.replace("_", "").replace(".", "").isalnum():
+    if args.variant and not experiments.is_name(args.variant):
         raise UserError(f"--variant {args.variant}: expected letters, digits, dots and underscores, for a file's name.")
     return scale, dataset, exhibits
 
@@ -179,16 +179,11 @@ def parts_of(args: argparse.Namespace) -> dict[str, experiments.Method]:
     """The parts of --parts, whose names --models may choose from.
 
     Raises:
-      UserError: for a file without parts, a name that is not among them, or all of them on a test set.
+      UserError: for a file without parts, or a name that is not among them.
     """
     found = experiments.parts(args.parts)
     if unknown := [name for name in args.models if name not in found]:
         raise UserError(f"--models {unknown[0]}: {args.parts} lists {', '.join(found)}.")
-    if args.scale not in (None, "screen") and not args.models:
-        raise UserError(
-            f"--scale {args.scale} evaluates on the test set, which is not for choosing: leave it out, and confirm "
-            "what --scale screen has chosen by --models NAME."
-        )
     return found
 
 
@@ -395,10 +390,10 @@ def parts(
     output: Path, cells: Mapping[Cell, Run], done: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[tables.Row], list[str]]:
     """Draws what each part gains; the data and the lines of the report."""
-    found, one = tables.gains(cells, done), next(iter(cells.values()))
-    lines = ["## What each part gains", "", *tables.parts(found)]
+    found, (first, one) = tables.gains(cells, done), next(iter(cells.items()))
+    lines = ["## What each part gains", "", *tables.parts(found, first.method)]
     if any("gain" in row for row in found):
-        above = f"Gains over {found[0]['title']}: {TITLES[one.dataset]}, scale {one.scale}, mean over gammas"
+        above = f"Gains over {first.method}: {TITLES[one.dataset]}, scale {one.scale}, mean over gammas"
         figures.gains(output / "parts.png", found, above)
         lines += ["![What each part gains](parts.png)", ""]
     return found, lines

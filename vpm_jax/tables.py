@@ -136,6 +136,8 @@ def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
     """For each part that was tried: what it changes, its numbers, and what it gains over the base's run of the same
     seed, in the mean over the gammas. The base, the first of the plan, comes first, then the most gained in mAP.
 
+    A row is of the seeds that the base has finished too; without any, of all, and has no gain.
+
     Args:
       cells: of `experiments.plan_parts`.
       results: {name of a run: its result}.
@@ -145,6 +147,8 @@ def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
     found = []
     for method in dict.fromkeys(cell.method for cell in cells):
         runs = {c.seed: run for c, run in cells.items() if c.method == method and run.name in results}
+        paired = {seed: run for seed, run in runs.items() if base[seed].name in results}
+        runs = paired or runs
         if not runs:
             continue
         seed, one = next(iter(runs.items()))
@@ -156,15 +160,16 @@ def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
             "seeds": list(runs),
             "runs": [run.name for run in runs.values()],
             "numbers": {
-                gamma: {m: summary([measured(values[gamma], m) or 0.0 for values in each]) for m in GAINED}
+                gamma: {metric: summary([_score(values[gamma], metric) for values in each]) for metric in GAINED}
                 for gamma in each[0]
             },
         }
-        pairs = [
-            (results[run.name], results[base[seed].name]) for seed, run in runs.items() if base[seed].name in results
-        ]
-        if pairs and method != first:
-            row["gain"] = {m: summary([_level(a, m) - _level(b, m) for a, b in pairs]) for m in GAINED}
+        if paired and method != first:
+            theirs = [numbers(results[base[seed].name]) for seed in runs]
+            row["gain"] = {
+                metric: summary([_level(a, metric) - _level(b, metric) for a, b in zip(each, theirs, strict=True)])
+                for metric in GAINED
+            }
         found.append(row)
 
     def rank(row: Row) -> float:
@@ -173,17 +178,25 @@ def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
     return sorted(found, key=rank)
 
 
-def _level(result: Mapping[str, Any], metric: str) -> float:
+def _score(values: Mapping[str, Any], metric: str) -> float:
+    found = measured(values, metric)
+    assert found is not None  # every evaluation measures what GAINED names
+    return found
+
+
+def _level(table: Mapping[str, Mapping[str, Any]], metric: str) -> float:
     """A number in percent, the mean over the gammas."""
-    return mean(measured(values, metric) or 0.0 for values in numbers(result).values())
+    return mean(_score(values, metric) for values in table.values())
 
 
-def parts(found: Sequence[Row]) -> list[str]:
-    """The table of `gains`."""
-    gammas = list(dict.fromkeys(gamma for row in found for gamma in row["numbers"]))
+def parts(found: Sequence[Row], base: str) -> list[str]:
+    """The table of `gains` over the part `base`."""
+    if not found:
+        return ["None has finished.", ""]
+    gammas = list(found[0]["numbers"])
     lines = [
-        f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}. A gain is that over {found[0]['title']} with the "
-        "same seed, the mean over the gammas; in brackets the least and the most of any seed.",
+        f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}. A gain is that over {base} with the same seed, the "
+        "mean over the gammas; in brackets the least and the most of any seed.",
         "",
     ]
     table = [["part", "keys", "seeds", *gammas, "gain in R-1", "gain in mAP"]]
@@ -191,7 +204,7 @@ def parts(found: Sequence[Row]) -> list[str]:
         keys = ", ".join(f"`{key}={value}`" for key, value in row["changes"].items())
         cells = [row["title"], keys or "–", str(len(row["seeds"]))]
         for gamma in gammas:
-            cells.append(" / ".join(_number(row["numbers"][gamma][m]) for m in GAINED))
+            cells.append(" / ".join(_number(row["numbers"][gamma][metric]) for metric in GAINED))
         for metric in GAINED:
             gain = row.get("gain", {}).get(metric)
             cells.append(f"{gain['mean']:+.1f} ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain else "–")

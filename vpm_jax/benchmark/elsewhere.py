@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,35 +19,37 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed, random_batch
+from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError
 
-HELP = "the training step compiled for a TPU slice or GPUs that are not here: its memory, its least time"
+HELP = "the training step compiled for a TPU slice or GPUs that are not here: its memory, what its FLOPs allow"
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A device, by its maker's data sheet: bytes, bytes/s, and the FLOP/s of its bfloat16 (TF32) matrix products."""
+    """A device: the bytes that it has for a program, and by its data sheet the FLOP/s of matrix products of bfloat16
+    and of float32 at JAX's default precision (TF32 on GPU, bfloat16 on TPU)."""
 
     memory: float
-    bandwidth: float
     bfloat16: float
     float32: float
-    multiprocessors: int = 0  # of a GPU
+    bandwidth: float = 0.0  # bytes/s; this and the rest of GPUs alone
+    multiprocessors: int = 0
     capability: int = 0
     shared_memory: int = 0  # that a block may ask for
     cache: int = 0
 
 
 TPUS = {
-    "v4": Chip(32 * 2**30, 1.2e12, 275e12, 275e12),
-    "v5e": Chip(16 * 2**30, 0.82e12, 197e12, 197e12),
-    "v5p": Chip(95 * 2**30, 2.76e12, 459e12, 459e12),
-    "v6e": Chip(32 * 2**30, 1.64e12, 918e12, 918e12),
+    "v4": Chip(32 * 2**30, 275e12, 275e12),
+    "v5e": Chip(16 * 2**30, 197e12, 197e12),
+    "v5p": Chip(95 * 2**30, 459e12, 459e12),
+    "v6e": Chip(32 * 2**30, 918e12, 918e12),
 }
 GPUS = {
-    "a100": Chip(80e9, 2.04e12, 312e12, 156e12, 108, 8, 166_912, 40 * 2**20),
-    "h100": Chip(80e9, 3.35e12, 989e12, 494e12, 132, 9, 232_448, 50 * 2**20),
-    "h200": Chip(141e9, 4.8e12, 989e12, 494e12, 132, 9, 232_448, 50 * 2**20),
+    "a100": Chip(79 * 2**30, 312e12, 156e12, 2.04e12, 108, 8, 166_912, 40 * 2**20),
+    "h100": Chip(79 * 2**30, 989e12, 494e12, 3.35e12, 132, 9, 232_448, 50 * 2**20),
+    "h200": Chip(139 * 2**30, 989e12, 494e12, 4.8e12, 132, 9, 232_448, 50 * 2**20),
 }
 
 
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--devices", type=int, default=1, help="of GPUs, in one host (default: 1)")
     parser.add_argument("--batch", type=int, help="images, of all devices (default: those of the config's stage 2)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: the config's, bfloat16 if that is auto"
+    )
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
@@ -69,38 +72,39 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     from vpm_jax import parallel, step
 
+    chip = find(args.target, args.devices)
     parallel.prepare_backend()
     jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
     jax.config.update("jax_enable_compilation_cache", False)
-    chip, devices = find(args.target, args.devices)
+    devices = topology(args.target, args.devices)
     config = fixed(config)
-    config.model.dtype = args.dtype
-    images = args.batch or config.stage2.identities * config.stage2.images_per_identity
+    dtype = config.model.dtype = args.dtype or config.model.dtype.replace("auto", "bfloat16")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"model.dtype is {dtype}, which no accelerator multiplies: expected bfloat16 or float32.")
+    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
+    batch = random_batch(config, images)
     mesh = parallel.data_mesh(images, devices)
     everywhere, rows = parallel.everywhere(mesh), parallel.rows(mesh)
 
     def shaped(tree: Any, sharding: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    state, batch = step.state_shapes(config), random_batch(config, images)
-    function = step.make_step(config)
+    state, function = step.state_shapes(config), step.make_step(config)
     flops = (jax.jit(function).lower(state, batch).cost_analysis() or {})["flops"]
     train_step = jax.jit(function, donate_argnums=0, out_shardings=everywhere)
     lowered = train_step.lower(shaped(state, everywhere), shaped(batch, rows))
     # Nothing can be timed there.
     options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if args.target in GPUS else {}
-    started = time.monotonic()
-    compiled = lowered.compile(options)
-    seconds = time.monotonic() - started
+    seconds, compiled = clocked(lambda: lowered.compile(options))
 
     memory, gib = compiled.memory_analysis(), 2**30
     assert memory is not None  # XLA plans it for every target
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed, peak = held + memory.temp_size_in_bytes, getattr(chip, args.dtype) * len(devices)
+    needed, peak = held + memory.temp_size_in_bytes, getattr(chip, dtype) * len(devices)
     m, height, width = config.model, config.data.height, config.data.width
     lines = [
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch, "
-        f"{args.dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}, which is not here.",
+        f"{dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}, which is not here.",
         f"A device holds {held / gib:.3g} GiB of state, batch and metrics, and {memory.temp_size_in_bytes / gib:.3g} "
         "GiB more while it computes.",
         f"The step computes {flops / 1e9:,.4g} GFLOP: at most {images * peak / flops:,.0f} images/s of all devices at "
@@ -108,46 +112,55 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     ]
     return Report(
         [
-            Row("memory of a device", needed / gib, "GiB", chip.memory / gib, "its data sheet"),
-            Row("compiling, on this machine", seconds, "s"),
+            Row("memory of a device", needed / gib, "GiB", chip.memory / gib, "what it has"),
+            Row("compiling, on this machine", seconds[args.clock], "s"),
         ],
         lines,
         config=config.to_dict(),
     )
 
 
-def find(target: str, count: int) -> tuple[Chip, list[Any]]:
-    """The chip of a --target, and as many devices that can only be compiled for.
+def find(target: str, count: int) -> Chip:
+    """The chip of a --target.
 
     Raises:
-      UserError: for another chip, a slice that there is not, or without the library that compiles for it.
+      UserError: for another, or for so many.
     """
     name, _, shape = target.partition(":")
     if name in GPUS and not shape:
         if count < 1:
             raise UserError(f"--devices {count}: expected at least 1.")
-        return GPUS[name], _topology("cuda", "", "cuda", topology=f"1x1x{count}", target_config=_describe(name))
+        return GPUS[name]
     if name in TPUS and shape:
         if count != 1:
             raise UserError(f"--devices is of GPUs: the shape of {target} says how many chips it has.")
-        # The library looks for a TPU host's name and its metadata server, and waits, unless it is told.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        return TPUS[name], _topology("tpu", target, "tpu")
+        return TPUS[name]
     raise UserError(
         f"--target {target}: expected {', '.join(GPUS)}, or {', '.join(TPUS)} with a slice's shape, such as v5e:4x4."
     )
 
 
-def _topology(platform: str, name: str, extra: str, **options: str) -> list[Any]:
+def topology(target: str, count: int) -> list[Any]:
+    """Devices that can only be compiled for.
+
+    Raises:
+      UserError: for a slice that there is not, or without the library that compiles for it.
+    """
     from jax.experimental import topologies
 
+    gpu = target in GPUS
+    if not gpu:  # the library looks for a TPU host's name and its metadata server, and waits, unless it is told
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        return list(topologies.get_topology_desc(name, platform, **options).devices)
+        if gpu:
+            options = {"topology": f"1x1x{count}", "target_config": _describe(target)}
+            return list(topologies.get_topology_desc("", "cuda", **options).devices)
+        return list(topologies.get_topology_desc(target, "tpu").devices)
     except Exception as error:
         raise UserError(
-            f"Cannot compile for {name or platform} here ({cli.first_line(error)}): it takes Linux, the library of "
-            f"pip install '.[{extra}]', and a shape that there is."
+            f"Cannot compile for {target} here ({cli.first_line(error)}): it takes Linux, the library of pip install "
+            f"'.[{'cuda' if gpu else 'tpu'}]', and for a TPU a shape that there is."
         ) from error
 
 

@@ -173,7 +173,7 @@ def add_rates(
     times: dict[tuple[str, str], list[float]],
     facts: dict[str, Any],
 ) -> None:
-    """Rows of images/s, beside what the compiled program's FLOPs and bytes allow."""
+    """Rows of images/s, beside what the program's FLOPs, and its bytes once compiled, allow."""
     fastest, library = min((min(t), name) for (name, what), t in times.items() if what == "matmul")
     peak = facts["limits"]["matmul"] / fastest
     bandwidth = facts["limits"]["copy"] / min(times["JAX", "copy"])
@@ -184,7 +184,7 @@ def add_rates(
         report.rows.append(Row(f"step {dtype}: {name}", images / median(seconds), "images/s", limit, limit_is))
     if limit and accessed:
         report.lines.append(
-            f"{dtype}: the compiled step computes {flops / 1e9:,.4g} GFLOP and accesses {accessed / 1e9:,.4g} GB (no "
+            f"{dtype}: the step computes {flops / 1e9:,.4g} GFLOP, and compiled accesses {accessed / 1e9:,.4g} GB (no "
             f"cache counted); a copy moves {bandwidth / 1e9:,.4g} GB/s. The roofline is the lesser of the two limits."
         )
         by_bytes, rate = images * bandwidth / accessed, images / median(step_times["JAX"])
