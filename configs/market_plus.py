@@ -5,9 +5,9 @@
 Not yet run in full, and no part has been measured to help yet: the parts and their values are what others report to
 help whole-body re-ID. `:small` puts the same parts on the small network of configs/market.py:small.
 
-SCREEN lists what is to be compared, one part at a time, EVALUATED what needs no training of its own. This tries them, on
-training identities held out, never on the test set, and reports what each gains (--plan says what it costs, --models
-NAME ... takes only some):
+SCREEN lists what is to be compared, one part at a time, EVALUATED what needs no training of its own. This tries them,
+on training identities held out, never on the test set, and reports what each gains (--plan says what it costs,
+--models NAME ... takes only some):
 
     python -m vpm_jax.reproduce --parts configs/market_plus.py --seeds 3
 """
