@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vpm_jax.config import default
-from vpm_jax.data.sampling import Sampler, plan, schedule, stage_at, uniform
+from vpm_jax.data.sampling import Sampler, kept_ratios, plan, schedule, stage_at, uniform
 from vpm_jax.errors import UserError
 
 
@@ -56,6 +56,8 @@ def test_a_stage_without_epochs_is_not_there():
         (lambda c: c.data.update(crop="middle"), "'middle'"),
         (lambda c: c.data.update(gamma=(0.0, 1.0)), "config.data.gamma"),
         (lambda c: c.data.update(gamma=(0.9, 0.5)), "config.data.gamma"),
+        (lambda c: c.data.update(gamma=(0.5, 0.9, 0.8)), "config.data.gamma"),
+        (lambda c: c.data.update(gamma=(0.5,)), "config.data.gamma"),
         (lambda c: c.data.update(flip=1.5), "config.data.flip"),
         (lambda c: c.update(seed=-1), "config.seed"),
     ],
@@ -157,6 +159,13 @@ def test_distributions():
     flips = np.concatenate([p.flips for p in plans])
     assert flips.dtype == bool and abs(flips.mean() - 0.25) < 0.013
     assert abs(np.corrcoef(flips, gamma)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("gamma", [(0.5, 1.0), (0.3, 0.4, 0.4, 0.9, 1.2)])
+def test_kept_ratios_have_the_quantiles_they_are_given(gamma):
+    draws = np.append(np.arange(10_000) / 10_000, np.nextafter(1, 0))
+    expected = np.minimum(1, np.interp(draws, np.linspace(0, 1, len(gamma)), gamma))
+    np.testing.assert_allclose(kept_ratios(np.array(gamma), draws), expected, rtol=1e-12)
 
 
 LEVERS = {

@@ -56,7 +56,9 @@ def default() -> ConfigDict:
     c.data.height = 384
     c.data.width = 128
     c.data.crop = "top"  # what a training crop keeps: see vpm_jax.regions.CROPS
-    c.data.gamma = (0.5, 1.0)  # kept area ratio ~ min(1, U(low, high))
+    # Kept area ratio ~ min(1, U(low, high)). More numbers are quantiles at equal steps from the least to the most, as
+    # python -m vpm_jax.extents finds them in pictures.
+    c.data.gamma = (0.5, 1.0)
     c.data.whole = 0.0  # share of the images that stay whole whatever crop says
     c.data.mix = 0.0  # share of the images that are cropped by mix_crop
     c.data.mix_crop = "any"
@@ -325,8 +327,11 @@ def check(config: ConfigDict) -> None:
     for key, (low, high) in ranges.items():
         if not low <= leaves[key] <= high:
             raise UserError(f"Config key {key} is {leaves[key]}, expected a number from {low} to {high}.")
-    if len(config.data.gamma) != 2 or not 0 < config.data.gamma[0] <= config.data.gamma[1]:
-        raise UserError(f"Config key data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high.")
+    gamma = config.data.gamma
+    if len(gamma) < 2 or not gamma[0] > 0 or list(gamma) != sorted(gamma):
+        raise UserError(
+            f"Config key data.gamma is {gamma}, expected (low, high) with 0 < low <= high, or quantiles that ascend so."
+        )
     if config.match.feature == "after" and config.model.neck == "none":
         raise UserError('Config key match.feature is "after" but model.neck is "none": set model.neck to "bn".')
     if config.model.locator_stage == 3 and config.model.last_stride != 1:

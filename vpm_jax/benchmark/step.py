@@ -103,14 +103,14 @@ def fixed(config: ConfigDict) -> ConfigDict:
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     """A training batch of noise; crops, labels and visible sets are drawn as training draws them."""
     from vpm_jax import models
+    from vpm_jax.data.sampling import kept_ratios
     from vpm_jax.regions import RegionGrid, draw_crop, project_regions
 
     if count < 4:
         raise UserError(f"--batch {count}: expected at least 4 images, two of each of two identities.")
     random = np.random.default_rng(0)
     shape, grid = models.map_shape(config), RegionGrid(*config.model.grid)
-    low, high = config.data.gamma
-    gammas = np.minimum(random.uniform(low, high, count), 1)
+    gammas = kept_ratios(np.array(config.data.gamma), random.uniform(size=count))
     crops = [draw_crop(config.data.crop, gamma, tuple(random.uniform(size=3))) for gamma in gammas]
     labels, visible = zip(*(project_regions(crop, grid, shape, config.loss.min_cells) for crop in crops), strict=True)
     identities = min(config.stage2.identities, count // 2, config.model.num_identities)

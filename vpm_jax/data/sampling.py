@@ -151,6 +151,18 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     raise ValueError(f"step {step} is outside the schedule's {stages[-1].end_step} steps")
 
 
+def kept_ratios(quantiles: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Kept area ratios of the distribution that config.data.gamma gives, from numbers in [0, 1): float64 [B].
+
+    Args:
+      quantiles: float64 [n] from 2, ascending, at equal steps: linear in between, U(low, high) for n = 2. Above 1 is 1.
+      draws: float64 [B].
+    """
+    place = (len(quantiles) - 1) * draws
+    below = np.minimum(place.astype(int), len(quantiles) - 2)  # a draw just below 1 may be rounded up
+    return np.minimum(1.0, quantiles[below] + np.diff(quantiles)[below] * (place - below))
+
+
 class Sampler:
     """Plans batches of a split; stateless: `plan(step)` is a function of the configuration and the step.
 
@@ -176,7 +188,7 @@ class Sampler:
         self._num_images = len(labels)
         self.stages = schedule(config, self._num_images, len(self._images))
         self._seed, self._flip, self._crop = int(config.seed), float(config.data.flip), config.data.crop
-        self._low, self._high = (float(bound) for bound in config.data.gamma)
+        self._gamma = np.array(config.data.gamma, float)
         self._whole, self._mix, self._mix_crop = config.data.whole, config.data.mix, config.data.mix_crop
         self._pad, self._jitter = config.data.pad, config.data.jitter
         self._erasing, self._erasing_area = config.data.erasing, config.data.erasing_area
@@ -185,8 +197,8 @@ class Sampler:
             raise UserError(f"config.seed is {self._seed}, expected 0 or more.")
         if self._crop not in CROPS:
             raise UserError(f"config.data.crop is {self._crop!r}, expected one of {', '.join(CROPS)}.")
-        if not 0 < self._low <= self._high:
-            raise UserError(f"config.data.gamma is ({self._low}, {self._high}), expected 0 < low <= high.")
+        if len(self._gamma) < 2 or not self._gamma[0] > 0 or (np.diff(self._gamma) < 0).any():
+            raise UserError(f"config.data.gamma is {config.data.gamma}, expected 0 < low <= high.")
         if not 0 <= self._flip <= 1:
             raise UserError(f"config.data.flip is {self._flip}, expected a probability in [0, 1].")
 
@@ -195,7 +207,7 @@ class Sampler:
         return self.stages[0].batch
 
     def plan(self, step: int) -> Plan:
-        """The global batch of a step: images, flips (before the crop), crops of gamma = min(1, U(low, high)), ...
+        """The global batch of a step: images, flips (before the crop), crops of `kept_ratios`, ...
 
         What a key adds has a stream of its own: the other numbers stay what they are without it.
 
@@ -210,7 +222,7 @@ class Sampler:
             return uniform((self._seed, stage.index, purpose, step), count * stage.batch).reshape(stage.batch, count)
 
         draws = draw(_AUGMENT, 5)
-        gammas = np.minimum(1.0, self._low + (self._high - self._low) * draws[:, 1])
+        gammas = kept_ratios(self._gamma, draws[:, 1])
         strategies = [self._crop] * stage.batch
         if self._whole or self._mix:
             share = draw(_CROP, 1)[:, 0]
