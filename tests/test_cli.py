@@ -168,6 +168,7 @@ def test_a_bug_keeps_its_traceback(error):
         ("export", "--workdir runs"),
         ("convert", ""),
         ("prepare", ""),
+        ("extents", "pictures"),
         ("benchmark", "step --batch many"),
         ("reproduce", "--table 9"),
     ],

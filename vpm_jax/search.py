@@ -28,7 +28,7 @@ from vpm_jax import answers as answers_lib
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.answers import Answer, numbers, printable
-from vpm_jax.api import VPM
+from vpm_jax.api import VPM, Description
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, write_atomically
 from vpm_jax.store import DTYPES, About, Entry, Store, Writer
@@ -52,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     one.add_argument("folder", type=Path, metavar="FOLDER", help=f"with images ({', '.join(IMAGES)}) at any depth")
     one.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
-    _add_model(one)
+    add_model(one)
     one.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")
     one.add_argument("--batch", type=_positive, default=64, help="images computed together (default: %(default)s)")
     two = commands.add_parser("query", help="rank the images of a store", description="Rank the images of a store.")
     two.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture of a person, or of a part of one")
     two.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
-    _add_model(two)
+    add_model(two)
     two.add_argument("--top", type=_positive, default=20, help="how many images to rank (default: %(default)s)")
     two.add_argument("--json", metavar="FILE", help="write the ranking for programs; - is the standard output")
     two.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures, self-contained")
@@ -69,10 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return query(args.images, args.index, model, args.top, args.json, args.html)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    either = parser.add_mutually_exclusive_group()
+def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Adds --workdir and --model, of which one may be given, or must be."""
+    either = parser.add_mutually_exclusive_group(required=required)
     either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
-    either.add_argument("--model", type=Path, metavar="FILE", help="the model: a file (default: the store's model)")
+    default = "" if required else " (default: the store's model)"
+    either.add_argument("--model", type=Path, metavar="FILE", help=f"the model: a file{default}")
 
 
 def _positive(text: str) -> int:
@@ -114,7 +116,13 @@ def index(folder: Path, store: Path, model_path: Path | None, dtype: str = "floa
         gone = sum(name not in names for name in before)
         stale = {entry.name for entry in fresh}
         writer.keep(np.array([name in names and name not in stale for name in before], bool))
-        skipped = _describe(model, folder, fresh, writer, batch)
+        skipped, committed = {entry.name for entry in fresh}, time.monotonic()
+        for some, part in describe(model, folder, fresh, batch):
+            writer.append(some, part.features, part.visibility)
+            skipped.difference_update(entry.name for entry in some)
+            if time.monotonic() - committed > _COMMIT_SECONDS:
+                writer.commit()
+                committed = time.monotonic()
     unreadable = len(skipped)
     changed -= len(skipped & before.keys())
     news = {"new": len(fresh) - unreadable - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
@@ -184,10 +192,12 @@ def config_digest(model: VPM) -> str:
     return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
 
 
-def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, batch: int) -> set[str]:
-    """Appends what the model says of the images; those that cannot be read are named, and returned."""
+def describe(
+    model: VPM, folder: Path, entries: list[Entry], batch: int = 64
+) -> Iterator[tuple[list[Entry], Description]]:
+    """What the model says of a folder's images, some at a time; those that cannot be read are named and left out."""
     ready: deque[Entry] = deque()
-    unreadable: set[str] = set()
+    unreadable = 0
 
     def prepare(entry: Entry) -> np.ndarray | UserError:
         try:
@@ -196,31 +206,28 @@ def _describe(model: VPM, folder: Path, entries: list[Entry], writer: Writer, ba
             return error
 
     def pixels() -> Iterator[np.ndarray]:
+        nonlocal unreadable
         images = iter(entries)
         with ThreadPoolExecutor(os.cpu_count(), "vpm_jax-read") as pool:
             while some := list(itertools.islice(images, batch)):
                 for entry, image in zip(some, pool.map(prepare, some), strict=True):
                     if isinstance(image, UserError):
-                        unreadable.add(entry.name)
+                        unreadable += 1
                         print(f"skipped: {image}", file=sys.stderr)
                     else:
                         ready.append(entry)
                         yield image
 
-    status, started, done, committed = Status(), time.monotonic(), 0, time.monotonic()
+    status, started, done = Status(), time.monotonic(), 0
     for part in model.stream(pixels(), batch):
-        writer.append([ready.popleft() for _ in range(len(part))], part.features, part.visibility)
-        done, now = done + len(part), time.monotonic()
-        if now - committed > _COMMIT_SECONDS:
-            writer.commit()
-            committed = now
-        rate = done / (now - started)
-        left = len(entries) - done - len(unreadable)
+        yield [ready.popleft() for _ in range(len(part))], part
+        done += len(part)
+        rate = done / (time.monotonic() - started)
+        left = len(entries) - done - unreadable
         status.show(
-            f"images {done}/{len(entries) - len(unreadable)}  {rate:.0f} images/s  ETA {duration(left / rate)}",
+            f"images {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
             final=not left,
         )
-    return unreadable
 
 
 # ---- Query ----

@@ -1,0 +1,142 @@
+"""How much of a person each picture shows, and the training crops that are like these pictures.
+
+    python -m vpm_jax.extents FOLDER --workdir runs/market
+
+A trained model's region maps tell it, from the pictures alone: no identity, no label. Crops learned from the very
+pictures that are searched with are transductive: say so beside results. A model knows the kinds of crops that it was
+trained with; one trained with data.crop=top judges others badly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shlex
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpm_jax import cli
+from vpm_jax.answers import printable
+from vpm_jax.api import VPM
+from vpm_jax.errors import UserError
+from vpm_jax.logs import write_atomically
+from vpm_jax.regions import RegionGrid, axis_labels
+from vpm_jax.search import INCOMPLETE, add_model, describe, list_images
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m vpm_jax.extents",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for pictures that cannot be read, named.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with pictures at any depth")
+    add_model(parser, required=True)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write what each picture shows")
+    args = parser.parse_args(argv)
+    if args.csv:
+        cli.check_output("--csv", args.csv)
+    entries, _ = list_images(args.folder)
+    path = args.workdir or args.model
+    model = VPM.load(path)
+    if model.config.model.locator == "stripes" or model.grid.rows == 1:
+        raise UserError(
+            f"{path} has {model.grid.rows} x {model.grid.cols} regions and the locator {model.config.model.locator}, "
+            "which does not tell where regions are: give a model of several rows with a pixel or row locator."
+        )
+    names, found = [], []
+    for some, part in describe(model, args.folder, entries):
+        names += [entry.name for entry in some]
+        found.append(estimate(part.region_maps, model.grid))
+    if not names:
+        raise UserError(f"None of the {len(entries)} pictures in {args.folder} can be read.")
+    extents = np.concatenate(found)
+    if args.csv:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "top", "bottom"])
+        writer.writerows([name, *(f"{edge:.3f}" for edge in row)] for name, row in zip(names, extents, strict=True))
+        write_atomically(args.csv, text.getvalue())
+    print(f"{len(names)} pictures of {printable(str(args.folder))}, by {printable(str(path))}:\n")
+    print(in_words(extents))
+    keys = like_these(extents) | {"recipe": f"{model.config.recipe}-transductive"}
+    print("\nTraining crops like these, learned from the pictures themselves:\n")
+    print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
+    return INCOMPLETE if len(names) < len(entries) else 0
+
+
+def estimate(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
+    """Between which heights of a whole person a picture lies: the crop whose projected labels are likeliest.
+
+    Every cell votes with the log-probability of the label it would have (`regions.axis_labels`: the projection that
+    the locator was trained with). Of crops with the same labels the largest counts. Only heights are told, not widths.
+
+    Args:
+      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator.
+      grid: the regions, grid.count = P.
+
+    Returns:
+      float64 [N, 2]: top and bottom as fractions of the whole picture's height, (0, 1) for a whole person.
+    """
+    count, height, width, _ = region_maps.shape
+    rows = np.asarray(region_maps, np.float64).reshape(count, height, width, grid.rows, grid.cols).sum(-1)
+    log = np.log(np.maximum(rows, 1e-6)).mean(2)  # a cell that is sure and wrong shall not decide alone
+    edges, labels = _candidates(height, grid.rows)
+    votes = np.zeros((count, len(labels)))
+    for row in range(height):
+        votes += log[:, row, labels[:, row]]
+    return edges[votes.argmax(1)]
+
+
+@lru_cache(maxsize=8)
+def _candidates(cells: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every way to label a column of cells, and the largest crop that does: (float64 [K, 2], int32 [K, cells])."""
+    marks = np.arange(61) / 60  # halves to sixths of a person, and tenths, are among them
+    crops = [(top, bottom) for top in marks for bottom in marks if bottom - top > 0.099]
+    crops.sort(key=lambda crop: (round(crop[1] - crop[0], 6), -crop[0]))
+    kept = {axis_labels(top, bottom - top, parts, cells)[0].tobytes(): (top, bottom) for top, bottom in crops}
+    return np.array(list(kept.values())), np.stack([np.frombuffer(key, np.int32) for key in kept])
+
+
+def in_words(extents: np.ndarray) -> str:
+    """How many pictures show what, as a table, and the quantiles of the height that they keep."""
+    top, bottom = extents.T
+    shown = {
+        "the whole person": (top == 0) & (bottom == 1),
+        "the top part": (top == 0) & (bottom < 1),
+        "the bottom part": (top > 0) & (bottom == 1),
+        "a middle part": (top > 0) & (bottom < 1),
+    }
+    lines = [f"{'shows':<18}{'share':>8}  kept height: least, median, most"]
+    for name, which in shown.items():
+        line = f"{name:<18}{which.mean():>8.1%}"
+        if which.any():
+            kept = np.quantile((bottom - top)[which], (0, 0.5, 1))
+            line += "  " + ", ".join(f"{value:.2f}" for value in kept)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def like_these(extents: np.ndarray) -> dict[str, Any]:
+    """The config keys that crop training images as these pictures are: {key: value}.
+
+    data.gamma gets the quantiles of the kept height at every tenth. Where some lack more above than below, data.mix
+    says how many; a middle part counts as what it lacks most.
+    """
+    top, bottom = extents.T
+    keys: dict[str, Any] = {"data.crop": "top"}
+    tenths = np.linspace(0.01, 0.99, 11)  # one misjudged picture shall not set the least
+    keys["data.gamma"] = tuple(np.quantile(bottom - top, tenths).round(2).tolist())
+    partial = bottom - top < 1
+    share = round(float((top > 1 - bottom)[partial].mean()), 2) if partial.any() else 0.0
+    return keys | ({"data.mix": share, "data.mix_crop": "bottom"} if share else {})
+
+
+if __name__ == "__main__":
+    cli.run(main)
