@@ -67,11 +67,24 @@ def test_commands_have_their_options_and_keys(page):
         assert key in (*keys, "KEY"), key
 
 
+LINKING = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for file, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        if file.startswith("https://"):
+            continue
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if anchor:  # as GitHub makes them of headings
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_files_and_names_exist(page):
+def test_files_and_names_exist(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
     for file in re.findall(r"`((?:vpm_jax|configs|launch)/[\w/.]+\.\w+)", text):
         assert (ROOT / file).exists(), file
     modules = "|".join(path.stem for path in (ROOT / "vpm_jax").iterdir() if not path.stem.startswith("_"))
