@@ -246,7 +246,8 @@ def test_a_report_alone_trains_nothing(pretend, call, tmp_path, capsys):
     assert call(f"{THREE} --seeds 2 --report") == 0
     assert pretend == ["market1501-small-vpm-seed0"]
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| VPM | 1 |" in text and text.count("has not finished") == 5
+    [absent] = [line for line in text.splitlines() if line.endswith(": each has not finished.")]
+    assert "| VPM | 1 |" in text and absent.count("-seed") == 5
 
 
 PARTS = """
@@ -388,6 +389,14 @@ def test_what_changes_no_result_changes_no_fingerprint():
     assert not any(key.startswith(("model.", "loss.", "optim.", "stage1.", "stage2.")) for key in free)
     plain.pretrained = "torchvision:/somewhere/resnet50.pth"
     assert fingerprint(plain)["pretrained"] == "torchvision:resnet50.pth"
+
+
+def test_what_a_report_leaves_out_has_a_line_for_each_reason():
+    left = {"a": "has not finished", "b": "is left out: no data.", "c": "has not finished"}
+    assert reproduce.absent(left) == [
+        "- Not in this report: a, c: each has not finished.",
+        "- Not in this report: b is left out: no data.",
+    ]
 
 
 def test_a_failed_run_does_not_stop_the_others(pretend, call, tmp_path, capsys):

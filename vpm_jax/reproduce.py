@@ -354,13 +354,22 @@ def report(
         "",
         f"- Recipe {one.config.recipe}: `{experiments.config_file(one.scale, one.dataset)}`{differing(one)}.",
         *tables.conditions(runs, done),
-        *(f"- Not in this report: {name} {reason.rstrip('.')}." for name, reason in left.items()),
+        *absent(left),
         "",
         *body,
         *tables.listing(runs, done),
     ]
     write_atomically(output / "report.md", "\n".join(lines).rstrip() + "\n")
     write_atomically(output / "report.json", json.dumps(data, indent=1) + "\n")
+
+
+def absent(left: Mapping[str, str]) -> list[str]:
+    """What a report leaves out, from {run: why}: a line for each reason."""
+    lines = []
+    for reason in dict.fromkeys(left.values()):
+        names = [name for name, why in left.items() if why == reason]
+        lines.append(f"- Not in this report: {', '.join(names)}{': each' * (len(names) > 1)} {reason.rstrip('.')}.")
+    return lines
 
 
 def exhibit(
