@@ -29,6 +29,7 @@ PARTS = {
     "eval.flip": True,
 }
 
+_GALLERY = {"match.gallery_gammas": (0.5, 0.6, 0.7, 0.8, 0.9)}
 _NECK = {"model.neck": "bn", "model.head_dim": 0, "model.head_bias": False}
 
 # What to train: {name: the keys that differ from --scale screen}; the first is what the others are compared with.
@@ -62,6 +63,9 @@ SCREEN: dict[str, dict[str, object]] = {
 # What to evaluate of the runs above: {name: (the run's, keys)}.
 EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "flip": ("base", {"eval.flip": True}),
+    "saturated": ("base", {"match.visibility": "saturated"}),
+    "gallery_crops": ("base", _GALLERY),
+    "gallery_crops_saturated": ("base", _GALLERY | {"match.visibility": "saturated"}),
     "neck_after": ("neck", {"match.feature": "after"}),
     "neck_unnormalised_after": ("neck_unnormalised", {"match.feature": "after"}),
     "all_before": ("all", {"match.feature": "before"}),

@@ -90,6 +90,7 @@ def test_the_config_of_a_workdir(tmp_path):
         ("data.gamma", (0.9, 0.5), "0 < low <= high"),
         ("data.gamma", (0.5, 0.9, 0.8), "quantiles that ascend"),
         ("data.gamma", (0.5,), "0 < low <= high"),
+        ("match.gallery_gammas", (0.5, 1.0), "between 0 and 1"),
         ("data.pad", 0.5, "from 0 to 0.49"),
         ("data.erasing_area", (0.5, 0.4), "0 < low <= high <= 1"),
         ("data.erasing_area", (0.5, 1.4), "0 < low <= high <= 1"),

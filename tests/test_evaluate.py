@@ -129,6 +129,54 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     assert "keeping their bottom gamma" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("crop", ["top", "bilateral"])
+def test_each_query_meets_the_gallery_cropped_as_itself(trained, crop, monkeypatch):
+    config, variables, dataset, mesh = trained
+    config = config_lib.from_json(config_lib.to_json(config), "config")
+    config.match.gallery_gammas, config.data.crop, config.eval.crop = (0.8, 0.5), crop, "top"
+    query, gallery = dataset.query, evaluate.ranked(dataset.gallery)
+    # What each query is said to show; the trained model is too small to know.
+    said = np.array([(0, 1), (0, 0.52), (0.02, 0.78), (0.5, 1), (0, 0.9), (0.1, 0.6), (0.21, 1), (0, 0.1)])
+    boxes = {("none", 1.0): (0, 1), ("top", 0.5): (0, 0.5), ("top", 0.8): (0, 0.8)}
+    if crop == "bilateral":
+        boxes |= {("bottom", 0.5): (0.5, 1), ("bottom", 0.8): (0.2, 1)}
+    place = iter([said])
+    monkeypatch.setattr(evaluate, "visible_heights", lambda maps, grid: next(place, np.zeros((len(maps), 2))))
+    [found] = evaluate.distances(config, variables, [evaluate.Job(query, 0.7)], gallery, mesh)
+    plain = config_lib.from_json(config_lib.to_json(config), "config")
+    plain.match.gallery_gammas = ()
+    here = evaluate.extract(plain, variables, query, mesh, 0.7)
+    used = set()
+    for row, (top, bottom) in enumerate(said):
+        kept, gamma = min(boxes, key=lambda k: abs(top - boxes[k][0]) + abs(bottom - boxes[k][1]))
+        plain.eval.crop = kept if gamma < 1 else "top"
+        there = evaluate.extract(plain, variables, gallery, mesh, gamma)
+        sides = here.features[row : row + 1], here.visibility[row : row + 1], there.features, there.visibility
+        np.testing.assert_allclose(found[row : row + 1], region_distance(*sides), rtol=1e-4, atol=1e-4)
+        used.add((kept, gamma))
+    assert used == set(boxes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.crop": "any"}, "expected top, bottom or bilateral"),
+        ({"model.locator": "stripes"}, "does not tell how much a query shows"),
+        ({"model.grid": (1, 2)}, "does not tell how much a query shows"),
+        ({"match.rerank": True}, "match.rerank is on"),
+    ],
+)
+def test_what_does_not_go_with_a_cropped_gallery(changes, sentence):
+    config = config_lib.default()
+    config.match.gallery_gammas = (0.5,)
+    config_lib.check(config)
+    assert "the gallery also cropped to 0.5, each query" in evaluate.matching_in_words(config)
+    for key, value in changes.items():
+        config_lib.set_key(config, key, value)
+    with pytest.raises(UserError, match=sentence):
+        config_lib.check(config)
+
+
 def test_reranking(whole, trained, tmp_path, capsys):
     config, variables, dataset, mesh = trained
     k = ["--config.match.rerank_k1=4", "--config.match.rerank_k2=2"]

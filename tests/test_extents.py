@@ -16,7 +16,7 @@ from tiny_runs import quick_compiler
 from vpm_jax import cli, config, extents
 from vpm_jax.data.sampling import Sampler
 from vpm_jax.errors import UserError
-from vpm_jax.regions import Crop, RegionGrid, project_regions
+from vpm_jax.regions import Crop, RegionGrid, project_regions, visible_heights
 
 RANDOM = np.random.default_rng(3)
 
@@ -46,7 +46,7 @@ def test_the_largest_crop_of_the_right_labels(start, size, side, grid, shape):
     top, bottom = top / 60, min(top + size, 60) / 60
     if shape[1] == 1:
         grid = RegionGrid(grid.rows)
-    [[found_top, found_bottom]] = extents.estimate(region_map(top, bottom, grid, shape, sure=0.6)[None], grid)
+    [[found_top, found_bottom]] = visible_heights(region_map(top, bottom, grid, shape, sure=0.6)[None], grid)
     right = region_map(top, bottom, grid, shape)
     np.testing.assert_array_equal(region_map(found_top, found_bottom, grid, shape), right)
     assert found_bottom - found_top > bottom - top - 1e-9
@@ -55,15 +55,15 @@ def test_the_largest_crop_of_the_right_labels(start, size, side, grid, shape):
 def test_one_wrong_cell_decides_nothing():
     grid = RegionGrid(6)
     maps = region_map(0, 0.5, grid, (24, 8))[None]
-    before = extents.estimate(maps, grid)
+    before = visible_heights(maps, grid)
     maps[0, 0, 0] = np.eye(6)[5]
-    np.testing.assert_array_equal(extents.estimate(maps, grid), before)
+    np.testing.assert_array_equal(visible_heights(maps, grid), before)
 
 
 def test_a_whole_person():
     for grid in (RegionGrid(4), RegionGrid(6), RegionGrid(3, 2)):
         maps = region_map(0, 1, grid, (24, 8), sure=0.5)[None]
-        np.testing.assert_array_equal(extents.estimate(maps, grid), [[0, 1]])
+        np.testing.assert_array_equal(visible_heights(maps, grid), [[0, 1]])
 
 
 @pytest.mark.parametrize("bottoms", [0.0, 0.25, 1.0])

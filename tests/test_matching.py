@@ -203,6 +203,10 @@ def test_match_visibility():
     scores = np.array([[12.5, 1.0, 0.99, 0.0]])
     np.testing.assert_array_equal(match_visibility(scores, "soft"), scores.astype(np.float32))
     np.testing.assert_array_equal(match_visibility(scores, "uniform"), [[1, 1, 1, 1]])
+    shares = [[12, 4, 0, 0], [4, 4, 4, 4], [8, 6, 1, 1], [0, 0, 0, 0]]  # of 16 cells, and of none
+    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0.25, 0.25], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(match_visibility(np.array(shares), "saturated"), expected)
+    assert match_visibility(scores, "saturated").dtype == np.float32
     np.testing.assert_array_equal(match_visibility(scores, "binary"), [[1, 1, 0, 0]])
     np.testing.assert_array_equal(match_visibility(scores, "binary", cells=8), [[1, 0, 0, 0]])
     assert match_visibility(scores, "soft").dtype == np.float32

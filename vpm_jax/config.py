@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
-from vpm_jax.regions import CROPS
+from vpm_jax.regions import CROPS, HEIGHTS
 
 
 def stage(**changes) -> ConfigDict:
@@ -147,7 +147,10 @@ def default() -> ConfigDict:
     c.match = ConfigDict()
     c.match.feature = "before"  # the neck | "after" it
     c.match.squared = False
-    c.match.visibility = "soft"  # "soft" (Eq. 4) | "uniform" (MVPM-1) | "binary"
+    c.match.visibility = "soft"  # "soft" (Eq. 4) | "saturated" | "uniform" (MVPM-1) | "binary"
+    # Kept area ratios that the gallery is described at too, of the part that data.crop keeps: each query is compared
+    # with the crop that shows what it shows itself, as its region map tells. As many times the work; () is the paper's.
+    c.match.gallery_gammas = ()
     c.match.rerank = False  # k-reciprocal re-ranking: see vpm_jax.reranking, also for the next three
     c.match.rerank_k1 = 20
     c.match.rerank_k2 = 6
@@ -225,7 +228,7 @@ _CHOICES: dict[str, tuple] = {
     "optim.name": ("sgd", "adamw"),
     "loss.triplet_pairs": ("visible", "all", "soft"),
     "match.feature": ("before", "after"),
-    "match.visibility": ("soft", "uniform", "binary"),
+    "match.visibility": ("soft", "saturated", "uniform", "binary"),
     "parallel": ("jit", "pmap"),
     "tracker": ("none", "wandb"),
 } | {
@@ -368,6 +371,23 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"Config key model.grid is {config.model.grid}, expected (rows, cols), at least 1 each.")
     if not config.stage1.epochs + config.stage2.epochs:
         raise UserError("Config keys stage1.epochs and stage2.epochs are both 0: there is nothing to train.")
+    check_gallery_gammas(config)
+
+
+def check_gallery_gammas(config: ConfigDict) -> None:
+    """Refuses a match.gallery_gammas that the model cannot be evaluated with, or together with re-ranking."""
+    gammas, m = config.match.gallery_gammas, config.model
+    if not all(0 < gamma < 1 for gamma in gammas):
+        raise UserError(f"Config key match.gallery_gammas is {gammas}, expected kept area ratios between 0 and 1.")
+    reasons = {
+        f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral": config.data.crop not in HEIGHTS,
+        "the model does not tell how much a query shows: expected two rows of regions or more, and no stripes": (
+            m.grid[0] < 2 or m.locator == "stripes"
+        ),
+        "match.rerank is on: leave one of them out": config.match.rerank,
+    }
+    if gammas and (wrong := [reason for reason, found in reasons.items() if found]):
+        raise UserError(f"Config key match.gallery_gammas is {gammas}, but {wrong[0]}.")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -27,6 +27,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.regions import HEIGHTS, RegionGrid, draw_crop, visible_heights
 from vpm_jax.workdir import read_run
 
 
@@ -35,6 +36,20 @@ class Features(NamedTuple):
 
     features: np.ndarray  # float32 [N, P, C], each region of unit length
     visibility: np.ndarray  # float32 [N, P], Eq. 2
+    heights: np.ndarray | None = None  # float64 [N, 2], `regions.visible_heights`, where matching asks for it
+
+    def take(self, rows: np.ndarray) -> Features:
+        """Those of some images: indices, or bool [N]."""
+        heights = None if self.heights is None else self.heights[rows]
+        return Features(self.features[rows], self.visibility[rows], heights)
+
+
+class Job(NamedTuple):
+    """What to extract features of."""
+
+    split: Any
+    gamma: float = 1.0
+    crop: str = ""  # "": config.eval.crop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +80,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     parallel.prepare_backend()
     saved, config = read_run(args.workdir, overrides)
     config.match.rerank = config.match.rerank or args.rerank
+    config_lib.check_gallery_gammas(config)
     if args.dataset:
         if args.dataset not in TITLES:
             raise UserError(f"--dataset is {args.dataset!r}, but the known ones are {', '.join(TITLES)}.")
@@ -105,11 +121,11 @@ def extract(config: ConfigDict, variables: Any, split: Any, mesh: Any, gamma: fl
 def extract_many(
     config: ConfigDict,
     variables: Any,
-    jobs: list[tuple[Any, float]],
+    jobs: Sequence[tuple[Any, ...]],
     mesh: Any,
     check: Callable[[], None] | None = None,
 ) -> list[Features]:
-    """`extract` for several (split, gamma), one after the other, with one progress line.
+    """`extract` for several `Job`s, one after the other, with one progress line.
 
     `check` is called after every batch, and may raise to end the work.
     """
@@ -118,14 +134,14 @@ def extract_many(
     from vpm_jax.data.pipeline import eval_batches
 
     feature_step = _feature_step(config_lib.to_json(config), mesh)
-    share = jax.process_index(), jax.process_count()
-    total, done = sum(len(split) for split, _ in jobs), 0
+    share, grid = (jax.process_index(), jax.process_count()), RegionGrid(*config.model.grid)
+    total, done = sum(len(split) for split, *_ in jobs), 0
     status, started = Status(), time.monotonic()
     extracted = []
-    for split, gamma in jobs:
+    for split, gamma, kept in (Job(*job) for job in jobs):
 
-        def batches(split=split, gamma=gamma) -> Iterator[tuple[int, Any]]:
-            crop = config.eval.crop if gamma < 1 else "none"
+        def batches(split=split, gamma=gamma, kept=kept) -> Iterator[tuple[int, Any]]:
+            crop = (kept or config.eval.crop) if gamma < 1 else "none"
             for number, batch in enumerate(eval_batches(config, split, crop, gamma, *share)):
                 image = parallel.shard(mesh, {"image": batch["image"]})["image"]
                 yield min(config.eval.batch, len(split) - number * config.eval.batch), image
@@ -138,9 +154,12 @@ def extract_many(
                 arrays = Features(
                     np.empty((len(split), *out["features"].shape[1:]), np.float32),
                     np.empty((len(split), *out["visibility"].shape[1:]), np.float32),
+                    np.empty((len(split), 2)) if "region_maps" in out else None,
                 )
             arrays.features[first : first + count] = out["features"][:count]
             arrays.visibility[first : first + count] = out["visibility"][:count]
+            if arrays.heights is not None:
+                arrays.heights[first : first + count] = visible_heights(out["region_maps"][:count], grid)
             first, done = first + count, done + count
             rate = done / (time.monotonic() - started)
             text = f"features {done}/{total}  {rate:.0f} images/s  ETA {duration((total - done) / rate)}"
@@ -166,7 +185,8 @@ def _feature_step(config_json: str, mesh: Any) -> Any:
     from vpm_jax import step
 
     # Every process gets the features of all.
-    function = step.make_feature_step(config_lib.from_json(config_json, "config"))
+    config = config_lib.from_json(config_json, "config")
+    function = step.make_feature_step(config, region_maps=bool(config.match.gallery_gammas))
     return jax.jit(function, out_shardings=parallel.everywhere(mesh))
 
 
@@ -199,14 +219,59 @@ def evaluate(
     `check` is called between batches, and may raise to end the evaluation.
     """
     query, gallery = dataset.query, ranked(dataset.gallery)
-    jobs = [(gallery, 1.0)] + [(query, gamma) for gamma in config.eval.gammas]
-    whole, *cropped = extract_many(config, variables, jobs, mesh, check)
-    among = eq4(config, whole, whole) if config.match.rerank else None  # once for all gammas
-    results = {}
-    for gamma, part in zip(config.eval.gammas, cropped, strict=True):
-        distance = match(config, part, whole, among)
-        results[gamma] = metrics.rank_metrics(distance, query.identity, gallery.identity, query.camera, gallery.camera)
-    return results
+    jobs = [Job(query, gamma) for gamma in config.eval.gammas]
+    found = distances(config, variables, jobs, gallery, mesh, check)
+    return {
+        gamma: metrics.rank_metrics(distance, query.identity, gallery.identity, query.camera, gallery.camera)
+        for gamma, distance in zip(config.eval.gammas, found, strict=True)
+    }
+
+
+def distances(
+    config: ConfigDict,
+    variables: Any,
+    queries: Sequence[Job],
+    gallery: Any,
+    mesh: Any,
+    check: Callable[[], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """The distances float32 [Q, G] of each job's images to a gallery as config.match says; `check` as in `evaluate`."""
+    if config.match.gallery_gammas:
+        yield from _among_crops(config, variables, queries, gallery, mesh, check)
+        return
+    whole, *parts = extract_many(config, variables, [Job(gallery), *queries], mesh, check)
+    among = eq4(config, whole, whole) if config.match.rerank else None  # once for all
+    for part in parts:
+        yield match(config, part, whole, among)
+
+
+def _among_crops(
+    config: ConfigDict,
+    variables: Any,
+    queries: Sequence[Job],
+    gallery: Any,
+    mesh: Any,
+    check: Callable[[], None] | None = None,
+) -> list[np.ndarray]:
+    """`distances` of every query to the gallery cropped as the query seems to be, or whole if that is nearer.
+
+    One crop's features of the gallery are held at a time, and all distances.
+    """
+    sides = HEIGHTS[config.data.crop]
+    crops = [Job(gallery)] + [Job(gallery, g, side) for g in sorted(config.match.gallery_gammas) for side in sides]
+    boxes = [draw_crop(job.crop or "none", job.gamma, (0.0, 0.0, 0.0)) for job in crops]
+    heights = np.array([(box.top, box.top + box.height) for box in boxes])
+    parts = extract_many(config, variables, queries, mesh, check)
+    chosen = [np.abs(np.asarray(part.heights)[:, None] - heights).sum(-1).argmin(1) for part in parts]
+    found = [np.empty((len(part.features), len(gallery)), np.float32) for part in parts]
+    for number, job in enumerate(crops):
+        rows = [which == number for which in chosen]
+        if any(map(np.any, rows)):
+            [cropped] = extract_many(config, variables, [job], mesh, check)
+            for part, mine, distance in zip(parts, rows, found, strict=True):
+                if mine.any():
+                    distance[mine] = eq4(config, part.take(mine), cropped)
+    return found
 
 
 def match(config: ConfigDict, query: Features, gallery: Features, among: np.ndarray | None = None) -> np.ndarray:
@@ -227,7 +292,9 @@ def matching_in_words(config: ConfigDict) -> str:
     reranked = f", re-ranked by k-reciprocal neighbours ({numbers})" * m.rerank
     made = " after the neck" * (m.feature == "after") + " (means over an image and its mirror)" * config.eval.flip
     features = f" of features{made}" if made else ""
-    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}"
+    cropped = ", ".join(f"{gamma:g}" for gamma in m.gallery_gammas)
+    crops = f"; the gallery also cropped to {cropped}, each query compared with the crop most like it" * bool(cropped)
+    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}{crops}"
 
 
 def eq4(config: ConfigDict, query: Features, gallery: Features) -> np.ndarray:

@@ -14,7 +14,6 @@ import csv
 import io
 import shlex
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from vpm_jax.answers import printable
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
 from vpm_jax.logs import write_atomically
-from vpm_jax.regions import RegionGrid, axis_labels
+from vpm_jax.regions import visible_heights
 from vpm_jax.search import INCOMPLETE, add_model, describe, list_images
 
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, found = [], []
     for some, part in describe(model, args.folder, entries):
         names += [entry.name for entry in some]
-        found.append(estimate(part.region_maps, model.grid))
+        found.append(visible_heights(part.region_maps, model.grid))
     if not names:
         raise UserError(f"None of the {len(entries)} pictures in {args.folder} can be read.")
     extents = np.concatenate(found)
@@ -69,39 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nTraining crops like these, learned from the pictures themselves:\n")
     print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
     return INCOMPLETE if len(names) < len(entries) else 0
-
-
-def estimate(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
-    """Between which heights of a whole person a picture lies: the crop whose projected labels are likeliest.
-
-    Every cell votes with the log-probability of the label it would have (`regions.axis_labels`: the projection that
-    the locator was trained with). Of crops with the same labels the largest counts. Only heights are told, not widths.
-
-    Args:
-      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator.
-      grid: the regions, grid.count = P.
-
-    Returns:
-      float64 [N, 2]: top and bottom as fractions of the whole picture's height, (0, 1) for a whole person.
-    """
-    count, height, width, _ = region_maps.shape
-    rows = np.asarray(region_maps, np.float64).reshape(count, height, width, grid.rows, grid.cols).sum(-1)
-    log = np.log(np.maximum(rows, 1e-6)).mean(2)  # a cell that is sure and wrong shall not decide alone
-    edges, labels = _candidates(height, grid.rows)
-    votes = np.zeros((count, len(labels)))
-    for row in range(height):
-        votes += log[:, row, labels[:, row]]
-    return edges[votes.argmax(1)]
-
-
-@lru_cache(maxsize=8)
-def _candidates(cells: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every way to label a column of cells, and the largest crop that does: (float64 [K, 2], int32 [K, cells])."""
-    marks = np.arange(61) / 60  # halves to sixths of a person, and tenths, are among them
-    crops = [(top, bottom) for top in marks for bottom in marks if bottom - top > 0.099]
-    crops.sort(key=lambda crop: (round(crop[1] - crop[0], 6), -crop[0]))
-    kept = {axis_labels(top, bottom - top, parts, cells)[0].tobytes(): (top, bottom) for top, bottom in crops}
-    return np.array(list(kept.values())), np.stack([np.frombuffer(key, np.int32) for key in kept])
 
 
 def in_words(extents: np.ndarray) -> str:

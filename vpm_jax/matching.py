@@ -47,8 +47,9 @@ def match_visibility(visibility: np.ndarray, mode: str, cells: float = 1.0) -> n
 
     Args:
       visibility: float [..., P], the sum over the feature map's cells of the probability of each region.
-      mode: "soft" takes the scores as predicted (the paper); "uniform" takes 1 for every region (MVPM-1);
-        "binary" takes 1 for a region whose score is at least `cells` and 0 for the others.
+      mode: "soft" takes the scores as predicted (the paper); "saturated" the share of the cells that a region has in a
+        whole picture, at most 1, so that what the locator finds too large counts no more; "uniform" 1 for every region
+        (MVPM-1); "binary" 1 for a region whose score is at least `cells` and 0 for the others.
       cells: a score is the expected number of cells that show the region. A region spans one cell at least
         when it is visible (`project_regions`), so less than one expected cell means an invisible one.
 
@@ -61,11 +62,14 @@ def match_visibility(visibility: np.ndarray, mode: str, cells: float = 1.0) -> n
     scores = np.asarray(visibility, np.float32)
     if mode == "soft":
         return scores
+    if mode == "saturated":
+        mean = scores.mean(axis=-1, keepdims=True)  # the probabilities of a cell sum to 1
+        return np.minimum(scores / np.maximum(mean, np.finfo(np.float32).tiny), 1)
     if mode == "uniform":
         return np.ones_like(scores)
     if mode == "binary":
         return (scores >= cells).astype(np.float32)
-    raise ValueError(f"visibility mode {mode!r} is not one of soft, uniform, binary")
+    raise ValueError(f"visibility mode {mode!r} is not one of soft, saturated, uniform, binary")
 
 
 def region_distance(

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from vpm_jax import hosts, metrics, paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.evaluate import extract_many, headline, match, matching_in_words, remarks
+from vpm_jax.evaluate import Job, distances, headline, matching_in_words, remarks
 from vpm_jax.logs import duration, write_atomically
 
 DATASETS = ("partial_reid", "partial_ilids")
@@ -70,8 +70,7 @@ def evaluate(config: ConfigDict, variables: Any, dataset: Any, mesh: Any) -> dic
     re-ranking would have found neighbours outside its groups.
     """
     query, gallery = dataset.query, dataset.gallery
-    here, there = extract_many(config, variables, [(query, 1.0), (gallery, 1.0)], mesh)
-    distance = match(config, here, there)
+    [distance] = distances(config, variables, [Job(query)], gallery, mesh)
     results = {"all-shot": metrics.rank_metrics(distance, query.identity, gallery.identity)}
     most = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
     if most > 1 and not config.match.rerank:

@@ -10,11 +10,14 @@ All boxes are fractions of the holistic image, origin top-left; regions are numb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 CROPS = ("top", "bottom", "bilateral", "left", "right", "horizontal", "any", "none")
+# The parts that those of them keep which cut heights alone.
+HEIGHTS = {"top": ("top",), "bottom": ("bottom",), "bilateral": ("top", "bottom")}
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,36 @@ def project_regions(
     col_labels, col_visible = axis_labels(crop.left, crop.width, cols, w, min_cells)
     labels = row_labels[:, None] * cols + col_labels[None, :]
     return labels, (row_visible[:, None] & col_visible[None, :]).reshape(-1)
+
+
+def visible_heights(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
+    """Between which heights of a whole person a picture lies: the crop whose projected labels are likeliest.
+
+    Every cell votes with the log-probability of the label it would have (`axis_labels`: the projection that the locator
+    was trained with). Of crops with the same labels the largest counts. Only heights are told, not widths.
+
+    Args:
+      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator.
+      grid: the regions, grid.count = P.
+
+    Returns:
+      float64 [N, 2]: top and bottom as fractions of the whole picture's height, (0, 1) for a whole person.
+    """
+    count, height, width, _ = region_maps.shape
+    rows = np.asarray(region_maps, np.float64).reshape(count, height, width, grid.rows, grid.cols).sum(-1)
+    log = np.log(np.maximum(rows, 1e-6)).mean(2)  # a cell that is sure and wrong shall not decide alone
+    edges, labels = _candidates(height, grid.rows)
+    votes = np.zeros((count, len(labels)))
+    for row in range(height):
+        votes += log[:, row, labels[:, row]]
+    return edges[votes.argmax(1)]
+
+
+@lru_cache(maxsize=8)
+def _candidates(cells: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every way to label a column of cells, and the largest crop that does: (float64 [K, 2], int32 [K, cells])."""
+    marks = np.arange(61) / 60  # halves to sixths of a person, and tenths, are among them
+    crops = [(top, bottom) for top in marks for bottom in marks if bottom - top > 0.099]
+    crops.sort(key=lambda crop: (round(crop[1] - crop[0], 6), -crop[0]))
+    kept = {axis_labels(top, bottom - top, parts, cells)[0].tobytes(): (top, bottom) for top, bottom in crops}
+    return np.array(list(kept.values())), np.stack([np.frombuffer(key, np.int32) for key in kept])
