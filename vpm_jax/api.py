@@ -232,8 +232,8 @@ class VPM:
     def match(self, query: Description | Images, gallery: Description | Images) -> np.ndarray:
         """The distance of every query to every gallery image by Eq. 4, as config.match says: float32 [Q, G].
 
-        Never re-ranked, which would make a distance depend on the whole gallery. The smaller, the more alike; +inf
-        where the two share no region. Images are described first.
+        Never re-ranked, which would make a distance depend on the whole gallery, nor by match.gallery_gammas: pictures
+        count as they are. The smaller, the more alike; +inf where the two share no region. Images are described first.
 
         Raises:
           UserError: as `features`, and for descriptions by another kind of model.
