@@ -119,6 +119,22 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path, attempt):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_slow_to_write_its_name_does_not_share_the_lock_with_another(tmp_path, monkeypatch):
+    slow, quick, made = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock"), os.open
+
+    def open_slowly(path, *rest):
+        file = made(path, *rest)
+        monkeypatch.setattr(os, "open", made)
+        assert quick.acquire() is None  # it saw for long enough that nobody fills the file
+        return file
+
+    monkeypatch.setattr(os, "open", open_slowly)
+    assert f"process {os.getpid()} on" in slow.acquire() and not quick.is_lost()
+    quick.release()
+    assert slow.acquire() is None
+    slow.release()
+
+
 @pytest.mark.parametrize("attempt", range(5))
 def test_what_many_take_in_turn_is_never_held_twice(tmp_path, attempt):
     left_behind(tmp_path, started="long ago")
@@ -146,6 +162,7 @@ def test_a_dead_lock_that_vanishes_as_it_is_taken_is_made_anew(tmp_path, monkeyp
 
     def vanish(self, text):
         (tmp_path / ".lock").unlink()
+        monkeypatch.setattr(Lock, "_take_over", take_over)
         return take_over(self, text)
 
     monkeypatch.setattr(Lock, "_take_over", vanish)

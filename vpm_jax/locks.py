@@ -10,8 +10,9 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vpm_jax.errors import UserError, writing
 from vpm_jax.logs import duration
@@ -54,8 +55,8 @@ class Lock:
     def release(self) -> None:
         """Removes the file, unless it is another's by now."""
         self._ended.set()
-        if self._read() == self._text:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._alone() as file:
+            if file.read() == self._text.encode():
                 self._path.unlink()
 
     def is_lost(self) -> bool:
@@ -65,18 +66,16 @@ class Lock:
     def _create(self) -> bool:
         try:
             with writing(self._path):
-                file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except UserError as error:
             if isinstance(error.__cause__, FileExistsError):
                 return False
             raise
         try:
-            with writing(self._path), os.fdopen(file, "w") as stream:
-                stream.write(self._text)
+            return self._take_over("")
         except UserError:
             self._path.unlink(missing_ok=True)
             raise
-        return True
 
     def _read(self) -> str | None:
         try:
@@ -90,24 +89,32 @@ class Lock:
                 os.utime(self._path)
 
     def _take_over(self, text: str) -> bool:
-        """Writes this holder's name over that of a dead one; False if another has been quicker.
-
-        Those that try take turns by the system's own lock of the file, which they hold for just as long.
-        """
-        try:
-            with open(self._path, "r+b") as file:
-                with contextlib.suppress(OSError):  # a file system without such locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                if file.read() != text.encode(errors="replace"):
-                    return False
-                with writing(self._path):
+        """Writes this holder's name over that of a dead one, or into an empty file; False if another was quicker."""
+        with writing(self._path):
+            try:
+                with self._alone() as file:
+                    if file.read() != text.encode(errors="replace"):
+                        return False
                     file.seek(0)
                     file.write(self._text.encode())
                     file.truncate()
-                    file.flush()
-                return True
-        except FileNotFoundError:  # released in between
-            return False
+            except FileNotFoundError:  # released in between
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[IO[bytes]]:
+        """The open file, which those that change or remove it take turns at, by the system's own lock of it.
+
+        Raises:
+          FileNotFoundError: if there is none, or it was removed while another had its turn.
+        """
+        with open(self._path, "r+b") as file:
+            with contextlib.suppress(OSError):  # a file system without such locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+                raise FileNotFoundError(self._path)
+            yield file
 
     def _is_touched(self, holder: _Holder) -> bool:
         """Whether a holder elsewhere, or about to write its name, gives a sign of life."""
