@@ -24,6 +24,7 @@ from tiny_runs import quick_compiler
 from vpm_jax import VPM, answers, search
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
+from vpm_jax.regions import WHOLE, Part
 from vpm_jax.store import Store
 
 RANDOM = np.random.default_rng(7)
@@ -305,6 +306,139 @@ def test_a_query_ranks_as_matching_does(folder, indexed, model, capsys):
         np.testing.assert_allclose(answer["visibility"], model.features(query).visibility[0], rtol=1e-3, atol=1e-6)
         assert answer["visible"] == [i for i in range(3) if answer["visibility"][i] >= 1]
     assert list(folder.parent.glob("*.html")) == []  # pictures are written where the user asks, nowhere else
+
+
+CROPPED = {"whole": (0.0, 1.0), "top 0.5": (0.0, 0.5), "top 0.8": (0.0, 0.8)}
+
+
+def cropped_rows(folder, model, kept):
+    """What the model says of the top of every picture, by its path."""
+    names = [e.name for e in search.list_images(folder)[0]]
+    pixels = [decode((folder / name).read_bytes(), name, upright=True) for name in names]
+    return names, model.features([x[: max(1, round(len(x) * kept))] for x in pixels])
+
+
+def test_each_query_meets_the_crop_that_shows_as_much(folder, run, model, monkeypatch, tmp_path, capsys):
+    assert index(folder, run, "--crops", "0.8,0.5", "--dtype", "float32") == 0
+    said = capsys.readouterr().out
+    assert "images (top 0.5) 9/9" in said and "Also cropped: top 0.5, top 0.8." in said
+    # What each query is said to show: this model is too small to know.
+    seen = {(0.0, 1.0): "whole", (0.0, 0.52): "top 0.5", (0.05, 0.75): "top 0.8", (0.0, 0.6): "top 0.5"}
+    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array(list(seen)))
+    queries = [str(folder / name) for name in ("a.jpg", "b.PNG", "f.jpeg", "g.tif")]
+    files = [str(tmp_path / "r.json"), str(tmp_path / "r.html")]
+    command = ["query", *queries, "--index", str(tmp_path / "store"), "--json", files[0], "--html", files[1]]
+    assert search.main(command) == 0
+    printed, page = capsys.readouterr().out, Path(files[1]).read_text()
+    assert "a.jpg shows regions" in printed and printed.count("compared with the top 0.5 of every picture.") == 2
+    assert page.count("compared with the top 0.8 of every picture") == 1
+    record = json.loads(Path(files[0]).read_text())
+    assert [answer["compared_with"] for answer in record["queries"]] == list(seen.values())
+    for query, answer, part in zip(queries, record["queries"], seen.values(), strict=True):
+        names, gallery = cropped_rows(folder, model, CROPPED[part][1])
+        distance = model.match(query, gallery)[0]
+        order = np.argsort(distance)
+        assert [r["image"] for r in answer["results"]] == [names[i] for i in order]
+        np.testing.assert_allclose([r["distance"] for r in answer["results"]], distance[order], atol=2e-5)
+
+
+def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypatch, tmp_path, capsys):
+    index(folder, run, "--crops", "0.5,0.8")
+    (folder / "a.jpg").unlink()
+    picture().save(folder / "f.jpeg")
+    os.utime(folder / "f.jpeg", ns=(1, 1))
+    picture().save(folder / "new.png")
+    assert index(folder, run) == 0  # crops as before
+    store = Store(tmp_path / "store")
+    assert answers.parts(store) == {Part("top", 0.5): True, Part("top", 0.8): True}
+    for part in answers.parts(store):
+        names, expected = cropped_rows(folder, model, part.gamma)
+        there = rows(Store(answers.part_folder(tmp_path / "store", part)))
+        assert sorted(there) == sorted(names)
+        np.testing.assert_allclose([there[n][0] for n in names], expected.features, atol=2e-3)
+    assert index(folder, run, "--crops", "0.5") == 0
+    assert sorted(p.name for p in (tmp_path / "store").iterdir() if p.is_dir()) == ["top-0.5"]
+    assert index(folder, run, "--crops", "none") == 0
+    assert not answers.parts(Store(tmp_path / "store"))
+    assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
+    monkeypatch.setitem(model.config.match, "gallery_gammas", (0.6,))
+    assert index(folder, run) == 0  # a store without is not asked again
+    assert not answers.parts(Store(tmp_path / "store"))
+    search.main(["index", str(folder), "--workdir", str(run), "--index", str(tmp_path / "fresh")])
+    assert answers.parts(Store(tmp_path / "fresh")) == {Part("top", 0.6): True}
+
+
+def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypatch, tmp_path, capsys):
+    stream = VPM.stream
+
+    def stopping(self, images, batch):
+        stopping.calls += 1
+        if stopping.calls == 4:  # nothing, whole, top 0.5, top 0.8
+            raise KeyboardInterrupt
+        return stream(self, images, batch)
+
+    def compared():
+        ranking = str(tmp_path / "r.json")
+        assert search.main(["query", query, "--index", str(tmp_path / "store"), "--json", ranking]) == 0
+        return json.loads(Path(ranking).read_text())["queries"][0]["compared_with"]
+
+    query, stopping.calls = str(folder / "b.PNG"), 0
+    monkeypatch.setattr(VPM, "stream", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, run, "--crops", "0.5,0.8")
+    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
+    monkeypatch.setattr(VPM, "stream", stream)
+    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
+    assert compared() == "whole"  # which is no farther than the half
+    assert index(folder, run) == 0
+    assert compared() == "top 0.8"
+    flip(tmp_path / "store" / "top-0.8" / "features-0.bin")
+    with pytest.raises(UserError, match=r"top-0\.8.*is damaged \(its checksum differs\)"):
+        compared()
+
+
+def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, tmp_path, capsys):
+    prepare = VPM.prepare
+
+    def vanishing(self, image, *rest, crop=WHOLE, **more):
+        if crop != WHOLE and Path(image).name == "a.jpg":
+            Path(image).unlink(missing_ok=True)
+        return prepare(self, image, *rest, crop=crop, **more)
+
+    monkeypatch.setattr(VPM, "prepare", vanishing)
+    assert index(folder, run, "--crops", "0.5") == search.INCOMPLETE
+    said = capsys.readouterr()
+    assert (
+        "a.jpg cannot be read" in said.err and "1 of 9 images went while they were described: index again." in said.err
+    )
+    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): False}
+    assert index(folder, run) == 0
+    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True}
+
+
+@pytest.mark.parametrize(
+    ("gammas", "sentence"),
+    [("0.5,x", "--crops: '0.5,x', expected numbers"), ("1.5", "expected kept area ratios between 0 and 1")],
+)
+def test_crops_that_are_none(folder, run, tmp_path, gammas, sentence):
+    with pytest.raises(UserError, match=sentence):
+        index(folder, run, "--crops", gammas)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_model_that_cannot_tell_how_much_a_query_shows(folder, tmp_path):
+    make_run(tmp_path / "other", data__crop="any")
+    with pytest.raises(UserError, match=r"data.crop is 'any': expected top, bottom or bilateral"):
+        index(folder, tmp_path / "other", "--crops", "0.5")
+
+
+@pytest.mark.parametrize("parts", [3, [["top"]], [["top", 2, True]], [["up", 0.5, True]]])
+def test_damaged_parts_of_a_store(folder, indexed, parts):
+    about = json.loads((indexed / "store.json").read_text())
+    about["extra"]["parts"] = parts
+    (indexed / "store.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"store\.json is damaged \(parts are"):
+        search.main(["query", str(folder / "a.jpg"), "--index", str(indexed)])
 
 
 def test_json_for_a_pipe_is_all_there_is(folder, indexed, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 from vpm_jax import api, html
 from vpm_jax.api import VPM, Description
 from vpm_jax.errors import UserError
-from vpm_jax.regions import RegionGrid
+from vpm_jax.regions import UNCUT, Part, RegionGrid, nearest_part, visible_heights
 from vpm_jax.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
@@ -26,7 +26,7 @@ class Result(NamedTuple):
     distance: float
     region_distance: np.ndarray
     weight: np.ndarray  # the share of each region in the distance; they sum to 1
-    visibility: np.ndarray  # of the gallery image, Eq. 2
+    visibility: np.ndarray  # of the gallery image, or the part of it that was compared; Eq. 2
 
     @property
     def counted(self) -> np.ndarray:
@@ -39,43 +39,87 @@ class Answer(NamedTuple):
     path: Path
     query: Description
     results: list[Result]  # nearest first; none that shares no region
+    part: Part = UNCUT  # which part of every image of the store it was compared with
 
     @property
     def visible(self) -> np.ndarray:
         return self.query.visibility[0] >= _VISIBLE_CELLS
 
 
+def parts(store: Store) -> dict[Part, bool]:
+    """Which parts of its pictures a store describes too, and whether it is done with that.
+
+    Each is a store of its own, see `part_folder`. Raises UserError if store.json is damaged.
+    """
+    said = store.about.extra.get("parts", [])
+    try:
+        found = {Part(str(side), float(gamma)): bool(done) for side, gamma, done in said}
+        _ = [part.crop for part in found]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{store.folder / 'store.json'} is damaged (parts are {said!r}): make the store again in another folder."
+        ) from None
+    return found
+
+
+def part_folder(store: Path, part: Part) -> Path:
+    """Where the store of a part lies."""
+    return store / str(part).replace(" ", "-")
+
+
 def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[Answer]:
     """The `top` nearest images of the store for each query image, with what their distances are made of.
 
-    Raises:
-      UserError: for an image that cannot be read, or a store of another model.
-    """
-    from vpm_jax.matching import local_distances, match_visibility, top_k
+    Where the store describes parts of its pictures too, each query meets the part that it seems to show itself.
 
+    Raises:
+      UserError: for an image that cannot be read, a store of another model, or one of a part that is damaged.
+    """
     store.check_model(model.fingerprint, model.source)
     described = model.features(list(images))
+    among = [UNCUT, *(part for part, done in parts(store).items() if done)]
+    chosen = np.zeros(len(described), int)
+    if len(among) > 1:
+        chosen = nearest_part(visible_heights(described.region_maps, model.grid), among)
+    root = store.path("folder") or Path()
+    answers: dict[int, Answer] = {}
+    for number, part in enumerate(among):
+        rows = [row for row, which in enumerate(chosen) if which == number]
+        if not rows:
+            continue
+        there = store
+        if part != UNCUT:
+            there = Store(part_folder(store.folder, part))
+            there.check_model(model.fingerprint, model.source)
+            there.verify()
+        for row, results in zip(rows, _ranked(model, there, described[rows], top, root), strict=True):
+            answers[row] = Answer(images[row], described[row], results, part)
+    return [answers[row] for row in range(len(images))]
+
+
+def _ranked(model: VPM, store: Store, queries: Description, top: int, root: Path) -> list[list[Result]]:
+    from vpm_jax.matching import local_distances, match_visibility, top_k
+
     match = model.config.match
-    weight = match_visibility(described.visibility, match.visibility)
+    weight = match_visibility(queries.visibility, match.visibility)
     gallery_weight = match_visibility(store.visibility, match.visibility)
-    distance, index = top_k(described.features, weight, (store.features, gallery_weight), top, match.squared)
-    root, names = store.path("folder") or Path(), store.names
-    answers = []
-    for row, path in enumerate(images):
+    distance, index = top_k(queries.features, weight, (store.features, gallery_weight), top, match.squared)
+    names, rankings = store.names, []
+    for row in range(len(queries)):
         found = index[row][np.isfinite(distance[row])]
-        parts, shares = local_distances(
-            described.features[row : row + 1],
+        local, shares = local_distances(
+            queries.features[row : row + 1],
             weight[row : row + 1],
             store.features[found],
             gallery_weight[found],
             match.squared,
         )
         results = [
-            Result(names[i], root / names[i], float(distance[row, rank]), parts[0, rank], shares[0, rank], scores)
+            Result(names[i], root / names[i], float(distance[row, rank]), local[0, rank], shares[0, rank], scores)
             for rank, (i, scores) in enumerate(zip(found, store.visibility[found], strict=True))
         ]
-        answers.append(Answer(path, described[row], results))
-    return answers
+        rankings.append(results)
+    return rankings
 
 
 def numbers(which: np.ndarray) -> str:
@@ -104,6 +148,7 @@ def record(model: VPM, store: Store, answers: list[Answer]) -> dict[str, Any]:
                 "image": str(answer.path),
                 "visibility": listed(answer.query.visibility[0]),
                 "visible": [int(i) for i in np.flatnonzero(answer.visible)],
+                "compared_with": str(answer.part),
                 "results": [
                     {
                         "rank": rank,
@@ -121,6 +166,11 @@ def record(model: VPM, store: Store, answers: list[Answer]) -> dict[str, Any]:
             for answer in answers
         ],
     }
+
+
+def compared(answer: Answer) -> str:
+    """With which part of every image a query was compared, for people."""
+    return "" if answer.part == UNCUT else f"; compared with the {answer.part} of every picture"
 
 
 def numbering(grid: RegionGrid) -> str:
@@ -148,7 +198,8 @@ def _section(answer: Answer, columns: int) -> str:
     name = printable(answer.path.name)
     pixels = api.read(answer.path)
     seen = html.regions(pixels, answer.query.region_maps[0], answer.query.visibility[0], f"query {name}", columns)
-    body = html.row([html.card(seen, f"shows regions {numbers(answer.visible)}", "query", "Query")], wide=True)
+    said = f"shows regions {numbers(answer.visible)}{compared(answer)}"
+    body = html.row([html.card(seen, said, "query", "Query")], wide=True)
     if answer.results:
         longest = max(float(result.region_distance.max()) for result in answer.results)
         cards = [_card(rank, result, longest, columns) for rank, result in enumerate(answer.results, 1)]

@@ -30,7 +30,7 @@ from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.data import decode
 from vpm_jax.errors import UserError
-from vpm_jax.regions import RegionGrid
+from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
 # A path, an encoded file's bytes, a Pillow image, or uint8 RGB (or grey, or RGBA) [H, W, 3], of any size.
 Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
@@ -201,18 +201,23 @@ class VPM:
             if running is not None:
                 yield _fetch(*running)
 
-    def prepare(self, image: Image, name: str = "the image", out: np.ndarray | None = None) -> np.ndarray:
+    def prepare(
+        self, image: Image, name: str = "the image", out: np.ndarray | None = None, crop: Crop = WHOLE
+    ) -> np.ndarray:
         """What the network sees of an image: uint8 [H, W, 3] of `image_size`; `features` takes it as it is.
 
         Args:
           image: as in `features`.
           name: how errors call an image that is not a file.
           out: an array uint8 [H, W, 3] to write into.
+          crop: the box of the image to look at, as fractions of it (`regions.draw_crop`).
 
         Raises:
           UserError: as `features`.
         """
         pixels = read(image, name)
+        top, left, bottom, right = pixel_box(crop, *pixels.shape[:2])
+        pixels = pixels[top:bottom, left:right]
         if pixels.shape[:2] == self.image_size:
             if out is None:
                 return pixels

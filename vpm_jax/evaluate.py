@@ -27,7 +27,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.regions import HEIGHTS, RegionGrid, draw_crop, visible_heights
+from vpm_jax.regions import RegionGrid, gallery_parts, nearest_part, visible_heights
 from vpm_jax.workdir import read_run
 
 
@@ -257,20 +257,17 @@ def _among_crops(
 
     One crop's features of the gallery are held at a time, and all distances.
     """
-    sides = HEIGHTS[config.data.crop]
-    crops = [Job(gallery)] + [Job(gallery, g, side) for g in sorted(config.match.gallery_gammas) for side in sides]
-    boxes = [draw_crop(job.crop or "none", job.gamma, (0.0, 0.0, 0.0)) for job in crops]
-    heights = np.array([(box.top, box.top + box.height) for box in boxes])
-    parts = extract_many(config, variables, queries, mesh, check)
-    chosen = [np.abs(np.asarray(part.heights)[:, None] - heights).sum(-1).argmin(1) for part in parts]
-    found = [np.empty((len(part.features), len(gallery)), np.float32) for part in parts]
-    for number, job in enumerate(crops):
+    parts = gallery_parts(config.data.crop, config.match.gallery_gammas)
+    asked = extract_many(config, variables, queries, mesh, check)
+    chosen = [nearest_part(np.asarray(query.heights), parts) for query in asked]
+    found = [np.empty((len(query.features), len(gallery)), np.float32) for query in asked]
+    for number, part in enumerate(parts):
         rows = [which == number for which in chosen]
         if any(map(np.any, rows)):
-            [cropped] = extract_many(config, variables, [job], mesh, check)
-            for part, mine, distance in zip(parts, rows, found, strict=True):
+            [cropped] = extract_many(config, variables, [Job(gallery, part.gamma, part.side)], mesh, check)
+            for query, mine, distance in zip(asked, rows, found, strict=True):
                 if mine.any():
-                    distance[mine] = eq4(config, part.take(mine), cropped)
+                    distance[mine] = eq4(config, query.take(mine), cropped)
     return found
 
 

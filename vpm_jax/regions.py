@@ -9,6 +9,7 @@ All boxes are fractions of the holistic image, origin top-left; regions are numb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -88,6 +89,34 @@ def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -
         "left": Crop(0.0, 0.0, 1.0, gamma),
         "right": Crop(0.0, 1 - gamma, 1.0, gamma),
     }[strategy]
+
+
+class Part(NamedTuple):
+    """What is kept of a picture that a gallery is described by: `side` as in `draw_crop`, and gamma."""
+
+    side: str = "none"
+    gamma: float = 1.0
+
+    def __str__(self) -> str:
+        return "whole" if self.gamma == 1 else f"{self.side} {self.gamma:g}"
+
+    @property
+    def crop(self) -> Crop:
+        return draw_crop(self.side, self.gamma, (0.0, 0.0, 0.0))
+
+
+UNCUT = Part()
+
+
+def gallery_parts(strategy: str, gammas: Sequence[float]) -> list[Part]:
+    """The whole picture, and its parts of every gamma on every side that `strategy`, one of HEIGHTS, keeps."""
+    return [UNCUT] + [Part(side, gamma) for gamma in sorted(gammas) for side in HEIGHTS[strategy]]
+
+
+def nearest_part(heights: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
+    """The part most like what each picture shows, of `visible_heights` [N, 2]: int [N], the first of equals."""
+    edges = np.array([(part.crop.top, part.crop.top + part.crop.height) for part in parts])
+    return np.abs(heights[:, None] - edges).sum(-1).argmin(1)
 
 
 def axis_labels(start: float, size: float, parts: int, cells: int, min_cells: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -6,21 +6,27 @@
 `index` describes every image of a folder, and of the folders in it, into a feature store: again after a change, it
 describes what is new or changed and drops what is gone; stopped or killed, it goes on. `query` ranks the images of a
 store by Eq. 4.
+
+With --crops, every image is described cropped too, and a query meets the crop that shows what it seems to show itself:
+better for partial queries (docs/results), with as many times the work and the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +37,7 @@ from vpm_jax.answers import Answer, numbers, printable
 from vpm_jax.api import VPM, Description
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, write_atomically
+from vpm_jax.regions import UNCUT, Part, gallery_parts
 from vpm_jax.store import DTYPES, About, Entry, Store, Writer
 
 IMAGES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -53,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("folder", type=Path, metavar="FOLDER", help=f"with images ({', '.join(IMAGES)}) at any depth")
     one.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
     add_model(one)
+    one.add_argument(
+        "--crops",
+        type=_gammas,
+        metavar="GAMMAS",
+        help="describe crops that keep these shares too, as 0.5,0.6,0.7,0.8,0.9, or none "
+        "(default: the store's, or of a new one the model's match.gallery_gammas)",
+    )
     one.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")
     one.add_argument("--batch", type=_positive, default=64, help="images computed together (default: %(default)s)")
     two = commands.add_parser("query", help="rank the images of a store", description="Rank the images of a store.")
@@ -65,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     model = args.workdir or args.model
     if args.command == "index":
-        return index(args.folder, args.index, model, args.dtype, args.batch)
+        return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
     return query(args.images, args.index, model, args.top, args.json, args.html)
 
 
@@ -83,14 +97,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gammas(text: str) -> tuple[float, ...]:
+    try:
+        return () if text == "none" else tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers as 0.5,0.75, or none") from None
+
+
 # ---- Index ----
 
 
-def index(folder: Path, store: Path, model_path: Path | None, dtype: str = "float16", batch: int = 64) -> int:
+def index(
+    folder: Path,
+    store: Path,
+    model_path: Path | None,
+    dtype: str = "float16",
+    batch: int = 64,
+    gammas: tuple[float, ...] | None = None,
+) -> int:
     """Makes `store` hold what the model says of every image under `folder`; the exit code.
 
+    `gammas` are the crops that it describes too; None for those that the store has, or the model asks for.
+
     Raises:
-      UserError: for a folder without images, a store of another folder or model, or a disk that is full.
+      UserError: for a folder without images, a store of another folder or model, crops that the model cannot be
+        searched by, or a disk that is full.
     """
     found, others = list_images(folder)
     there = Store(store) if (store / "store.json").exists() else None
@@ -100,38 +131,80 @@ def index(folder: Path, store: Path, model_path: Path | None, dtype: str = "floa
     model = VPM.load(model_path)
     root = str(folder.resolve())
     nothing = model.features([])
+    parts = _parts(model, there, gammas)
+
+    def extra(done: Collection[Part] = ()) -> dict[str, Any]:
+        told = [[part.side, part.gamma, part in done] for part in parts]
+        return {"folder": root, "model": str(model_path.resolve()), "parts": told}
+
     about = About(
         model=model.fingerprint,
         config=config_digest(model),
         regions=nothing.features.shape[1],
         channels=nothing.features.shape[2],
         dtype=there.about.dtype if there is not None else dtype,
-        extra={"folder": root, "model": str(model_path.resolve())},
+        extra=extra(),
     )
     with Writer(store, about) as writer:
-        before = {entry.name: entry for entry in Store(store).entries}
-        fresh = [entry for entry in found if before.get(entry.name) != entry]
-        changed = sum(entry.name in before for entry in fresh)
-        names = {entry.name for entry in found}
-        gone = sum(name not in names for name in before)
-        stale = {entry.name for entry in fresh}
-        writer.keep(np.array([name in names and name not in stale for name in before], bool))
-        skipped, committed = {entry.name for entry in fresh}, time.monotonic()
-        for some, part in describe(model, folder, fresh, batch):
-            writer.append(some, part.features, part.visibility)
-            skipped.difference_update(entry.name for entry in some)
-            if time.monotonic() - committed > _COMMIT_SECONDS:
-                writer.commit()
-                committed = time.monotonic()
-    unreadable = len(skipped)
-    changed -= len(skipped & before.keys())
-    news = {"new": len(fresh) - unreadable - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
+        for part in answers_lib.parts(there) if there is not None else ():
+            if part not in parts:
+                shutil.rmtree(answers_lib.part_folder(store, part), ignore_errors=True)
+        news = _update(writer, model, folder, found, batch)
+        done, most_lost = [], 0
+        for part in parts:
+            with Writer(answers_lib.part_folder(store, part), about) as other:
+                lost = _update(other, model, folder, Store(store).entries, batch, part)["unreadable"]
+            if not lost:
+                done.append(part)
+            most_lost = max(most_lost, lost)
+            writer.about = dataclasses.replace(writer.about, extra=extra(done))
+            writer.commit()
+    unreadable = news["unreadable"]
     said = ", ".join(f"{number} {word}" for word, number in news.items() if number) or "nothing changed"
+    cropped = f" Also cropped: {', '.join(map(str, done))}." if done else ""
     total = len(Store(store))
-    print(f"{store}: {total} images of {printable(root)} ({said}; {others} other files left out).")
+    print(f"{store}: {total} images of {printable(root)} ({said}; {others} other files left out).{cropped}")
     if unreadable:
         print(f"{unreadable} of {len(found)} images could not be read and were skipped.", file=sys.stderr)
-    return INCOMPLETE if unreadable else 0
+    if most_lost:
+        print(f"{most_lost} of {total} images went while they were described: index again.", file=sys.stderr)
+    return INCOMPLETE if unreadable or most_lost else 0
+
+
+def _parts(model: VPM, there: Store | None, gammas: tuple[float, ...] | None) -> list[Part]:
+    """The crops to describe beside whole images."""
+    config = model.config.copy_and_resolve_references()
+    if gammas is not None:
+        config.match.gallery_gammas = gammas
+    elif there is not None and "parts" in there.about.extra:
+        return list(answers_lib.parts(there))
+    config.match.rerank = False  # which a search never does
+    config_lib.check_gallery_gammas(config)
+    return gallery_parts(config.data.crop, config.match.gallery_gammas)[1:]
+
+
+def _update(
+    writer: Writer, model: VPM, folder: Path, found: list[Entry], batch: int, part: Part = UNCUT
+) -> dict[str, int]:
+    """Makes a store hold these images of the folder, and no others: how many were new, changed, deleted, unreadable."""
+    before = {entry.name: entry for entry in Store(writer.folder).entries}
+    fresh = [entry for entry in found if before.get(entry.name) != entry]
+    changed = sum(entry.name in before for entry in fresh)
+    names = {entry.name for entry in found}
+    gone = sum(name not in names for name in before)
+    stale = {entry.name for entry in fresh}
+    writer.keep(np.array([name in names and name not in stale for name in before], bool))
+    skipped, committed = {entry.name for entry in fresh}, time.monotonic()
+    for some, described in describe(model, folder, fresh, batch, part):
+        writer.append(some, described.features, described.visibility)
+        skipped.difference_update(entry.name for entry in some)
+        if time.monotonic() - committed > _COMMIT_SECONDS:
+            writer.commit()
+            committed = time.monotonic()
+    writer.commit()
+    unreadable = len(skipped)
+    changed -= len(skipped & before.keys())
+    return {"new": len(fresh) - unreadable - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
 
 
 def list_images(folder: Path) -> tuple[list[Entry], int]:
@@ -193,15 +266,15 @@ def config_digest(model: VPM) -> str:
 
 
 def describe(
-    model: VPM, folder: Path, entries: list[Entry], batch: int = 64
+    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: Part = UNCUT
 ) -> Iterator[tuple[list[Entry], Description]]:
-    """What the model says of a folder's images, some at a time; those that cannot be read are named and left out."""
+    """What the model says of a part of a folder's images, some at a time; what cannot be read is named and left out."""
     ready: deque[Entry] = deque()
     unreadable = 0
 
     def prepare(entry: Entry) -> np.ndarray | UserError:
         try:
-            return model.prepare(folder / entry.name)
+            return model.prepare(folder / entry.name, crop=kept.crop)
         except UserError as error:
             return error
 
@@ -218,6 +291,7 @@ def describe(
                         ready.append(entry)
                         yield image
 
+    cropped = "" if kept == UNCUT else f" ({kept})"
     status, started, done = Status(), time.monotonic(), 0
     for part in model.stream(pixels(), batch):
         yield [ready.popleft() for _ in range(len(part))], part
@@ -225,7 +299,7 @@ def describe(
         rate = done / (time.monotonic() - started)
         left = len(entries) - done - unreadable
         status.show(
-            f"images {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
+            f"images{cropped} {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
             final=not left,
         )
 
@@ -276,7 +350,8 @@ def query(
 def _print(answers: list[Answer], numbering: str) -> None:
     for answer in answers:
         count, shown = answer.query.visibility.shape[1], numbers(answer.visible)
-        print(f"\n{printable(answer.path)} shows regions {shown} of 0 to {count - 1} ({numbering}).")
+        with_part = answers_lib.compared(answer)
+        print(f"\n{printable(answer.path)} shows regions {shown} of 0 to {count - 1} ({numbering}){with_part}.")
         if not answer.results:
             continue
         width = max(4 * count, len("share of each region, %"))
