@@ -219,6 +219,7 @@ def test_step_runs(capsys):
         ("--target v5e", "such as v5e:4x4"),
         ("--target h200:2x2", "such as v5e:4x4"),
         ("--target h200 --devices 0", "at least 1"),
+        ("--target h200 --batch 0", "--batch is 0"),
         ("--target v5e:2x2 --devices 2", "the shape of v5e:2x2"),
     ],
 )

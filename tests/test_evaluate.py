@@ -157,10 +157,37 @@ def test_each_query_meets_the_gallery_cropped_as_itself(trained, crop, monkeypat
     assert used == set(boxes)
 
 
+def test_what_a_cropped_gallery_is_called(whole, tmp_path, capsys):
+    gallery = "--config.match.gallery_gammas=0.5"
+    assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), gallery]) == 0
+    said = capsys.readouterr().out
+    assert "gallery images whole and cropped (1 of" in said
+    assert "features of queries" in said and "features of the gallery (" in said and " of 2) " in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides"),
+    [
+        ({"data.crop": "top"}, ["top"]),
+        ({"data.crop": "bilateral"}, ["top", "bottom"]),
+        ({"data.crop": "top", "data.mix": 0.3, "data.mix_crop": "bottom"}, ["top", "bottom"]),
+        ({"data.crop": "top", "data.mix": 0.3, "data.mix_crop": "any"}, ["top"]),
+        ({"data.crop": "top", "data.mix": 0.7, "data.whole": 0.3, "data.mix_crop": "bottom"}, ["bottom"]),
+        ({"data.crop": "none", "data.mix": 0.5, "data.mix_crop": "top"}, ["top"]),
+        ({"data.crop": "none", "data.mix_crop": "top"}, []),
+    ],
+)
+def test_a_gallery_is_cropped_as_training_images_were(changes, sides):
+    config = config_lib.default()
+    for key, value in changes.items():
+        config_lib.set_key(config, key, value)
+    assert config_lib.sides(config) == sides
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"data.crop": "any"}, "expected top, bottom or bilateral"),
+        ({"data.crop": "any"}, "expected training crops of the top, bottom or bilateral"),
         ({"model.locator": "stripes"}, "does not tell how much a query shows"),
         ({"model.grid": (1, 2)}, "does not tell how much a query shows"),
         ({"match.rerank": True}, "match.rerank is on"),
@@ -199,6 +226,8 @@ def test_reranking(whole, trained, tmp_path, capsys):
     ("change", "sentence"),
     [
         ("--config.seed=1", r"trained with another config \(seed: 0 -> 1\)"),
+        ("--config.recipe=paper", r"trained with another config \(recipe: synthetic -> paper\)"),
+        ("--config.stage2.epochs=999", r"stage2\.epochs: \d+ -> 999"),
         ("--config.model.width=8", r"trained with another config \(model\.width: 4 -> 8\)"),
         ("--config.eval.gamas=0.5", r"did you mean eval\.gammas\?"),
         ("--config.data.root=nowhere_else", "nowhere_else does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 
 import numpy as np
@@ -72,6 +73,8 @@ def test_training_crops_are_like_the_pictures(bottoms):
     from_below = RANDOM.random(2000) < bottoms
     pictures = np.where(from_below[:, None], np.stack([1 - kept, kept * 0 + 1], 1), np.stack([kept * 0, kept], 1))
     values = config.default()
+    config.set_key(values, "data.whole", 0.4)  # what other crops the config had gives way
+    config.set_key(values, "data.mix", 0.4)
     for key, value in extents.like_these(pictures).items():
         config.set_key(values, key, value)
     config.check(values)
@@ -90,26 +93,27 @@ def test_the_command(tmp_path, capsys):
     make_run(tmp_path / "run")
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
-    for name in ("a.jpg", "below/b.png"):
-        Image.fromarray(RANDOM.integers(0, 256, (60, 30, 3), dtype=np.uint8)).save(folder / name)
+    odd = os.fsdecode(b"\xff.png")  # no UTF-8
+    for name in ("a.jpg", "below/b.png", odd):
+        Image.fromarray(RANDOM.integers(0, 256, (60, 30, 3), dtype=np.uint8)).save(folder / name, format="PNG")
     arguments = [str(folder), "--workdir", str(tmp_path / "run"), "--csv", str(tmp_path / "out.csv")]
     assert extents.main(arguments) == 0
     out = capsys.readouterr().out
-    assert f"2 pictures of {folder}" in out
+    assert f"3 pictures of {folder}" in out
     read = cli.load_config("configs/market.py", shlex.split(out.splitlines()[-1]))
     assert len(read.data.gamma) == 11 and read.recipe.endswith("-transductive")
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["path"] for row in rows] == ["a.jpg", "below/b.png"]
+    assert [row["path"] for row in rows] == ["a.jpg", "below/b.png", "?.png"]
     assert all(0 <= float(row["top"]) < float(row["bottom"]) <= 1 for row in rows)
 
     (folder / "c.jpg").write_text("no picture")
     assert extents.main(arguments) == 3
     found = capsys.readouterr()
-    assert "c.jpg" in found.err and "\n2 pictures of" in found.out
-    for name in ("a.jpg", "below/b.png"):
+    assert "c.jpg" in found.err and "\n3 pictures of" in found.out
+    for name in ("a.jpg", "below/b.png", odd):
         (folder / name).write_text("no picture")
-    with pytest.raises(UserError, match="None of the 3 pictures"):
+    with pytest.raises(UserError, match="None of the 4 pictures"):
         extents.main(arguments)
 
 

@@ -304,6 +304,20 @@ def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
     assert changes == {"base": {}, "ema_flip": {"optim.ema": 0.9, "eval.flip": True}}
 
 
+def test_what_a_part_evaluates_is_said_and_how_long_it_takes_is_known(pretend, call, tmp_path):
+    file = tmp_path / "parts.py"
+    file.write_text('SCREEN = {"base": {}}\nEVALUATED = {"crops": ("base", {"match.gallery_gammas": (0.5, 0.8)})}')
+    assert call(f"--parts {file}") == 0
+    assert "gallery images whole (of crops also cropped);" in (tmp_path / "report" / "report.md").read_text()
+    finished = {r["method"]: r for r in results.finished(tmp_path / "results")}
+    base, crops = finished["vpm"], finished["crops"] | {"evaluation_seconds": 60.0}
+    runs = experiments.plan_parts(experiments.parts(file), "market1501", "screen", 1)
+    run = {each.method: each for each in runs.values()}
+    assert estimate.rates(run["crops"], [base]) == (base["images_per_second"], base["evaluation_seconds"])
+    assert estimate.rates(run["crops"], [base, crops])[1] == 60.0
+    assert estimate.rates(run["vpm"], [base, crops])[1] == base["evaluation_seconds"]
+
+
 def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
     file = tmp_path / "parts.py"
     file.write_text(PARTS)
@@ -333,6 +347,8 @@ def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
         ("SCREEN = {'base': {}, 3: {'optim.ema': 0.9}}", "expected a name of letters"),
         ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('a', {})}", "b evaluates a, which SCREEN"),
         ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('base', {'optim.ema': 0.9})}", "put it into SCREEN"),
+        ("SCREEN = {'base': {}, 'a': {1: 2, 'z': 3}}", "part a sets 1, which is no config key"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
         ("SCREEN = 3", "AttributeError"),
         ("SCREEN = ", "SyntaxError"),
         (None, "FileNotFoundError"),

@@ -428,7 +428,7 @@ def test_crops_that_are_none(folder, run, tmp_path, gammas, sentence):
 
 def test_a_model_that_cannot_tell_how_much_a_query_shows(folder, tmp_path):
     make_run(tmp_path / "other", data__crop="any")
-    with pytest.raises(UserError, match=r"data.crop is 'any': expected top, bottom or bilateral"):
+    with pytest.raises(UserError, match=r"data.crop is 'any': expected training crops of the top"):
         index(folder, tmp_path / "other", "--crops", "0.5")
 
 

@@ -71,11 +71,11 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_its_holder(tmp_pat
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{}", None])
+@pytest.mark.parametrize("text", ["", "{}", "\r\n", "\udcff\udcfe", None])
 def test_a_lock_from_elsewhere_that_nobody_touches_is_taken_over(tmp_path, capsys, text):
     left_behind(tmp_path, place="another machine", host="node7")
     if text is not None:  # its holder died while it wrote its name
-        (tmp_path / ".lock").write_text(text)
+        (tmp_path / ".lock").write_bytes(os.fsencode(text))
     with WorkdirLock(tmp_path) as lock:
         lock.check()
     assert ("on node7" if text is None else "left no name") in capsys.readouterr().out

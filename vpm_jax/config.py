@@ -380,7 +380,9 @@ def check_gallery_gammas(config: ConfigDict) -> None:
     if not all(0 < gamma < 1 for gamma in gammas):
         raise UserError(f"Config key match.gallery_gammas is {gammas}, expected kept area ratios between 0 and 1.")
     reasons = {
-        f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral": config.data.crop not in HEIGHTS,
+        f"data.crop is {config.data.crop!r}: expected training crops of the top, bottom or bilateral": not sides(
+            config
+        ),
         "the model does not tell how much a query shows: expected two rows of regions or more, and no stripes": (
             m.grid[0] < 2 or m.locator == "stripes"
         ),
@@ -388,6 +390,13 @@ def check_gallery_gammas(config: ConfigDict) -> None:
     }
     if gammas and (wrong := [reason for reason, found in reasons.items() if found]):
         raise UserError(f"Config key match.gallery_gammas is {gammas}, but {wrong[0]}.")
+
+
+def sides(config: ConfigDict) -> list[str]:
+    """Which parts of a height training crops keep, of "top" and "bottom": what a gallery may be cropped to."""
+    data = config.data
+    cropped = [data.crop] * (data.whole + data.mix < 1) + [data.mix_crop] * (data.mix > 0)
+    return sorted({side for strategy in cropped for side in HEIGHTS.get(strategy, ())}, reverse=True)
 
 
 def to_json(config: ConfigDict) -> str:

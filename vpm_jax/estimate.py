@@ -61,10 +61,11 @@ def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] |
     trained = [r for r in here if r["images"]]
     if not trained:
         return None
-    evaluation = median(r["evaluation_seconds"] for r in trained)
-    if run.test:
-        same = [r["evaluation_seconds"] for r in here if r["test"] == run.test]
-        evaluation = median(same) if same else PARTIAL * evaluation
+    tested = [r for r in here if r["test"] == (run.test or run.dataset)]
+    same = [r for r in tested if r["method"] == run.method] or tested * bool(run.test)
+    evaluation = median(r["evaluation_seconds"] for r in same or trained)
+    if run.test and not same:
+        evaluation *= PARTIAL
     trained = [r for r in trained if r["method"] == run.method] or trained
     return median(r["images"] / r["seconds"] for r in trained), evaluation
 

@@ -1,7 +1,7 @@
 """Evaluates a trained run on partial queries: python -m vpm_jax.evaluate --workdir runs/market
 
-Queries are cropped to every gamma (kept area ratio), the gallery stays whole, Eq. 4 compares them. Writes
-evaluation.json, evaluation.md and gamma.png into the workdir.
+Queries are cropped to every gamma (kept area ratio), the gallery stays whole (but for match.gallery_gammas), Eq. 4
+compares them. Writes evaluation.json, evaluation.md and gamma.png into the workdir.
 
     python -m vpm_jax.evaluate --workdir runs/market --dataset partial_reid --root Partial-REID_Dataset.zip
 
@@ -124,8 +124,9 @@ def extract_many(
     jobs: Sequence[tuple[Any, ...]],
     mesh: Any,
     check: Callable[[], None] | None = None,
+    title: str = "features",
 ) -> list[Features]:
-    """`extract` for several `Job`s, one after the other, with one progress line.
+    """`extract` for several `Job`s, one after the other, with one progress line, which begins with the title.
 
     `check` is called after every batch, and may raise to end the work.
     """
@@ -162,7 +163,7 @@ def extract_many(
                 arrays.heights[first : first + count] = visible_heights(out["region_maps"][:count], grid)
             first, done = first + count, done + count
             rate = done / (time.monotonic() - started)
-            text = f"features {done}/{total}  {rate:.0f} images/s  ETA {duration((total - done) / rate)}"
+            text = f"{title} {done}/{total}  {rate:.0f} images/s  ETA {duration((total - done) / rate)}"
             status.show(text, final=done == total)
             if check is not None:
                 check()
@@ -214,7 +215,7 @@ def ranked(gallery: Any) -> Any:
 def evaluate(
     config: ConfigDict, variables: Any, dataset: Any, mesh: Any, check: Callable[[], None] | None = None
 ) -> dict[float, dict[str, Any]]:
-    """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas, gallery whole.
+    """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas.
 
     `check` is called between batches, and may raise to end the evaluation.
     """
@@ -257,14 +258,15 @@ def _among_crops(
 
     One crop's features of the gallery are held at a time, and all distances.
     """
-    parts = gallery_parts(config.data.crop, config.match.gallery_gammas)
-    asked = extract_many(config, variables, queries, mesh, check)
+    parts = gallery_parts(config_lib.sides(config), config.match.gallery_gammas)
+    asked = extract_many(config, variables, queries, mesh, check, "features of queries")
     chosen = [nearest_part(np.asarray(query.heights), parts) for query in asked]
     found = [np.empty((len(query.features), len(gallery)), np.float32) for query in asked]
     for number, part in enumerate(parts):
         rows = [which == number for which in chosen]
         if any(map(np.any, rows)):
-            [cropped] = extract_many(config, variables, [Job(gallery, part.gamma, part.side)], mesh, check)
+            title = f"features of the gallery ({part}, {number + 1} of {len(parts)})"
+            [cropped] = extract_many(config, variables, [Job(gallery, part.gamma, part.side)], mesh, check, title)
             for query, mine, distance in zip(asked, rows, found, strict=True):
                 if mine.any():
                     distance[mine] = eq4(config, query.take(mine), cropped)
@@ -344,10 +346,11 @@ def evaluate_and_report(
     chance = metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
     skipped = next(iter(results.values()))["skipped"]
     dropped = "same identity and camera dropped" if query.camera is not None else "no cameras, so nothing is dropped"
+    kept = "whole and cropped" if config.match.gallery_gammas else "whole"
     lines = [
         headline(config, dataset, steps, trained_on),
         f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
-        f"images whole ({junk} of identity -1 left out); {dropped}; {skipped} queries without a match skipped.",
+        f"images {kept} ({junk} of identity -1 left out); {dropped}; {skipped} queries without a match skipped.",
         f"Matching: {matching_in_words(config)}. Chance: rank-1 {chance:.2%} (mean over random rankings).",
     ]
     text = "\n".join(lines) + "\n\n" + metrics.gamma_table(results)
@@ -355,6 +358,8 @@ def evaluate_and_report(
     own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
         text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
+        if config.match.gallery_gammas:
+            text = text.rstrip() + " Ours meet a gallery that is cropped too.\n"
     text = text.rstrip()
     if not hosts.is_first():
         return results

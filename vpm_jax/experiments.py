@@ -323,7 +323,7 @@ def parts(path: Path) -> dict[str, Method]:
         found = runpy.run_path(str(path))
         screen = {name: dict(keys) for name, keys in found["SCREEN"].items()}
         evaluated = {name: (of, dict(keys)) for name, (of, keys) in found.get("EVALUATED", {}).items()}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {cli.first_line(error)}"
         raise UserError(
             f"{path} lists no parts to try ({reason}): expected a Python file with SCREEN = {{name: {{key: value}}}}, "
@@ -339,7 +339,7 @@ def parts(path: Path) -> dict[str, Method]:
     for name, keys in [*screen.items(), *((name, keys) for name, (_, keys) in evaluated.items())]:
         if not is_name(name):
             raise UserError(f"{name!r} in {path}: expected a name of letters, digits, dots and underscores.")
-        if wrong := sorted(set(keys) - known):
+        if wrong := sorted(map(str, set(keys) - known)):
             raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: vpm_jax/config.py lists them.")
         if wrong := sorted(key for key in keys if key.startswith(_PROTOCOL)):
             raise UserError(f"The part {name} sets {wrong[0]}, by which all parts are judged: leave it out.")

@@ -1,4 +1,4 @@
-"""How much of a person each picture shows, and the training crops that are like these pictures.
+"""How much of a person each picture shows, and training crops that show as much.
 
     python -m vpm_jax.extents FOLDER --workdir runs/market
 
@@ -56,17 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names:
         raise UserError(f"None of the {len(entries)} pictures in {args.folder} can be read.")
     extents = np.concatenate(found)
+    print(f"{len(names)} pictures of {printable(str(args.folder))}, by {printable(str(path))}:\n")
+    print(in_words(extents))
+    keys = like_these(extents) | {"recipe": f"{model.config.recipe}-transductive"}
+    print("\nTraining crops that show as much (heights, and how many lack the top), learned from the pictures:\n")
+    print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
     if args.csv:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "top", "bottom"])
-        writer.writerows([name, *(f"{edge:.3f}" for edge in row)] for name, row in zip(names, extents, strict=True))
+        for name, row in zip(names, extents, strict=True):
+            writer.writerow([printable(name), *(f"{edge:.3f}" for edge in row)])
         write_atomically(args.csv, text.getvalue())
-    print(f"{len(names)} pictures of {printable(str(args.folder))}, by {printable(str(path))}:\n")
-    print(in_words(extents))
-    keys = like_these(extents) | {"recipe": f"{model.config.recipe}-transductive"}
-    print("\nTraining crops like these, learned from the pictures themselves:\n")
-    print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
     return INCOMPLETE if len(names) < len(entries) else 0
 
 
@@ -93,7 +94,7 @@ def like_these(extents: np.ndarray) -> dict[str, Any]:
     """The config keys that crop training images as these pictures are: {key: value}.
 
     data.gamma gets the quantiles of the kept height at every tenth. Where some lack more above than below, data.mix
-    says how many; a middle part counts as what it lacks most.
+    says how many, whatever their heights; a middle part counts as what it lacks most.
     """
     top, bottom = extents.T
     keys: dict[str, Any] = {"data.crop": "top"}
@@ -101,7 +102,7 @@ def like_these(extents: np.ndarray) -> dict[str, Any]:
     keys["data.gamma"] = tuple(np.quantile(bottom - top, tenths).round(2).tolist())
     partial = bottom - top < 1
     share = round(float((top > 1 - bottom)[partial].mean()), 2) if partial.any() else 0.0
-    return keys | ({"data.mix": share, "data.mix_crop": "bottom"} if share else {})
+    return keys | {"data.whole": 0.0, "data.mix": share} | ({"data.mix_crop": "bottom"} if share else {})
 
 
 if __name__ == "__main__":

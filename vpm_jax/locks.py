@@ -31,7 +31,7 @@ class Lock:
         self._path = path
         who = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "started": _started(os.getpid())}
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._text = json.dumps(who | {"since": since, "token": uuid.uuid4().hex})
+        self._text = json.dumps(who | {"since": since, "token": uuid.uuid4().hex}).encode()
         self._ended = threading.Event()
 
     def acquire(self) -> str | None:
@@ -56,7 +56,7 @@ class Lock:
         """Removes the file, unless it is another's by now."""
         self._ended.set()
         with contextlib.suppress(OSError), self._alone() as file:
-            if file.read() == self._text.encode():
+            if file.read() == self._text:
                 self._path.unlink()
 
     def is_lost(self) -> bool:
@@ -72,14 +72,14 @@ class Lock:
                 return False
             raise
         try:
-            return self._take_over("")
+            return self._take_over(b"")
         except UserError:
             self._path.unlink(missing_ok=True)
             raise
 
-    def _read(self) -> str | None:
+    def _read(self) -> bytes | None:
         try:
-            return self._path.read_text(errors="replace")
+            return self._path.read_bytes()
         except FileNotFoundError:
             return None
 
@@ -88,15 +88,15 @@ class Lock:
             with contextlib.suppress(OSError):
                 os.utime(self._path)
 
-    def _take_over(self, text: str) -> bool:
+    def _take_over(self, text: bytes) -> bool:
         """Writes this holder's name over that of a dead one, or into an empty file; False if another was quicker."""
         with writing(self._path):
             try:
                 with self._alone() as file:
-                    if file.read() != text.encode(errors="replace"):
+                    if file.read() != text:
                         return False
                     file.seek(0)
-                    file.write(self._text.encode())
+                    file.write(self._text)
                     file.truncate()
             except FileNotFoundError:  # released in between
                 return False
@@ -136,7 +136,7 @@ def holder(path: Path, silence: float = 900.0) -> str | None:
     A holder on another machine passes for dead after `silence` seconds, by this machine's clock.
     """
     try:
-        found, age = _Holder(path.read_text(errors="replace")), time.time() - _modified(path) / 1e9
+        found, age = _Holder(path.read_bytes()), time.time() - _modified(path) / 1e9
     except FileNotFoundError:
         return None
     if found.is_here:
@@ -147,7 +147,7 @@ def holder(path: Path, silence: float = 900.0) -> str | None:
 class _Holder:
     """What a lock's file says of its holder."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: bytes):
         self._found: dict[str, Any] = {"place": None}
         self._who = "a process that left no name"  # it died between making and filling the file, or does so now
         with contextlib.suppress(ValueError, KeyError, TypeError):

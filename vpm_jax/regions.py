@@ -108,9 +108,9 @@ class Part(NamedTuple):
 UNCUT = Part()
 
 
-def gallery_parts(strategy: str, gammas: Sequence[float]) -> list[Part]:
-    """The whole picture, and its parts of every gamma on every side that `strategy`, one of HEIGHTS, keeps."""
-    return [UNCUT] + [Part(side, gamma) for gamma in sorted(gammas) for side in HEIGHTS[strategy]]
+def gallery_parts(sides: Sequence[str], gammas: Sequence[float]) -> list[Part]:
+    """The whole picture, and its parts of every gamma on these sides ("top", "bottom")."""
+    return [UNCUT] + [Part(side, gamma) for gamma in sorted(gammas) for side in sides]
 
 
 def nearest_part(heights: np.ndarray, parts: Sequence[Part]) -> np.ndarray:

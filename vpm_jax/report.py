@@ -163,7 +163,8 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
 
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "
     body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
-    body += "Right: the same identity. Junk (the same camera, or no person) is not ranked.</p>\n"
+    body += "Right: the same identity. Junk (the same camera, or no person) is not ranked. "
+    body += f"Matching: {html.escape(evaluate.matching_in_words(config))}.</p>\n"
     for title, chosen in choose(precision, query.identity, queries).items():
         body += f"<h3>{title}</h3>\n"
         crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))

@@ -180,7 +180,7 @@ def _parts(model: VPM, there: Store | None, gammas: tuple[float, ...] | None) ->
         return list(answers_lib.parts(there))
     config.match.rerank = False  # which a search never does
     config_lib.check_gallery_gammas(config)
-    return gallery_parts(config.data.crop, config.match.gallery_gammas)[1:]
+    return gallery_parts(config_lib.sides(config), config.match.gallery_gammas)[1:]
 
 
 def _update(
@@ -286,7 +286,7 @@ def describe(
                 for entry, image in zip(some, pool.map(prepare, some), strict=True):
                     if isinstance(image, UserError):
                         unreadable += 1
-                        print(f"skipped: {image}", file=sys.stderr)
+                        print(f"skipped: {printable(image)}", file=sys.stderr)
                     else:
                         ready.append(entry)
                         yield image

@@ -283,10 +283,14 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
             )
         else:
             held = protocol["held out identities"]
+            cropped = sorted(
+                {r["method"] for r in done if r["test"] == one["test"] and r["match"].get("gallery_gammas")}
+            )
+            also = f" (of {', '.join(cropped)} also cropped)" if cropped else ""
             whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
             lines.append(
                 f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
-                f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole; same identity and camera "
+                f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same identity and camera "
                 f"dropped, {protocol['skipped']} queries without a match skipped. {chance}"
             )
         lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]

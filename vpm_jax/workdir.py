@@ -12,6 +12,8 @@ from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
 from vpm_jax.locks import Lock
 
+_LOOKING = ("data.root", "data.workers", "data.threads", "eval.", "match.")  # what may differ in `read_run`
+
 
 def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
     """(config of the run that the workdir holds, None if it is new; whether it has a checkpoint).
@@ -47,7 +49,9 @@ def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, Confi
     config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
     config_lib.check(config)
-    changed = config_lib.changed_keys(saved, config)
+    before = config_lib.flatten(saved)
+    changed = [f"{k}: {before[k]} -> {v}" for k, v in config_lib.flatten(config).items() if before[k] != v]
+    changed = [key for key in changed if not key.startswith(_LOOKING)]
     if changed:
         raise UserError(
             f"The run in {workdir} was trained with another config ({changed[0]}): what may change now is data.root, "

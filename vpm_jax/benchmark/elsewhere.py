@@ -76,12 +76,14 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     parallel.prepare_backend()
     jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
     jax.config.update("jax_enable_compilation_cache", False)
-    devices = topology(args.target, args.devices)
     config = fixed(config)
+    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
+    if images < 1:
+        raise UserError(f"--batch is {images}, expected at least one image.")
+    devices = topology(args.target, args.devices)
     dtype = config.model.dtype = args.dtype or config.model.dtype.replace("auto", "bfloat16")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"model.dtype is {dtype}, which no accelerator multiplies: expected bfloat16 or float32.")
-    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
     batch = random_batch(config, images)
     mesh = parallel.data_mesh(images, devices)
     everywhere, rows = parallel.everywhere(mesh), parallel.rows(mesh)
