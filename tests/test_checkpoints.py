@@ -146,17 +146,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, kind, capsys):
     folder = tmp_path / "checkpoints"
     largest = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     damage(largest, kind)
-    with Checkpoints(tmp_path, keep=0) as checkpoints:  # a reader leaves everything as it is
-        assert checkpoints.restore(tree())[1] == {"step": 1}
-        with pytest.raises(UserError, match=r"checkpoints/2 cannot be read \(.*\): it is damaged\.$") as error:
-            checkpoints.restore(tree(), 2)
+    # A reader leaves everything as it is, and does not take an older state for the newest.
+    with Checkpoints(tmp_path, keep=0) as checkpoints:
+        sentence = r"checkpoints/2 cannot be read \(.*\): it is damaged\. Run .* again, which goes on from step 1\.$"
+        with pytest.raises(UserError, match=sentence) as error:
+            checkpoints.restore(tree())
         assert "\n" not in str(error.value)
     assert (folder / "2").exists()
     capsys.readouterr()
     with Checkpoints(tmp_path) as checkpoints:
         state, meta = checkpoints.restore(tree())
         assert_equal(state, tree(1))
-        assert meta == {"step": 1}
+        assert meta == {"step": 1} and checkpoints.latest == 1
         assert "checkpoints/2 cannot be read" in (said := capsys.readouterr().err)
         assert "Going on from the one of step 1." in said
         checkpoints.save(2, tree(2), {"step": 2})
@@ -170,17 +171,19 @@ def test_when_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
     two(tmp_path)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "meta" / "metadata").write_text("{")
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoints/2 cannot be read"):
-        checkpoints.restore(tree())
+    sentence = r"checkpoints/2 cannot be read .* damaged\. There is no other that is whole: bring back a copy"
+    for keep in (0, 2):
+        with Checkpoints(tmp_path, keep) as checkpoints, pytest.raises(UserError, match=sentence):
+            checkpoints.restore(tree())
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
 
 
 @pytest.mark.parametrize("fraction", [1 / 80, pytest.param(1, marks=pytest.mark.slow)])
-def test_whatever_bytes_change_a_whole_checkpoint_comes_back(tmp_path, fraction):
-    """Any file of the newest cut, removed, or with a bit flipped: its values or those before, never others."""
+def test_whatever_bytes_change_no_other_values_come_back(tmp_path, fraction):
+    """Any file of the newest cut, removed, or with a bit flipped: its own values or a refusal, never others."""
     two(tmp_path)
     folder = tmp_path / "checkpoints"
-    random, fallen_back, same = np.random.default_rng(0), 0, 0
+    random, refused, same = np.random.default_rng(0), 0, 0
     for file in sorted(path for path in (folder / "2").rglob("*") if path.is_file()):
         data = file.read_bytes()
         flips = random.choice(8 * len(data), max(1, round(fraction * len(data))), replace=False)
@@ -194,12 +197,17 @@ def test_whatever_bytes_change_a_whole_checkpoint_comes_back(tmp_path, fraction)
                 changed[flip // 8] ^= 1 << flip % 8
                 file.write_bytes(changed)
             with Checkpoints(tmp_path, keep=0) as checkpoints:
-                state, meta = checkpoints.restore(tree())
-            assert meta["step"] in (1, 2)
-            assert_equal(state, tree(meta["step"]))
-            fallen_back, same = fallen_back + (meta["step"] == 1), same + (meta["step"] == 2)
+                try:
+                    state, meta = checkpoints.restore(tree())
+                except UserError as error:
+                    assert "which goes on from step 1" in str(error)
+                    refused += 1
+                else:
+                    assert meta == {"step": 2}
+                    assert_equal(state, tree(2))
+                    same += 1
             file.write_bytes(data)
-    assert fallen_back > 10 and same > 0  # some bytes, such as times, mean nothing
+    assert refused > 10 and same > 0  # some bytes, such as times, mean nothing
 
 
 def test_a_checkpoint_from_before_there_were_checksums(tmp_path):

@@ -116,6 +116,31 @@ def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, 
     assert_same_run(tmp_path / "run", whole, but_best=7)
 
 
+def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
+    whole, pedestrians, tmp_path, monkeypatch
+):
+    """The evaluation is due again as training goes on: without a step in between, or it would be lost."""
+
+    def stop(self, text, final):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: patch.setattr(evaluate.Status, "show", stop))
+        for _ in range(2):
+            assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+            assert saved_steps(tmp_path / "run")[-1] == 7
+    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole, but_best=7)
+
+
+def test_past_a_damaged_checkpoint_the_last_step_is_saved_again(whole, pedestrians, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    (workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").write_text("{")
+    assert train.train(tiny_run(pedestrians, checkpoint_every=100), workdir) == 0  # the end alone asks for one
+    assert saved_steps(workdir) == [7, STEPS]
+    assert_same_run(workdir, whole)
+
+
 def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, environment):
     program = f"""
 import os, signal, time
@@ -295,7 +320,6 @@ def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monke
     assert [g["mAP"] for g in report["gammas"].values()] == [r["mAP"] for r in results.values()]
 
 
-@pytest.mark.slow  # a worker process imports everything
 def test_the_wait_for_input_is_told(whole, monkeypatch):
     """A loader that takes 3 s for a batch, of which the step takes 1 s; the first steps compile and do not count."""
     now = [100.0]
@@ -308,6 +332,7 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
 
     config = config_lib.read(whole)
     window = train.Window(config, [], 0, STEPS)
+    window.pause(5)  # the evaluation that was due before
     for number, _ in enumerate(window.waits(batches()), 1):
         now[0] += 1
         window.add(number, {"loss": np.float32(1), "grad_norm": np.float32(1), "learning_rate": np.float32(1)})
@@ -318,6 +343,7 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
     assert "(input 75%)" in train.describe(record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS)
 
 
+@pytest.mark.slow  # a worker process imports everything
 def test_a_worker_process_changes_nothing(whole, pedestrians, tmp_path):
     assert train.train(tiny_run(pedestrians, data__workers=1), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)

@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 from vpm_jax import hosts
 from vpm_jax.errors import UserError, disk_trouble, writing
 
+_DAMAGED = ": it is damaged."
+
 
 @functools.cache
 def _hush_libraries() -> None:
@@ -69,7 +71,7 @@ class Checkpoints:
       keep: how many of the newest stay; 0 only reads, and touches nothing.
 
     Attributes:
-      latest: the newest step, None without any.
+      latest: the newest step, None without any; after `restore` without a step, the one that it found whole.
 
     Raises:
       UserError: if the folder cannot be made.
@@ -164,7 +166,10 @@ class Checkpoints:
         return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).")
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, meta) of `step`, or of the newest checkpoint that is whole: then those passed over are said.
+        """(state, meta) of `step`, or of the newest checkpoint.
+
+        Training goes on from the newest that is whole, and says which it passed over. Who only reads (keep=0) gets no
+        older state in its place.
 
         Args:
           like: arrays or shapes of a state.
@@ -174,11 +179,15 @@ class Checkpoints:
           The state in NumPy arrays, and the meta.
 
         Raises:
-          UserError: if there is no checkpoint, none is whole, or it is of another model.
+          UserError: if there is no checkpoint, none is whole (for a reader: the newest is not), or it is of another
+            model.
         """
-        return hosts.from_first(lambda: self._restore(like, step))
+        number, state, meta = hosts.from_first(lambda: self._restore(like, step))
+        if step is None:
+            self.latest = number
+        return state, meta
 
-    def _restore(self, like: Any, step: int | None) -> tuple[Any, dict]:
+    def _restore(self, like: Any, step: int | None) -> tuple[int, Any, dict]:
         steps = self._steps()
         if step is None and not steps:
             raise UserError(f"There is no checkpoint in {self.folder}: train first (python -m vpm_jax.train).")
@@ -189,11 +198,18 @@ class Checkpoints:
             except UserError as error:
                 damaged[number] = error
                 continue
+            if damaged and not self._writes:
+                raise UserError(
+                    f"{next(iter(damaged.values()))} Run its training's command again, which goes on from step {number}."
+                )
             for other, reason in damaged.items():
                 print(f"{reason} Going on from the one of step {number}.", file=sys.stderr)
                 self._set_aside(other)
-            return found
-        raise next(iter(damaged.values()))
+            return number, *found
+        first = next(iter(damaged.values()))
+        if str(first).endswith(_DAMAGED):
+            raise UserError(f"{first} There is no other that is whole: bring back a copy, or train in another --workdir.")
+        raise first
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, for its step will be saved again."""
@@ -215,7 +231,7 @@ class Checkpoints:
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"The checkpoint {self.folder / str(step)} cannot be read ({reason}): it is damaged."
+                f"The checkpoint {self.folder / str(step)} cannot be read ({reason}){_DAMAGED}"
             ) from error
         return state, meta
 

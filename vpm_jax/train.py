@@ -169,7 +169,8 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             results = evaluate_if_due(state)  # of the last step alone; due where a stop cut it short
             # Nothing moves between host and devices but what is told to.
             with contextlib.closing(batches), jax.transfer_guard("disallow"):
-                for batch in parallel.prefetch(window.waits(batches), place.put_batch):
+                # A stop in that evaluation leaves it due: no step is made.
+                for batch in () if interrupts.stop else parallel.prefetch(window.waits(batches), place.put_batch):
                     state, metrics = train_step(state, batch)
                     steps += 1
                     window.add(steps, place.whole(metrics))
@@ -191,8 +192,9 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
             lower = "" if models.compute_dtype(config.model.dtype) == "float32" else " or model.dtype=float32"
             raise UserError(f"{error}: {kept}; train in another --workdir with a lower learning_rate{lower}.") from None
-        if log is not None:
-            log.close()
+        for file in (log, records):
+            if file is not None:
+                file.close()
         if interrupts.stop:
             checkpoints.wait()
             print(f"\nStopped after step {steps} of {total}, saved in {workdir}: run the same command to go on.")
@@ -278,7 +280,8 @@ class Window:
 
     def pause(self, seconds: float) -> None:
         """Takes time that was not training's out of the rate."""
-        self._since += seconds
+        if self._since:  # else no time counts yet
+            self._since += seconds
 
     def fetch(self) -> None:
         """Moves the metrics to the host.
