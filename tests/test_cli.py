@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny import CONFIGS
@@ -202,6 +203,22 @@ def test_disk_trouble_is_found_in_what_libraries_make_of_it():
     assert "disk is full" in disk_trouble(wrapped)
     assert "disk is full" in disk_trouble(ValueError("UNKNOWN: writing 'd/1': No space left on device [OS error 28]"))
     assert disk_trouble(ValueError("No such thing")) is None
+
+
+@pytest.mark.parametrize("check", [cli.check_output, cli.check_folder])
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, monkeypatch, check):
+    check("--output", tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--output .*below: .*file is a file, expected a folder: choose another\.$"):
+        check("--output", tmp_path / "file" / "deep" / "below")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=r"^--output .*below: permission denied: choose another folder or change its"):
+        check("--output", tmp_path / "none" / "below")
+    read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)
+    with pytest.raises(UserError, match=r"^--output .*new: that file system is read-only: choose another folder\.$"):
+        check("--output", tmp_path / "new")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_writing_says_which_path_and_why(tmp_path):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
+import os
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 from tiny_runs import largest_file
 
-from vpm_jax import logs
 from vpm_jax.errors import UserError
 from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
 
@@ -113,13 +115,17 @@ def test_a_folder_is_made_and_tried(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file, expected a folder"):
         make_folder(tmp_path / "file")
-    with pytest.raises(UserError, match=r"below could not be written: Not a directory"):
+    with pytest.raises(UserError, match=r"file is a file, expected a folder"):
         make_folder(tmp_path / "file" / "below")
 
 
-def test_two_processes_may_try_a_folder_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "write_atomically", lambda path, text: None)  # the other has removed the file meanwhile
-    make_folder(tmp_path)
+def test_a_folder_that_takes_no_file_is_named_alone(tmp_path, monkeypatch):
+    def full(dir):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(dir / "tmpabc"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"^[^ ]*/a could not be written: the disk quota is used up[^/]*$"):
+        make_folder(tmp_path / "a")
 
 
 def test_a_log_is_not_flooded_with_status_lines(capsys):

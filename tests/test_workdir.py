@@ -199,6 +199,14 @@ def test_a_full_disk_leaves_no_lock(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_where_nothing_can_be_written_no_run_begins(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--workdir .*file/run: .*file is a file, expected a folder"):
+        find_run(tmp_path / "file" / "run", resume=True)
+    assert find_run(tmp_path / "new" / "run", resume=True) == (None, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_failed_before_its_first_checkpoint_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "checkpoints").mkdir()

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
-from vpm_jax.errors import UserError, disk_trouble
+from vpm_jax.errors import UserError, disk_trouble, no_writing
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -114,9 +114,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def check_output(flag: str, path: Path) -> None:
     """Raises UserError, before any work is done, unless `path` can be the file that `flag` asks for."""
-    if path.is_dir() or not path.parent.is_dir():
-        found = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise UserError(f"{flag} {path}: {found}, choose another name.")
+    found = "that is a folder, choose another name" if path.is_dir() else no_writing(path.parent)
+    if not (found or path.parent.is_dir()):
+        found = f"there is no folder {path.parent}, choose another name"
+    if found:
+        raise UserError(f"{flag} {path}: {found}.")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raises UserError, before any work is done, unless `folder` can be written, or made; it makes nothing itself."""
+    if found := no_writing(folder):
+        raise UserError(f"{flag} {folder}: {found}.")
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> None:

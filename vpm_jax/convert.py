@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = args.output.suffix.lower()
     if kind not in (".npz", ".safetensors", ""):
         raise UserError(f"--output {args.output} ends in {kind!r}: expected .npz, .safetensors or a folder's name.")
-    if kind:
-        cli.check_output("--output", args.output)
+    (cli.check_output if kind else cli.check_folder)("--output", args.output)
     if kind != ".safetensors" and (args.backbone_only or args.keep_epsilon):
         raise UserError("--backbone-only and --keep-epsilon are for an --output that ends in .safetensors.")
 

@@ -36,6 +36,17 @@ def disk_trouble(error: BaseException) -> str | None:
     return None
 
 
+def no_writing(folder: Path) -> str | None:
+    """Why nothing could be written into `folder`, and what to do; None if it can. It is made later, if need be."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        return f"{there} is a file, expected a folder: choose another"
+    if os.access(there, os.W_OK | os.X_OK):
+        return None
+    return _DISK[errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES]
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns an OSError of the block into a UserError that says that `path` could not be written, and why."""

@@ -8,12 +8,13 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpm_jax.errors import UserError, writing
+from vpm_jax.errors import UserError, no_writing, writing
 
 
 @contextlib.contextmanager
@@ -36,12 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def make_folder(folder: Path) -> None:
     """Makes the folder with its parents. Raises UserError if it is not one that can be written."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder: choose another.")
+    if trouble := no_writing(folder):
+        raise UserError(f"{folder} could not be written: {trouble}.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / ".writable", "")
-    (folder / ".writable").unlink(missing_ok=True)  # another process may try the same folder
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def write_atomically(path: Path, text: str) -> None:

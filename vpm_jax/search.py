@@ -123,6 +123,7 @@ def index(
       UserError: for a folder without images, a store of another folder or model, crops that the model cannot be
         searched by, or a disk that is full.
     """
+    cli.check_folder("--index", store)
     found, others = list_images(folder)
     there = Store(store) if (store / "store.json").exists() else None
     if there is not None:

@@ -21,10 +21,9 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
     What failed before its first checkpoint is no run: the next one starts in its place.
 
     Raises:
-      UserError: for a run that must not be resumed, or that has lost its config.
+      UserError: for a run that must not be resumed, or that has lost its config; where nothing can be written.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file, expected a folder: choose another.")
+    cli.check_folder("--workdir", workdir)
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         return None, False
     saved = config_lib.read(workdir)
