@@ -139,7 +139,7 @@ def test_wrong_command_lines(tmp_path):
         main(["market1501", "--source", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
     make_folder(tmp_path / "images")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/market1501/1\.0\.0 could not be written"):
+    with pytest.raises(UserError, match=r"^--output .*file: .*file is a file, expected a folder"):
         main(["market1501", "--source", str(tmp_path / "images"), "--output", str(tmp_path / "file")])
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
-    assert "could not be written" in out and "File too large" in out and out.count("\n") == 1
+    assert "could not be written" in out and "raise the limit" in out and "Errno" not in out and out.count("\n") == 1
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Already prepared: {folder} ({_sizes(dataset)}). To prepare it again, delete that folder first.")
         return
 
+    cli.check_folder("--output", output)
     dataset = _load(args.dataset, args.source)
     print(*dataset.notes, sep="\n")
     start = time.monotonic()

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, disk_trouble
 
 if TYPE_CHECKING:
     from vpm_jax.data.sources import Dataset, Split
@@ -113,10 +113,8 @@ def write(
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} could not be written ({_line(error)}), and nothing was kept: "
-            "free some space or choose another output."
-        ) from error
+        trouble = disk_trouble(error) or f"{_line(error)}: free some space or choose another output"
+        raise UserError(f"{folder} could not be written, and nothing was kept: {trouble}.") from error
     return folder
 
 
