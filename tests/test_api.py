@@ -269,14 +269,19 @@ def test_the_fingerprint_is_of_what_matters(run, model):
 
 
 def test_what_is_no_model_is_one_sentence(run, tmp_path):
-    convert.main([str(run[0]), "--output", str(tmp_path / "backbone.npz")])
+    convert.main([str(run[0]), "--output", str(tmp_path / "backbone.safetensors"), "--backbone-only"])
+    (tmp_path / "README.md").write_text("# Read me")
     (tmp_path / "text.safetensors").write_text("no weights")
     (tmp_path / "empty").mkdir()
     for name, sentence in [
         ("nowhere", "does not exist"),
         ("empty", "holds no run"),
         ("text.safetensors", "text.safetensors"),
-        ("backbone.npz", "without VPM's locator"),
+        ("backbone.safetensors", "without VPM's locator"),
+        (
+            "README.md",
+            r"README\.md is no model: expected the workdir of a training run, or a \.stablehlo or \.safetenso",
+        ),
     ]:
         with pytest.raises(UserError, match=sentence) as error:
             VPM.load(tmp_path / name)

@@ -129,6 +129,11 @@ class VPM:
             from vpm_jax.export import load_stablehlo
 
             return load_stablehlo(path)
+        if path.is_file() and path.suffix.lower() != ".safetensors":
+            raise UserError(
+                f"{path} is no model: expected the workdir of a training run, or a .stablehlo or .safetensors that "
+                "python -m vpm_jax.export wrote."
+            )
         weights = own.read_workdir(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
         if weights.heads is None or weights.config is None:
             raise UserError(
