@@ -256,6 +256,11 @@ def test_a_wrong_output_is_named(tmp_path, monkeypatch, arguments, expected):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+def test_a_source_that_is_not_there_is_named_so(tmp_path):
+    with pytest.raises(UserError, match=r'^SOURCE is "nowhere\.safetensors", but that file does not exist'):
+        run("nowhere.safetensors", "--output", tmp_path / "b.npz")
+
+
 def test_a_part_is_not_converted(tmp_path):
     tensors = files.resnet(18)
     del tensors["bn1.bias"]

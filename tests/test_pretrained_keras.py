@@ -384,7 +384,16 @@ def test_an_npz_without_its_metadata_is_refused(small, tmp_path):
         load(str(tmp_path / "a.npz"))
 
 
-@pytest.mark.parametrize("spec", ["torch", "", "torchvision", "released:", "nowhere.pth"])
+@pytest.mark.parametrize("spec", ["torch", "", "torchvision", "released:"])
 def test_an_unknown_kind_lists_the_known(spec):
     with pytest.raises(UserError, match=rf'config\.pretrained is "{spec}": expected .*"?torchvision:PATH|PATH"'):
         load(spec)
+
+
+@pytest.mark.parametrize("spec", ["nowhere.pth", "nowhere/run", "partial:nowhere.npz"])
+def test_a_path_that_leads_nowhere_is_said_to(spec):
+    sentence = f'is "{spec.removeprefix("partial:")}", but that file does not exist: check the path.'
+    for more, key in (({}, "config.pretrained"), ({"key": "SOURCE"}, "SOURCE")):
+        with pytest.raises(UserError) as error:
+            load(spec, **more)
+        assert str(error.value) == f"{key} {sentence}"

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="KIND:PATH or PATH")
+    parser.add_argument("source", metavar="SOURCE", help="KIND:PATH or PATH")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder")
     parser.add_argument("--data-root", default="", help='where "keras" alone looks (default: $VPM_DATA, else ./data)')
     parser.add_argument(
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vpm_jax import pretrained
     from vpm_jax.pretrained import own
 
-    weights = pretrained.load(args.source, args.data_root, args.partial)
+    weights = pretrained.load(args.source, args.data_root, args.partial, key="SOURCE")
     print(f"Read {weights.source}.")
     if weights.skipped:
         print(f"Not taken over: {weights.skipped}.")

@@ -25,25 +25,30 @@ KINDS = {
 }
 
 
-def load(spec: str, data_root: str | os.PathLike = "", partial: bool = False) -> Pretrained:
+def load(
+    spec: str, data_root: str | os.PathLike = "", partial: bool = False, key: str = "config.pretrained"
+) -> Pretrained:
     """The weights that `config.pretrained` names: KIND:PATH, or a PATH whose kind shows.
 
     "keras" alone looks under `data_root`, beside it, and in $VPM_DATA or ./data. Every tensor is matched; `partial`, or
     "partial:" in front, takes what fits, and `Pretrained.skipped` says what did not. "none" is the caller's to handle.
+    Messages call the spec `key`.
 
     Raises:
       UserError: when a file is missing, damaged, unsafe, or not the weights of such a network.
     """
     kind, colon, name = spec.partition(":")
     if kind == "partial" and colon:
-        return load(name, data_root, partial=True)
+        return load(name, data_root, partial=True, key=key)
     if kind not in KINDS:
         kind, name = "", spec
         if not spec or not Path(spec).expanduser().exists():
+            if ":" not in spec and ("/" in spec or Path(spec).suffix):
+                raise UserError(f'{key} is "{spec}", but that file does not exist: check the path.')
             known = ", ".join(f'"{k}:PATH"' for k in KINDS)
-            raise UserError(f'config.pretrained is "{spec}": expected "none", "keras", {known}, or a path that exists.')
+            raise UserError(f'{key} is "{spec}": expected "none", "keras", {known}, or a path that exists.')
     elif not name and kind != "keras":
-        raise UserError(f'config.pretrained is "{spec}": expected "{kind}:PATH", {KINDS[kind]}.')
+        raise UserError(f'{key} is "{spec}": expected "{kind}:PATH", {KINDS[kind]}.')
     path = Path(name).expanduser()
     if not name or (path.is_dir() and kind in ("", "keras") and not (path / "config.json").is_file()):
         return keras.read_folder(name, data_root, partial)
@@ -53,7 +58,7 @@ def load(spec: str, data_root: str | os.PathLike = "", partial: bool = False) ->
         return keras.read_folder(name, data_root, partial)  # says what to do
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f'config.pretrained is "{spec}", but {path} {found}: expected {KINDS[kind or "torchvision"]}.')
+        raise UserError(f'{key} is "{spec}", but {path} {found}: expected {KINDS[kind or "torchvision"]}.')
     file = files.read(path)
     if own.is_ours(file):  # whatever it was called: its names are torchvision's, and the rest is in its metadata
         return own.read_file(file, partial)
