@@ -197,7 +197,11 @@ def test_half_a_dataset_is_refused_in_one_sentence(tmp_path, form):
 
 def test_nothing_there_says_what_to_give(tmp_path):
     fails(config(tmp_path / "nowhere", "partial_reid"), "nowhere does not exist", "folder or the zip of Partial-REID")
-    fails(config(tmp_path, "partial_ilids"), "is empty", "evaluate --root")
+    fails(
+        config(tmp_path, "partial_ilids"),
+        "is empty: put the folder or the zip of Partial-iLIDS there, or",
+        "evaluate --root",
+    )
     (tmp_path / "a.rar").write_bytes(b"Rar!")
     fails(config(tmp_path / "a.rar", "partial_reid"), "a.rar is not a whole zip")
 

@@ -263,14 +263,19 @@ def test_bad_holdout(folder):
 
 
 def test_nothing_there(tmp_path, monkeypatch):
-    fails(config(tmp_path / "nowhere"), "nowhere does not exist", "set config.data.root", "config.data.name=synthetic")
+    fails(
+        config(tmp_path / "nowhere"),
+        "nowhere does not exist",
+        "--config.data.root",
+        "evaluate and benchmark data: --root",
+    )
     fails(config(tmp_path), "is empty", "Market-1501")
     (tmp_path / "file.txt").write_text("")
     fails(config(tmp_path), "holds no Market-1501", "bounding_box_train, query, bounding_box_test")
     fails(config(tmp_path / "file.txt"), "file.txt is not a whole zip")
     fails(config(tmp_path, "market"), "config.data.name is 'market'", "market1501, dukemtmc, synthetic")
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "unset"))
-    fails(config(""), "unset ($VPM_DATA, for config.data.root is not set) does not exist")
+    fails(config(""), "unset ($VPM_DATA) does not exist: put the folder or the zip of Market-1501 there, or")
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])

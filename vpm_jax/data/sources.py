@@ -26,6 +26,9 @@ OFFICIAL = {
     "partial_ilids": {"query": (119, 119), "gallery": (119, 119)},
 }
 
+# How the commands name a dataset's place.
+_BY = "by --config.data.root (evaluate and benchmark data: --root, prepare: --source)"
+
 
 class Reader(Protocol):
     """Reads one image of a source by its name, or by its position there. Picklable."""
@@ -119,18 +122,17 @@ def load_dataset(config_data: Any) -> Dataset:
 
 def _place(config_data: Any, root: Path) -> Place:
     title = TITLES[config_data.name]
-    default = "$VPM_DATA" if os.environ.get("VPM_DATA") else "./data"
-    origin = "" if config_data.root else f" ({default}, for config.data.root is not set)"
+    origin = "" if config_data.root else f" ({'$VPM_DATA' if os.environ.get('VPM_DATA') else 'the default'})"
     if config_data.name == "csv":
         lacks = "no CSV: neither dataset.csv nor exactly one other"
-        advice = f"set config.data.root to a CSV with the header {','.join(table.COLUMNS)}"
+        advice = f"give a CSV with the header {','.join(table.COLUMNS)} {_BY}"
     else:
         official = ", ".join(folders.LAYOUTS[config_data.name].official.values())
         lacks = f"no {title}: neither the folders {official}, nor a folder or zip under a usual name such as {title}"
-        advice = f"set config.data.root to the folder or the zip of {title}, " + (
-            "or use config.data.name=synthetic, which needs no download"
+        advice = f"put the folder or the zip of {title} there, or " + (
+            f"give it {_BY}, or take the dataset synthetic, which needs no download"
             if "train" in folders.LAYOUTS[config_data.name].folders
-            else "or give it by python -m vpm_jax.evaluate --root"
+            else "give it by python -m vpm_jax.evaluate --root"
         )
     if not root.exists():
         raise UserError(f"{root}{origin} does not exist: {advice}.")
