@@ -418,9 +418,13 @@ def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("gammas", "sentence"),
-    [("0.5,x", "--crops: '0.5,x', expected numbers"), ("1.5", "expected kept area ratios between 0 and 1")],
+    [
+        ("0.5,x", "--crops: '0.5,x', expected numbers"),
+        ("0.5,1.5", "--crops: '0.5,1.5', expected numbers between 0 and"),
+    ],
 )
-def test_crops_that_are_none(folder, run, tmp_path, gammas, sentence):
+def test_crops_that_are_none(folder, run, tmp_path, monkeypatch, gammas, sentence):
+    monkeypatch.setattr(VPM, "load", None)  # said before
     with pytest.raises(UserError, match=sentence):
         index(folder, run, "--crops", gammas)
     assert not (tmp_path / "store").exists()

@@ -99,9 +99,12 @@ def _positive(text: str) -> int:
 
 def _gammas(text: str) -> tuple[float, ...]:
     try:
-        return () if text == "none" else tuple(float(number) for number in text.split(","))
+        gammas = () if text == "none" else tuple(float(number) for number in text.split(","))
+        if all(0 < gamma < 1 for gamma in gammas):
+            return gammas
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers as 0.5,0.75, or none") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, expected numbers between 0 and 1 as 0.5,0.75, or none")
 
 
 # ---- Index ----
