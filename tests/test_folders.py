@@ -203,7 +203,7 @@ def test_nothing_there_says_what_to_give(tmp_path):
         "evaluate --root",
     )
     (tmp_path / "a.rar").write_bytes(b"Rar!")
-    fails(config(tmp_path / "a.rar", "partial_reid"), "a.rar is not a whole zip")
+    fails(config(tmp_path / "a.rar", "partial_reid"), "a.rar is no zip")
 
 
 def test_a_zip_of_several_datasets_gives_each(tmp_path):

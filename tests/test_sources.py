@@ -272,7 +272,11 @@ def test_nothing_there(tmp_path, monkeypatch):
     fails(config(tmp_path), "is empty", "Market-1501")
     (tmp_path / "file.txt").write_text("")
     fails(config(tmp_path), "holds no Market-1501", "bounding_box_train, query, bounding_box_test")
-    fails(config(tmp_path / "file.txt"), "file.txt is not a whole zip")
+    fails(config(tmp_path / "file.txt"), "file.txt is no zip: expected a dataset's folder or its official zip")
+    (tmp_path / "Market-1501-v15.09.15").mkdir()
+    fails(
+        config(tmp_path), "the folder Market-1501-v15.09.15 has none of bounding_box_train, query, bounding_box_test; "
+    )
     fails(config(tmp_path, "market"), "config.data.name is 'market'", "market1501, dukemtmc, synthetic")
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "unset"))
     fails(config(""), "unset ($VPM_DATA) does not exist: put the folder or the zip of Market-1501 there, or")

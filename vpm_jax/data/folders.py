@@ -173,6 +173,11 @@ def _usual(file_name: str, name: str) -> bool:
     return _USUAL[name].fullmatch(re.sub(r"[^a-z0-9]", "", file_name.lower())) is not None
 
 
+def under_usual_name(root: Path, name: str) -> Path | None:
+    """The first folder in `root` that is called as the dataset `name` is, whatever it holds; None without one."""
+    return next((path for path in sorted(root.iterdir()) if path.is_dir() and _usual(path.name, name)), None)
+
+
 def list_folder(root: Path, name: str) -> tuple[dict[str, Listing], list[str]]:
     """The splits of the dataset `name` in a folder, and notes. UserError if one is missing, or has no images."""
     layout = LAYOUTS[name]
@@ -316,6 +321,8 @@ def open_zip(path: str, process: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
+        if not path.lower().endswith(".zip"):
+            raise UserError(f"{path} is no zip: expected a dataset's folder or its official zip.") from None
         raise UserError(
             f"{path} is not a whole zip ({error}): it is truncated or of another kind, so get it again."
         ) from error

@@ -139,6 +139,8 @@ def _place(config_data: Any, root: Path) -> Place:
     place = folders.locate(root, config_data.name)
     if place is None and not any(root.iterdir()):
         raise UserError(f"{root}{origin} is empty: {advice}.")
+    if place is None and config_data.name != "csv" and (named := folders.under_usual_name(root, config_data.name)):
+        lacks = f"no {title}: the folder {named.name} has none of {official}"
     if place is None:
         raise UserError(f"{root}{origin} holds {lacks}; {advice}.")
     return place
