@@ -64,6 +64,11 @@ def test_an_override_is_read_as_the_type_it_replaces(key, text, value, form):
         ("--config.model.grid=(4.5,1)", "(rows, cols)"),
         ("--config.model.depth=20", "expected one of 18, 34, 50, 101"),
         ("--config.seed", "--config.seed has no value"),
+        ("--config.eval", "--config.eval is a group of keys: set one of eval.batch, eval.crop, eval.every, "),
+        (
+            "--config.data.synthetic=3",
+            "--config.data.synthetic is a group of keys: set one of data.synthetic.cameras, ",
+        ),
         ("--wrokdir=runs/a", "Unknown argument '--wrokdir=runs/a'"),
         ("runs/a", "Unknown argument 'runs/a'"),
     ],

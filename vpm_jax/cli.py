@@ -139,14 +139,15 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
         if not argument.startswith("--config."):
             raise UserError(f"Unknown argument {argument!r}: see --help; config keys are set by --config.KEY=VALUE.")
         key, equals, text = argument.removeprefix("--config.").partition("=")
+        keys = config_lib.flatten(config)
+        if group := [k for k in keys if k.startswith(key + ".")]:
+            raise UserError(f"--config.{key} is a group of keys: set one of {', '.join(group)}.")
         if not equals:
             if not items:
                 raise UserError(f"{argument} has no value: write {argument}=VALUE.")
             text = items.pop(0)
-        keys = config_lib.flatten(config)
         if key not in keys:
-            inside = [k for k in keys if k.startswith(key + ".") or k.endswith("." + key)]
-            close = inside[:4] or difflib.get_close_matches(key, keys, n=1)
+            close = [k for k in keys if k.endswith("." + key)][:4] or difflib.get_close_matches(key, keys, n=1)
             hint = f"did you mean {' or '.join(close)}?" if close else "vpm_jax/config.py lists the keys."
             raise UserError(f"There is no config key {key!r}: {hint}")
         config_lib.set_key(config, key, _read_value(key, text, keys[key]))
