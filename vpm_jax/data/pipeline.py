@@ -139,9 +139,10 @@ class _TrainLoader(_Loader):
         """(index, image), or the next image of the identity that can be read, whoever loads it and when."""
         try:
             return index, self.read(index)
-        except UserError:
+        except UserError as error:
             if not self._skips:
-                raise
+                again = "or train with --config.data.corrupt=skip, which takes another image of its identity"
+                raise UserError(f"{str(error).removesuffix('.')}; {again}.") from None
             same = np.flatnonzero(self._identity == self._identity[index])
             for other in np.roll(same, -1 - np.searchsorted(same, index))[:-1].tolist():
                 with contextlib.suppress(UserError):
