@@ -35,12 +35,13 @@ from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.answers import Answer, numbers, printable
 from vpm_jax.api import VPM, Description
+from vpm_jax.data import decode
 from vpm_jax.errors import UserError
 from vpm_jax.logs import Status, duration, write_atomically
 from vpm_jax.regions import UNCUT, Part, gallery_parts
 from vpm_jax.store import DTYPES, About, Entry, Store, Writer
 
-IMAGES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGES = decode.SUFFIXES
 INCOMPLETE = 3  # the exit code of a command that did what it could
 _COMMIT_SECONDS = 5.0  # what a kill can lose
 

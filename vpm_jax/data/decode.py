@@ -17,6 +17,9 @@ _OPENCV = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTE
 _PILLOW = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_bicubic": Image.Resampling.BICUBIC}
 FILTERS = (*_OPENCV, *_PILLOW)
 
+# What files of images are called.
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 _WHAT_TO_DO = "replace it by an intact copy or remove it."
 _DEEP_MODES = ("I", "F")  # Pillow's modes (and their prefixes) of more than 8 bits a channel
 _DAMAGED = (OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
@@ -69,7 +72,8 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         found = "an empty file" if not data else f"{len(data)} bytes that start with {data[:8]!r}"
-        raise UserError(f"{name} is not an image: found {found}, expected a JPEG or PNG; {_WHAT_TO_DO}") from None
+        expected = f"expected one of {', '.join(SUFFIXES)}"
+        raise UserError(f"{name} is not an image: found {found}, {expected}; {_WHAT_TO_DO}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(_too_large("far too many", name)) from None
     except _DAMAGED as error:
