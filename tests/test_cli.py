@@ -144,6 +144,7 @@ def raising(error):
         (MemoryError(), 1, "Out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"), 1, "allocating 9 bytes.)"),
         (KeyboardInterrupt(), 130, "Interrupted."),
+        (KeyboardInterrupt("Interrupted: go on."), 130, "Interrupted: go on."),
     ],
 )
 def test_what_a_user_can_mend_ends_a_command_with_one_sentence(capsys, error, code, sentence):

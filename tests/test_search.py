@@ -172,7 +172,7 @@ def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
             yield part
 
     monkeypatch.setattr(VPM, "stream", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to go on"):
         index(folder, run, "--batch", "2")
     assert len(Store(folder.parent / "store")) == 4
     monkeypatch.setattr(VPM, "stream", stream)

@@ -34,8 +34,8 @@ def run(main: Callable[[], Any]) -> None:
         if sentence is None:
             raise
         _fail(sentence)
-    except KeyboardInterrupt:
-        _fail("Interrupted.", code=130)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "Interrupted.", code=130)
 
 
 def explain(error: BaseException) -> str | None:

@@ -80,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     model = args.workdir or args.model
     if args.command == "index":
-        return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
+        try:
+            return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Interrupted: run the same command to go on.") from None
     return query(args.images, args.index, model, args.top, args.json, args.html)
 
 
