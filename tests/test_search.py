@@ -508,6 +508,14 @@ def test_how_many_is_at_least_one(indexed):
         search.main(["query", "a.jpg", "--index", str(indexed), "--top", "0"])
 
 
+def test_a_picture_whose_name_begins_as_options_do(folder, indexed, monkeypatch, capsys):
+    (folder / "a.jpg").rename(folder / "-1_c1s1_000401_03.jpg")
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"write \./-1_c1s1_000401_03\.jpg\.$"):
+        search.main(["query", "-1_c1s1_000401_03.jpg", "--index", str(indexed)])
+    assert search.main(["query", "./-1_c1s1_000401_03.jpg", "--index", str(indexed)]) == 0
+
+
 def test_a_store_that_is_damaged_ranks_nothing(folder, indexed, capsys):
     flip(indexed / "features-0.bin")
     with pytest.raises(UserError, match=r"features-0\.bin is damaged \(its checksum differs\)"):

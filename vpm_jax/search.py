@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     two.add_argument("--top", type=_positive, default=20, help="how many images to rank (default: %(default)s)")
     two.add_argument("--json", metavar="FILE", help="write the ranking for programs; - is the standard output")
     two.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures, self-contained")
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("-") and os.path.isfile(word):  # as the names of Market-1501's junk do
+            raise UserError(f"{word} is a file whose name begins as options do: write ./{word}.")
     args = parser.parse_args(argv)
     model = args.workdir or args.model
     if args.command == "index":
