@@ -191,6 +191,9 @@ def test_a_gallery_is_cropped_as_training_images_were(changes, sides):
         ({"model.locator": "stripes"}, "does not tell how much a query shows"),
         ({"model.grid": (1, 2)}, "does not tell how much a query shows"),
         ({"match.rerank": True}, "match.rerank is on"),
+        ({"eval.crop": "bottom"}, r"eval.crop is 'bottom': expected queries cropped on the sides of .* crops \(top\)"),
+        ({"eval.crop": "bilateral"}, r"eval.crop is 'bilateral': expected"),
+        ({"data.crop": "bottom"}, r"eval.crop is 'top': expected queries .* crops \(bottom\)"),
     ],
 )
 def test_what_does_not_go_with_a_cropped_gallery(changes, sentence):

@@ -387,6 +387,10 @@ def check_gallery_gammas(config: ConfigDict) -> None:
             m.grid[0] < 2 or m.locator == "stripes"
         ),
         "match.rerank is on: leave one of them out": config.match.rerank,
+        f"eval.crop is {config.eval.crop!r}: expected queries cropped on the sides of training crops "
+        f"({' and '.join(sides(config))}), as the gallery is": bool(
+            set(HEIGHTS.get(config.eval.crop, ())) - set(sides(config))
+        ),
     }
     if gammas and (wrong := [reason for reason, found in reasons.items() if found]):
         raise UserError(f"Config key match.gallery_gammas is {gammas}, but {wrong[0]}.")

@@ -189,7 +189,7 @@ def _parts(model: VPM, there: Store | None, gammas: tuple[float, ...] | None) ->
         config.match.gallery_gammas = gammas
     elif there is not None and "parts" in there.about.extra:
         return list(answers_lib.parts(there))
-    config.match.rerank = False  # which a search never does
+    config.match.rerank, config.eval.crop = False, "none"  # a search does neither
     config_lib.check_gallery_gammas(config)
     return gallery_parts(config_lib.sides(config), config.match.gallery_gammas)[1:]
 
