@@ -89,6 +89,26 @@ def test_training_crops_are_like_the_pictures(bottoms):
     assert np.all(crops[:, 3] == 1) and np.all((top == 0) | (np.abs(top + height - 1) < 1e-9))
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({}, "50.0% of the pictures seem to show the bottom part or a middle part"),
+        ({"data.crop": "bilateral"}, "25.0% of the pictures seem to show a middle part"),
+        ({"data.mix": 0.3, "data.mix_crop": "bottom"}, "25.0% of the pictures seem to show a middle part"),
+        ({"data.crop": "none"}, "75.0% of the pictures seem to show the top part or the bottom part or a middle part"),
+        ({"data.crop": "any"}, ""),
+        ({"data.mix": 0.3, "data.mix_crop": "any"}, ""),
+    ],
+)
+def test_a_model_is_doubted_where_it_was_not_trained(changes, parts):
+    values = config.default()
+    for key, value in changes.items():
+        config.set_key(values, key, value)
+    pictures = np.array([(0, 1), (0, 0.5), (0.5, 1), (0.2, 0.8)])
+    assert extents.doubts(values, pictures).startswith(parts) and bool(extents.doubts(values, pictures)) == bool(parts)
+    assert not extents.doubts(values, pictures[:1])
+
+
 def test_the_command(tmp_path, capsys):
     make_run(tmp_path / "run")
     folder = tmp_path / "pictures"

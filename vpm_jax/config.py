@@ -398,9 +398,13 @@ def check_gallery_gammas(config: ConfigDict) -> None:
 
 def sides(config: ConfigDict) -> list[str]:
     """Which parts of a height training crops keep, of "top" and "bottom": what a gallery may be cropped to."""
+    return sorted({side for strategy in crops(config) for side in HEIGHTS.get(strategy, ())}, reverse=True)
+
+
+def crops(config: ConfigDict) -> set[str]:
+    """The strategies, of `regions.CROPS`, that crop training images."""
     data = config.data
-    cropped = [data.crop] * (data.whole + data.mix < 1) + [data.mix_crop] * (data.mix > 0)
-    return sorted({side for strategy in cropped for side in HEIGHTS.get(strategy, ())}, reverse=True)
+    return set([data.crop] * (data.whole + data.mix < 1) + [data.mix_crop] * (data.mix > 0))
 
 
 def to_json(config: ConfigDict) -> str:

@@ -13,13 +13,16 @@ import argparse
 import csv
 import io
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vpm_jax import cli
+from vpm_jax import config as config_lib
 from vpm_jax.answers import printable
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = like_these(extents) | {"recipe": f"{model.config.recipe}-transductive"}
     print("\nTraining crops that show as much (heights, and how many lack the top), learned from the pictures:\n")
     print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
+    if doubt := doubts(model.config, extents):
+        print(f"warning: {doubt}", file=sys.stderr)
     if args.csv:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -74,20 +79,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def in_words(extents: np.ndarray) -> str:
     """How many pictures show what, as a table, and the quantiles of the height that they keep."""
     top, bottom = extents.T
-    shown = {
-        "the whole person": (top == 0) & (bottom == 1),
-        "the top part": (top == 0) & (bottom < 1),
-        "the bottom part": (top > 0) & (bottom == 1),
-        "a middle part": (top > 0) & (bottom < 1),
-    }
     lines = [f"{'shows':<18}{'share':>8}  kept height: least, median, most"]
-    for name, which in shown.items():
+    for name, which in shown(extents).items():
         line = f"{name:<18}{which.mean():>8.1%}"
         if which.any():
             kept = np.quantile((bottom - top)[which], (0, 0.5, 1))
             line += "  " + ", ".join(f"{value:.2f}" for value in kept)
         lines.append(line)
     return "\n".join(lines)
+
+
+def shown(extents: np.ndarray) -> dict[str, np.ndarray]:
+    """Which pictures show what: {in words: bool [N]}."""
+    top, bottom = extents.T
+    return {
+        "the whole person": (top == 0) & (bottom == 1),
+        "the top part": (top == 0) & (bottom < 1),
+        "the bottom part": (top > 0) & (bottom == 1),
+        "a middle part": (top > 0) & (bottom < 1),
+    }
+
+
+def doubts(config: ConfigDict, extents: np.ndarray) -> str:
+    """What was found but never among the model's own training crops, as a sentence; "" if nothing."""
+    crops = config_lib.crops(config)
+    known = {"the whole person", *(f"the {side} part" for side in config_lib.sides(config))}
+    strange = {name: which for name, which in shown(extents).items() if which.any() and name not in known}
+    if not strange or "any" in crops:
+        return ""
+    share = np.any(list(strange.values()), axis=0).mean()
+    return (
+        f"{share:.1%} of the pictures seem to show {' or '.join(strange)}, which this model cannot tell well: it was "
+        f"trained on crops by {', '.join(sorted(crops))} alone; ask one trained with data.crop=any."
+    )
 
 
 def like_these(extents: np.ndarray) -> dict[str, Any]:
