@@ -270,8 +270,21 @@ def test_identity_loss_ignores_what_is_invisible(run):
     pairs = zip(run(identity_loss, logits, identity, visible), run(identity_loss, wild, identity, visible), strict=True)
     for a, b in pairs:
         np.testing.assert_array_equal(a, b)
-    gradient = run(jax.grad(lambda x, y, v: identity_loss(x, y, v)[0].sum()), wild, identity, visible)
-    assert np.isfinite(gradient).all() and (np.asarray(gradient)[~visible] == 0).all()
+    for unseen in (wild, np.where(visible[..., None], logits, np.float32(np.nan))):
+        gradient = run(jax.grad(lambda x, y, v: identity_loss(x, y, v)[0].sum()), unseen, identity, visible)
+        assert np.isfinite(gradient).all() and (np.asarray(gradient)[~visible] == 0).all()
+
+
+@pytest.mark.parametrize("label", [-1, 7, 1000])
+def test_labels_that_are_no_class_give_nan_and_no_other_class(run, label):
+    logits, identity, visible = identity_batch(6)
+    assert logits.shape[-1] == 7
+    visible[:, 0], identity[2] = True, label
+    total, _ = run(identity_loss, logits, identity, visible)
+    assert np.isnan(total[0])
+    cells = np.zeros((2, 3, 1), np.int32)
+    cells[1, 2] = label
+    assert np.isnan(run(region_loss, np.zeros((2, 3, 1, 7), np.float32), cells)[0])
 
 
 def test_identity_loss_reductions(run):
@@ -396,6 +409,26 @@ def test_triplet_masked_equals_the_subset(run, hinge):
     subset_total, subset_count = run(loss, *subset)
     np.testing.assert_allclose(total, subset_total, **FLOAT32)
     assert float(count) == float(subset_count) > 0
+
+
+@pytest.mark.parametrize("offset", [0, 1e1, 1e3])
+def test_triplet_of_what_all_features_share_mines_the_same_pairs(run, offset):
+    random = np.random.default_rng(0)
+    identity = np.repeat(np.arange(6), 4).astype(np.int32)
+    visible = random.random((24, 3)) < 0.7
+    # In 64ths, which float32 adds to the offset without rounding.
+    features = np.rint(64 * random.normal(0, 0.5, (24, 3, 64))) / 64 + offset
+    expected, count, _ = reference_triplet_loss(features, identity, shared(visible), 1.0)
+    total, mined = run(triplet_loss, features.astype(np.float32), identity, visible)
+    np.testing.assert_allclose(total, expected, **FLOAT32)
+    assert float(mined) == count
+
+
+def test_triplet_of_nan_is_nan(run):
+    features, identity, visible = triplet_batch(10)
+    image, region = np.argwhere(visible)[0]
+    features[image, region, 0] = np.nan
+    assert np.isnan(run(triplet_loss, features, identity, visible)[0])
 
 
 @jit_only

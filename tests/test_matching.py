@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vpm_jax import matching
-from vpm_jax.matching import match_visibility, region_distance
+from vpm_jax.matching import match_visibility, region_distance, top_k
 
 
 def reference(q, q_weight, g, g_weight, squared=False):
@@ -73,13 +73,15 @@ def test_identical_features_without_a_shared_region_are_infinite(monkeypatch):
     assert np.isposinf(region_distance(x[:3], weight[:3], x[:3], 0 * weight[:3])).all()
 
 
-def test_weights_that_underflow_never_look_near():
-    q, _, g, _ = example(regions=2)
-    for tiny in (1e-19, 1e-21, 1e-23, 1e-30):  # products from normal floats down to nothing
-        weights = [np.full((len(x), 2), tiny, np.float32) for x in (q, g)]
-        found = region_distance(q, weights[0], g, weights[1])
-        exact = reference(q, np.ones((len(q), 2)), g, np.ones((len(g), 2)))
-        assert np.all(np.isposinf(found) | (np.abs(found - exact) < 0.05 * exact)), tiny
+@pytest.mark.parametrize("scale", [1e-35, 1e-21, 1e21, 1e37])
+def test_the_scale_of_visibility_cancels_though_its_products_are_no_floats(scale):
+    q, q_weight, g, g_weight = example(regions=3)
+    exact = reference(q, q_weight, g, g_weight)
+    scaled = [(scale * weight).astype(np.float32) for weight in (q_weight, g_weight)]
+    np.testing.assert_allclose(region_distance(q, scaled[0], g, scaled[1]), exact, rtol=1e-4)
+    distance, index = top_k(q, scaled[0], (g, scaled[1]), 3)
+    np.testing.assert_array_equal(index, np.argsort(exact, axis=1)[:, :3])
+    np.testing.assert_allclose(distance, np.sort(exact, axis=1)[:, :3], rtol=1e-4)
 
 
 def test_identical_features_are_at_distance_zero():

@@ -491,7 +491,8 @@ def test_pool_gradient_lets_the_identity_loss_move_the_locator(float64, locator,
     assert np.abs(params["backbone"]["scale"]).min() > 1e-6  # the features themselves always learn
 
 
-def test_a_region_that_underflows_everywhere_has_a_finite_feature_and_gradient():
+def test_a_region_that_underflows_everywhere_is_where_it_is_likeliest():
+    """Its visibility is 0, and its feature still Eq. 3's: a mean of cells, not 0 / 0."""
     locator = np.zeros((4, 2), np.float32)
     locator[:, 0] = 100.0  # region 1's probability is exp(-400 x): 0 in float32
 
@@ -500,9 +501,19 @@ def test_a_region_that_underflows_everywhere_has_a_finite_feature_and_gradient()
         variables = grid_model.init(jax.random.key(0), image)
         params = variables["params"] | {"locator_kernel": jnp.asarray(locator)}
         _, out = grid_model.apply({**variables, "params": params}, image)
-        return jnp.sum(out["region_features"]), out["visibility"]
+        return jnp.sum(out["region_features"]), out
 
-    image = jnp.full((2, 4, 2, 4), 4.0)
-    (value, visibility), gradient = jax.value_and_grad(total, has_aux=True)(image)
-    assert visibility[0, 1] == 0
+    image = jnp.full((2, 4, 2, 4), 4.0).at[0, 2].set(3.0)  # where region 1 is e^100 times as likely as elsewhere
+    (value, out), gradient = jax.value_and_grad(total, has_aux=True)(image)
+    assert (out["visibility"][:, 1] == 0).all()
+    np.testing.assert_allclose(out["region_features"][:, 1, 0], [3.0, 4.0], rtol=1e-6)
     assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_images_of_another_kind_are_refused():
+    model = VPM(Given(), (2, 1), 3, (0.0,) * 3, (1.0,) * 3)
+    for image in (np.zeros((4, 2, 3), np.uint8), np.zeros((1, 4, 2, 3), np.int32)):
+        with pytest.raises(
+            ValueError, match=r"image is u?int\d+ \(.*expected uint8 or normalised floats \[B, H, W, 3\]"
+        ):
+            model.init(jax.random.key(0), image)

@@ -254,6 +254,12 @@ def test_crop_outside_the_image_is_an_error(crop):
         project_regions(crop, RegionGrid(6), (24, 8))
 
 
+def test_boxes_that_were_float32_pass():
+    for top in np.linspace(0, 0.99, 100).astype(np.float32):
+        crop = Crop(float(top), 0.0, float(np.float32(1) - top) * (1 + 1e-7), 1.0)
+        assert project_regions(crop, RegionGrid(6), (24, 8))[1][-1]
+
+
 @pytest.mark.parametrize(
     ("grid", "feature_shape"),
     [(RegionGrid(0), (24, 8)), (RegionGrid(6, 0), (24, 8)), (RegionGrid(6), (0, 8)), (RegionGrid(6), (24, 0))],

@@ -17,6 +17,8 @@ def _wide(x):
 
 def _cross_entropy(logits, labels, smoothing=0.0):
     log_probability = jax.nn.log_softmax(_wide(logits))
+    # Labels that are no class give NaN: those beyond the last do so by themselves, negative ones would count backwards.
+    labels = jnp.where(labels < 0, log_probability.shape[-1], labels)
     picked = jnp.take_along_axis(log_probability, labels[..., None], axis=-1)[..., 0]
     if smoothing:
         picked = (1 - smoothing) * picked + smoothing * jnp.mean(log_probability, axis=-1)
@@ -65,6 +67,7 @@ def identity_loss(logits: Array, identity: Array, visible: Array, smoothing: flo
             f"logits {logits.shape}, identity {identity.shape}, visible {visible.shape}, "
             "expected [B, P, K], [B] and [B, P]"
         )
+    logits = jnp.where(visible[..., None], logits, 0)  # so that what is not finite there has no gradient either
     losses = _cross_entropy(logits, jnp.broadcast_to(identity[:, None], visible.shape), smoothing)
     total = jnp.sum(jnp.where(visible, losses, 0), axis=0)
     return total, jnp.sum(visible, axis=0).astype(total.dtype)
@@ -154,8 +157,11 @@ def triplet_loss(
     weights = pair_weights(visible, other_visible, pairs, visibility, other_visibility, features.dtype)
 
     # Mining compares every pair: |a - b|^2 expanded, one matrix product in full precision (matrix units would
-    # lose the small distances).
+    # lose the small distances), about the mean, so that what all features share cancels beforehand.
     a, b = lax.stop_gradient((features, other_features))
+    shown = jnp.sum(other_visible, axis=0)[:, None]
+    centre = jnp.sum(jnp.where(other_visible[..., None], b, 0), axis=0) / jnp.maximum(shown, 1)
+    a, b = a - centre, b - centre
     product = jnp.einsum("apc,bpc->abp", a, b, precision=lax.Precision.HIGHEST)
     norms, other_norms = (jnp.sum(jnp.square(f), axis=-1) for f in (a, b))
     local = jnp.sqrt(jnp.maximum(norms[:, None] + other_norms[None] - 2 * product, 0))
@@ -171,7 +177,7 @@ def triplet_loss(
         weight = jnp.take_along_axis(weights, mate[:, None, None], axis=1)[:, 0]
         difference = jnp.where(weight[..., None] > 0, features - other_features[mate], 0)
         squared = jnp.sum(jnp.square(difference), axis=-1)
-        apart = squared > 0
+        apart = squared != 0  # NaN too, which shows in the total
         local = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0)  # sqrt has no gradient at 0
         return jnp.sum(weight * local, axis=-1)
 

@@ -187,7 +187,9 @@ def _checked_visibility(visibility: Features, name: str) -> np.ndarray:
     bad = np.flatnonzero(~((weight >= 0) & np.isfinite(weight)).all(axis=1))
     if len(bad):
         raise ValueError(f"the visibility of {name} image {bad[0]} is {weight[bad[0]]}, expected finite scores >= 0")
-    return weight
+    # The scale of an image's scores cancels in Eq. 4; products of very small or large ones would not be floats.
+    largest = weight.max(axis=1, keepdims=True)
+    return weight / np.where(largest > 0, largest, 1)
 
 
 def _chunks(

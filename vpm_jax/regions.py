@@ -155,10 +155,10 @@ def project_regions(
     if not (
         crop.height > 0
         and crop.width > 0
-        and crop.top >= -1e-9
-        and crop.left >= -1e-9
-        and crop.top + crop.height <= 1 + 1e-9
-        and crop.left + crop.width <= 1 + 1e-9
+        and crop.top >= -1e-6  # boxes may have been float32
+        and crop.left >= -1e-6
+        and crop.top + crop.height <= 1 + 1e-6
+        and crop.left + crop.width <= 1 + 1e-6
     ):
         raise ValueError(f"{crop} is not a box inside the image, expected fractions in [0, 1]")
     if min(rows, cols, h, w) < 1:

@@ -114,7 +114,8 @@ class VPM(nn.Module):
 
     Call with image [B, H, W, 3]: uint8 RGB, normalised here with `mean` and `std`, or floats that are
     normalised already. `visible` bool [B, P] is the visible set, used in training alone (default: all).
-    Training needs the "dropout" key and, to keep statistics, `mutable=["batch_stats"]`.
+    Training needs the "dropout" key and, to keep statistics, `mutable=["batch_stats"]`. Other shapes and types of
+    images raise ValueError.
 
     Returns (logits [B, P, K], out) with out holding, in float32 unless said:
       feature_map [B, h, w, C]     T, in the compute dtype
@@ -150,6 +151,9 @@ class VPM(nn.Module):
 
     @nn.compact
     def __call__(self, image, train: bool = False, visible=None):
+        bytes_or_floats = image.dtype == jnp.uint8 or jnp.issubdtype(image.dtype, jnp.floating)
+        if image.ndim != 4 or not bytes_or_floats:
+            raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 or normalised floats [B, H, W, 3]")
         regions = self.grid[0] * self.grid[1]
         if visible is None:
             visible = jnp.ones((image.shape[0], regions), bool)  # len() wants a number, and exporting has a symbol
@@ -161,15 +165,16 @@ class VPM(nn.Module):
 
         located = feature_map if self.locator_stage == 4 else stages["stage3"].astype(self.param_dtype)
         locator_logits = self.locate(located, train)
-        probability = nn.softmax(locator_logits)
+        log_probability = nn.log_softmax(locator_logits)
+        probability = jnp.exp(log_probability)
         visibility = jnp.sum(probability, axis=(1, 2))
-        weights = probability
+        # Eq. 3, where the weights' scale cancels: 1 at the likeliest cell, for a region may be unlikely everywhere.
+        weights = jnp.exp(log_probability - lax.stop_gradient(jnp.max(log_probability, axis=(1, 2), keepdims=True)))
         if not self.pool_gradient:
             weights, visibility = lax.stop_gradient((weights, visibility))
-        # Eq. 3. The sum over the map is C_i itself; a row's weight applies to the sum over its cells.
+        # The mean over the map; a row's weight applies to the sum over its cells.
         sums = jnp.einsum("bhwp,bhwc->bpc", jnp.broadcast_to(weights, (*feature_map.shape[:3], regions)), feature_map)
-        # A region whose probability underflows everywhere gets the feature 0, not 0 / 0.
-        region_features = sums / jnp.maximum(jnp.sum(weights, axis=(1, 2)), 1e-12)[..., None]
+        region_features = sums / jnp.sum(weights, axis=(1, 2))[..., None]
 
         features, shown = region_features, visible
         if self.global_head:
