@@ -128,6 +128,15 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     assert record["match"] | {"squared": False, "visibility": "uniform", "rerank": False} == record["match"]
     assert "keeping their bottom gamma" in capsys.readouterr().out
 
+    plain = ["--workdir", str(whole), "--output", str(tmp_path)]  # of other settings: both stay
+    assert evaluate.main(plain) == evaluate.main(plain) == 0
+    assert capsys.readouterr().out.count("(evaluation.md was of other settings: it is evaluation-1.md now)") == 1
+    assert json.loads((tmp_path / "evaluation-1.json").read_text()) == record
+    assert "bottom gamma" in (tmp_path / "evaluation-1.md").read_text()
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert again["gammas"] == json.loads((whole / "evaluation.json").read_text())["gammas"] != record["gammas"]
+    assert not (tmp_path / "evaluation-2.json").exists()
+
 
 @pytest.mark.parametrize("crop", ["top", "bilateral"])
 def test_each_query_meets_the_gallery_cropped_as_itself(trained, crop, monkeypatch):
@@ -162,6 +171,7 @@ def test_what_a_cropped_gallery_is_called(whole, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), gallery]) == 0
     said = capsys.readouterr().out
     assert "gallery images whole and cropped (1 of" in said
+    assert "|\n\nOurs meet" in said or "Ours" not in said  # the paper's table ends before the sentence
     assert "features of queries" in said and "features of the gallery (" in said and " of 2) " in said
 
 

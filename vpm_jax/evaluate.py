@@ -12,7 +12,9 @@ on Partial-REID and Partial-iLIDS by their own protocols, where the partial imag
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -332,15 +334,17 @@ def evaluate_and_report(
     mesh: Any,
     output: Path,
     steps: int,
-    results: dict[float, dict[str, Any]] | None = None,
+    evaluated: tuple[dict[float, dict[str, Any]], float] | None = None,
     trained_on: str | None = None,
 ) -> dict[float, dict[str, Any]]:
-    """Evaluates (unless `results` are given), prints the table, and writes evaluation.json, evaluation.md and
-    gamma.png into `output`; evaluation-DATASET.json and so on with the name of the dataset that it was `trained_on`."""
+    """Evaluates (unless `evaluated`, results and the seconds they took, is given), prints the table, and writes
+    evaluation.json, evaluation.md and gamma.png into `output`; evaluation-DATASET.json and so on with the name of the
+    dataset that it was `trained_on`."""
     import jax
 
     started = time.monotonic()
-    results = results or evaluate(config, variables, dataset, mesh)
+    results, seconds = evaluated or (evaluate(config, variables, dataset, mesh), 0.0)
+    seconds += time.monotonic() - started
     query, gallery = dataset.query, ranked(dataset.gallery)
     junk = len(dataset.gallery) - len(gallery)
     chance = metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
@@ -357,14 +361,14 @@ def evaluate_and_report(
     suffix = f"-{dataset.name}" if trained_on else ""
     own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
-        text = text.rstrip() + "\n\n" + paper.comparison(results, dataset.name, compared_model(config))
-        if config.match.gallery_gammas:
-            text = text.rstrip() + " Ours meet a gallery that is cropped too.\n"
+        published = paper.comparison(results, dataset.name, compared_model(config))
+        if published and config.match.gallery_gammas:
+            published = published.rstrip() + "\n\nOurs meet a gallery that is cropped too."
+        text = text.rstrip() + "\n\n" + published
     text = text.rstrip()
     if not hosts.is_first():
         return results
-    print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
-    write_atomically(output / f"evaluation{suffix}.md", text + (remarks(dataset) if trained_on else "") + "\n")
+    print("\n" + text + f"\n(evaluated in {duration(seconds)}; written to {output})")
     record = {
         "recipe": config.recipe,
         "seed": config.seed,
@@ -376,16 +380,33 @@ def evaluate_and_report(
         "match": config.match.to_dict() | {"flip": config.eval.flip},
         "chance_rank1": chance,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "gammas": {
             str(gamma): {"cmc": r["cmc"].tolist(), "mAP": r["mAP"], "mINP": r["mINP"]} for gamma, r in results.items()
         },
     }
-    write_atomically(output / f"evaluation{suffix}.json", json.dumps(record, indent=1) + "\n")
+    write(output, f"evaluation{suffix}", record, text + (remarks(dataset) if trained_on else ""))
     curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
     with replacing(output / f"gamma{suffix}.png") as path:
         plots.gamma_curves(path, {config.recipe: curve}, f"{dataset.name}, queries cropped to gamma", chance)
     return results
+
+
+def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None:
+    """NAME.json and NAME.md. Those of an evaluation by another protocol or matching stay, as NAME-1, NAME-2, ..."""
+
+    def setting(record: Mapping[str, Any]) -> Any:
+        return [record.get(key) for key in ("protocol", "match")] + list(record.get("gammas", ()))
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        earlier = json.loads((output / f"{name}.json").read_text())
+        if setting(earlier) != setting(json.loads(json.dumps(record))):
+            kept = next(f"{name}-{n}" for n in itertools.count(1) if not (output / f"{name}-{n}.json").exists())
+            for suffix in (".json", ".md"):
+                (output / f"{name}{suffix}").replace(output / f"{kept}{suffix}")
+            print(f"({name}.md was of other settings: it is {kept}.md now)")
+    write_atomically(output / f"{name}.md", text + "\n")
+    write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def headline(config: ConfigDict, dataset: Any, steps: int, trained_on: str | None = None) -> str:

@@ -6,7 +6,6 @@ dropped. Both datasets are for testing alone: the paper trains on Market-1501.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from numpy.typing import ArrayLike
 
 from vpm_jax import hosts, metrics, paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.evaluate import Job, distances, headline, matching_in_words, remarks
-from vpm_jax.logs import duration, write_atomically
+from vpm_jax.evaluate import Job, distances, headline, matching_in_words, remarks, write
+from vpm_jax.logs import duration
 
 DATASETS = ("partial_reid", "partial_ilids")
 
@@ -117,7 +116,6 @@ def evaluate_and_report(
     if not hosts.is_first():
         return results
     print("\n" + text + f"\n(evaluated in {duration(time.monotonic() - started)}; written to {output})")
-    write_atomically(output / f"evaluation-{dataset.name}.md", text + remarks(dataset) + "\n")
     record = {
         "recipe": config.recipe,
         "seed": config.seed,
@@ -132,5 +130,5 @@ def evaluate_and_report(
         "seconds": round(time.monotonic() - started, 1),
         "results": {name: {k: np.asarray(v).tolist() for k, v in r.items()} for name, r in results.items()},
     }
-    write_atomically(output / f"evaluation-{dataset.name}.json", json.dumps(record, indent=1) + "\n")
+    write(output, f"evaluation-{dataset.name}", record, text + remarks(dataset))
     return results

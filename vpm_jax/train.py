@@ -141,7 +141,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             with jax.transfer_guard("allow"):
                 checkpoints.save(steps, place.whole(state), meta)
 
-        def evaluate_if_due(state: step.State) -> dict[float, dict[str, Any]] | None:
+        def evaluate_if_due(state: step.State) -> tuple[dict[float, dict[str, Any]], float] | None:
             nonlocal evaluated
             if evaluated >= steps or not config.eval.every or not ends_epochs(config, steps, config.eval.every):
                 return None
@@ -162,8 +162,9 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
                 f"step {steps}/{total} mean over gamma: rank-1 {found['rank1']:.1%}, mAP {found['mAP']:.1%} "
                 f"(best mAP {meta['best']['mAP']:.1%} at step {meta['best']['step']})"
             )
-            window.pause(time.monotonic() - began)
-            return results
+            seconds = time.monotonic() - began
+            window.pause(seconds)
+            return results, seconds
 
         try:
             results = evaluate_if_due(state)  # of the last step alone; due where a stop cut it short
