@@ -190,6 +190,9 @@ def test_a_holder_that_lost_its_lock_learns_of_it(tmp_path):
         (tmp_path / ".lock").write_text(json.dumps(left_behind_by_another))
         with pytest.raises(UserError, match="has taken over"):
             lock.check()
+        os.utime(tmp_path / ".lock", ns=(0, 0))
+        time.sleep(10 * lock.BEAT)
+        assert (tmp_path / ".lock").stat().st_mtime_ns == 0  # nor does it look alive for the other
     assert (tmp_path / ".lock").exists()  # the other's
 
 

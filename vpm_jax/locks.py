@@ -86,7 +86,8 @@ class Lock:
     def _beat(self) -> None:
         while not self._ended.wait(self.BEAT):
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                if self._read() == self._text:  # not the name of another, who took it over
+                    os.utime(self._path)
 
     def _take_over(self, text: bytes) -> bool:
         """Writes this holder's name over that of a dead one, or into an empty file; False if another was quicker."""
