@@ -9,7 +9,7 @@ from tiny_runs import quick_compiler
 
 from vpm_jax import reranking
 from vpm_jax.matching import region_distance
-from vpm_jax.reranking import PairDistances, rerank
+from vpm_jax.reranking import rerank
 
 Q, G, P, C = 7, 40, 3, 8
 
@@ -124,12 +124,11 @@ def test_it_helps():
     assert precision(rerank(*three, 8, 3)) > precision(three[0])
 
 
-def test_squared_distances_and_rows_on_demand():
+def test_squared_distances():
     q, q_weight, g, g_weight = people()
     three = distances(q, q_weight, g, g_weight)
     expected = rerank(*three)
     np.testing.assert_allclose(rerank(*(x * x for x in three), squared=True), expected, atol=1e-6)
-    np.testing.assert_allclose(rerank(*three[:2], PairDistances(g, g_weight)), expected, atol=1e-6)
 
 
 def test_nothing_to_rank():

@@ -18,23 +18,6 @@ import simplejpeg
 
 from vpm_jax.plots import region_colours
 
-__all__ = [
-    "bars",
-    "beside",
-    "card",
-    "escape",
-    "jpeg",
-    "markdown",
-    "overlay",
-    "page",
-    "picture",
-    "plot",
-    "regions",
-    "row",
-    "section",
-    "table",
-]
-
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
   --right: #1a7f37; --wrong: #b3261e; --junk: #8a929b; --accent: #0a5cad; }

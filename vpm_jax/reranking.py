@@ -13,48 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpm_jax.matching import CHUNK_BYTES, region_distance
-
-
-class Distances(Protocol):
-    """A distance matrix: an array, or anything that has a shape and gives rows for a slice."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
-
-
-class PairDistances:
-    """The distances [G, G] among images by Eq. 4, computed row by row when they are asked for.
-
-    In place of an array: a gigabyte less for Market-1501's gallery, for twice the work (they are asked for twice).
-
-    Args:
-      features: [G, P, C].
-      visibility: [G, P].
-      squared: see `region_distance`.
-    """
-
-    def __init__(self, features: np.ndarray, visibility: np.ndarray, squared: bool = False):
-        self._features, self._visibility, self._squared = features, visibility, squared
-        self.shape = (len(visibility), len(visibility))
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        some = self._features[rows], self._visibility[rows]
-        return region_distance(*some, self._features, self._visibility, self._squared)
+from vpm_jax.matching import CHUNK_BYTES
 
 
 def rerank(
-    query_gallery: Distances,
-    query_query: Distances,
-    gallery_gallery: Distances,
+    query_gallery: np.ndarray,
+    query_query: np.ndarray,
+    gallery_gallery: np.ndarray,
     k1: int = 20,
     k2: int = 6,
     lambda_: float = 0.3,
@@ -72,7 +42,7 @@ def rerank(
     Args:
       query_gallery: [Q, G], `matching.region_distance`; +inf between images that share no region.
       query_query: [Q, Q].
-      gallery_gallery: [G, G], an array or a `PairDistances`.
+      gallery_gallery: [G, G].
       k1: how many neighbours may be reciprocal.
       k2: over how many neighbours, the image itself included, sets are averaged; 1 leaves them.
       lambda_: the original distance's share, in [0, 1].
