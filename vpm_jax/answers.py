@@ -15,7 +15,7 @@ from vpm_jax.regions import UNCUT, Part, RegionGrid, nearest_part, visible_heigh
 from vpm_jax.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
-_VISIBLE_CELLS = 1.0  # see matching.match_visibility
+_SHOWN = 0.25  # a query shows a region where it has this share of the cells that it has in a whole picture
 
 
 class Result(NamedTuple):
@@ -43,7 +43,9 @@ class Answer(NamedTuple):
 
     @property
     def visible(self) -> np.ndarray:
-        return self.query.visibility[0] >= _VISIBLE_CELLS
+        """Which regions the query shows, bool [P]: scores of 0 are rare, for probabilities leak into neighbours."""
+        visibility = self.query.visibility[0]
+        return visibility >= _SHOWN * visibility.mean()  # the probabilities of a cell sum to 1
 
 
 def parts(store: Store) -> dict[Part, bool]:
