@@ -189,7 +189,7 @@ class VPM:
             self.prepare(numbered[1], f"image {numbered[0]}", out)
 
         numbered = enumerate(_each(images))
-        threads = min(batch, os.cpu_count() or 1)
+        threads = min(batch, parallel.threads())
         with ThreadPoolExecutor(threads, "vpm_jax-decode") as pool:
             running: tuple[int, dict[str, Any]] | None = None
             size = 0

@@ -28,6 +28,11 @@ _CPU_REDUCTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 _CPU_REDUCTION_VERSIONS = ("0.10.2", "0.12.0")
 
 
+def threads() -> int:
+    """The CPU cores this process may use (taskset, containers); as many threads as each library gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare_backend() -> None:
     """Sets XLA's flags and JAX's compilation cache; call before JAX starts its backend. What the user has set stays."""
     flags = os.environ.get("XLA_FLAGS", "")
@@ -71,7 +76,7 @@ def data_mesh(batch: int | None = None, devices: Sequence | None = None):
     if batch is not None and batch % count:
         raise UserError(
             f"A batch of {batch} images does not divide over {count} devices: "
-            "choose a multiple (stage identities x images_per_identity) or fewer devices."
+            "choose a multiple (stage identities x images_per_identity, or eval.batch) or fewer devices."
         )
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 

@@ -158,7 +158,8 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
     if config.match.rerank:  # which depends on all that is ranked, as in an evaluation
         gallery = evaluate.ranked(gallery)
     mesh = parallel.data_mesh(config.eval.batch)
-    [distance] = evaluate.distances(config, model.variables, [evaluate.Job(query, gamma)], gallery, mesh)
+    variables = parallel.replicate(mesh, model.variables)
+    [distance] = evaluate.distances(config, variables, [evaluate.Job(query, gamma)], gallery, mesh)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
 
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "

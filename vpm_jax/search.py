@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from vpm_jax import answers as answers_lib
-from vpm_jax import cli
+from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.answers import Answer, numbers, printable
 from vpm_jax.api import VPM, Description
@@ -292,7 +292,7 @@ def describe(
     def pixels() -> Iterator[np.ndarray]:
         nonlocal unreadable
         images = iter(entries)
-        with ThreadPoolExecutor(os.cpu_count(), "vpm_jax-read") as pool:
+        with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
             while some := list(itertools.islice(images, batch)):
                 for entry, image in zip(some, pool.map(prepare, some), strict=True):
                     if isinstance(image, UserError):

@@ -21,9 +21,10 @@ from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import convolutions, data, elsewhere, evaluation, extraction, matching, metrics, search, step
 from vpm_jax.benchmark.report import Report, text, to_json
-from vpm_jax.benchmark.timing import Rate, measure, threads
+from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.errors import UserError
 from vpm_jax.logs import write_atomically
+from vpm_jax.parallel import threads
 
 __all__ = ["Rate", "main", "measure"]
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
-from vpm_jax.benchmark.timing import Rate, measure, threads
+from vpm_jax.benchmark.timing import Rate, measure
+from vpm_jax.parallel import threads
 
 HELP = "loading of training batches on the CPU"
 AIM = 8000  # images per second and core

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vpm_jax.benchmark.timing import matmul_size, threads
+from vpm_jax.benchmark.timing import matmul_size
+from vpm_jax.parallel import threads
 
 COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
 

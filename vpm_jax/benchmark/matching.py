@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from vpm_jax import parallel
 from vpm_jax.benchmark.report import Report, Row
-from vpm_jax.benchmark.timing import in_turn, matmul_size, threads, timed
+from vpm_jax.benchmark.timing import in_turn, matmul_size, timed
 from vpm_jax.errors import UserError
+from vpm_jax.parallel import threads
 
 HELP = "pairs/s of matching, beside NumPy, PyTorch and the matmul limit"
 BLOCK = 2048  # gallery images at a time in NumPy and PyTorch: bounded memory, products at full speed

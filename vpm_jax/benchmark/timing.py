@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -72,11 +71,6 @@ def in_turn(contestants: Mapping[Key, Callable[[], float]], rounds: int) -> dict
         for name, run in contestants.items():
             times[name].append(run())
     return times
-
-
-def threads() -> int:
-    """The CPU cores this process may use (taskset, containers); as many threads as each library gets."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def matmul_size(platform: str) -> int:
