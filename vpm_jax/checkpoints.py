@@ -199,17 +199,16 @@ class Checkpoints:
                 damaged[number] = error
                 continue
             if damaged and not self._writes:
-                raise UserError(
-                    f"{next(iter(damaged.values()))} Run its training's command again, which goes on from step {number}."
-                )
+                newest = next(iter(damaged.values()))
+                raise UserError(f"{newest} Run its training's command again, which goes on from step {number}.")
             for other, reason in damaged.items():
                 print(f"{reason} Going on from the one of step {number}.", file=sys.stderr)
                 self._set_aside(other)
             return number, *found
-        first = next(iter(damaged.values()))
-        if str(first).endswith(_DAMAGED):
-            raise UserError(f"{first} There is no other that is whole: bring back a copy, or train in another --workdir.")
-        raise first
+        newest = next(iter(damaged.values()))
+        if str(newest).endswith(_DAMAGED):
+            raise UserError(f"{newest} There is no other that is whole: bring back a copy, or use another --workdir.")
+        raise newest
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, for its step will be saved again."""
@@ -230,9 +229,7 @@ class Checkpoints:
                 raise ValueError("its values are not those that were saved")
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UserError(
-                f"The checkpoint {self.folder / str(step)} cannot be read ({reason}){_DAMAGED}"
-            ) from error
+            raise UserError(f"The checkpoint {self.folder / str(step)} cannot be read ({reason}){_DAMAGED}") from error
         return state, meta
 
     def meta(self) -> dict:

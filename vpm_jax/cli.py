@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds --config FILE[:VARIANT]; `read_config` takes the --config.KEY=VALUE that argparse leaves."""
+    """Adds --config FILE[:VARIANT]; `load_config` and `override` take the --config.KEY=VALUE that argparse leaves."""
     parser.add_argument(
         "--config",
         default=default,

@@ -95,7 +95,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
     Under jit, B is the global batch. Under a mapped axis `axis_name` it is one device's share: totals and
     counts are summed over the axis and the hardest pairs are found in all of it.
 
-    Metrics are float32 scalars (accuracy_identity is [P]); see `train` for their meaning.
+    Metrics are float32 scalars (accuracy_identity has one for each head); docs/recipes.md says what they mean.
     """
     model = models.create(config, axis_name)
     tx = optim.optimizer(config)

@@ -198,7 +198,10 @@ class Sampler:
         if self._crop not in CROPS:
             raise UserError(f"config.data.crop is {self._crop!r}, expected one of {', '.join(CROPS)}.")
         if len(self._gamma) < 2 or not self._gamma[0] > 0 or (np.diff(self._gamma) < 0).any():
-            raise UserError(f"config.data.gamma is {config.data.gamma}, expected 0 < low <= high.")
+            raise UserError(
+                f"config.data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high, or quantiles "
+                "that ascend so."
+            )
         if not 0 <= self._flip <= 1:
             raise UserError(f"config.data.flip is {self._flip}, expected a probability in [0, 1].")
 

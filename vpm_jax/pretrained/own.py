@@ -42,7 +42,7 @@ ADVICE = "write it again by python -m vpm_jax.convert, or ask for a part by part
 # ---- Workdirs ----
 
 
-def read_workdir(path: Path, partial: bool = False) -> Pretrained:
+def read_workdir(path: Path) -> Pretrained:
     """The newest checkpoint of a training run, whole.
 
     Raises:
