@@ -47,6 +47,10 @@ summary { cursor: pointer; color: var(--accent); }
   margin: .6rem 0; }
 .beside > * { align-self: start; margin-top: 0; }
 .beside .row { margin-bottom: 0; } .beside > :first-child { max-width: 13rem; }
+@media (min-width: 48rem) {
+  .beside .row { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .35rem; }
+  .beside .row .card { padding: .2rem; } .beside .row figcaption { font-size: .7rem; }
+}
 .row.wide { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
 .card { margin: 0; padding: .4rem; background: var(--card); border: 2px solid var(--line); border-radius: 8px;
   min-width: 0; }
