@@ -95,7 +95,8 @@ def test_training_curves(tmp_path, figures):
     band = accuracy.collections[0].get_datalim(accuracy.transData)
     assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
     assert "comparable" not in curves(accuracy)
-    assert "3 steps, 40 images/s" in figures[0].get_suptitle()
+    assert list(figures[0].axes[2].get_xticks()) == [0, 1, 2, 3]
+    assert "3 steps, 40 images/s (median)" in figures[0].get_suptitle()
     assert Image.open(tmp_path / "training.png").size == (1400, 896)
 
 
@@ -154,6 +155,19 @@ def test_region_maps(tmp_path, figures, count, grid):
 def test_region_maps_names_the_shapes():
     with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
         plots.region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [
+        (1, [0, 1]),
+        (60, [0, 10, 20, 30, 40, 50, 60]),
+        (400, [0, 100, 200, 300, 400]),
+        (3720, [0, 1000, 2000, 3000, 3720]),
+    ],
+)
+def test_steps_are_labelled_at_round_numbers_and_the_last(last, ticks):
+    assert plots._round_steps(last) == ticks
+
 
 
 def test_pyplot_stays_out():

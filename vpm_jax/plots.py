@@ -187,7 +187,9 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         _log_scale(axes)
     for axes in (rate, gradient):
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0, max(lines))
+        axes.set_xticks(_round_steps(max(lines)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
     stages = _values(lines, "stage")
     changes = [step for (_, before), (step, after) in pairwise(stages) if before != after]
@@ -198,9 +200,8 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         if axes.get_legend_handles_labels()[0]:
             # Above the panel, where no line runs.
             axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4, **_LEGEND)
-    speed = [float(value) for _, value in _values(lines, "images_per_second")]
     notes = [f"{max(lines):,} steps"]
-    notes += [f"{np.median(speed):,.0f} images/s"] if speed else []
+    notes += [f"{speed:,.0f} images/s (median)"] if (speed := median_speed(lines)) else []
     notes += ["dotted: next stage"] if changes else []
     figure.suptitle(", ".join(notes), fontsize=10)
     figure.savefig(path, dpi=140)
@@ -399,3 +400,15 @@ def region_colours(regions: int, columns: int = 1) -> np.ndarray:
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, regions))[:, :3]
     colours[1::2] *= 0.7  # neighbours differ in lightness too
     return colours
+def _round_steps(last: int) -> list[float]:
+    """Ticks from 0 at round numbers, then the last step."""
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(0, last)
+    return [*(tick for tick in ticks if tick <= last - (ticks[1] - ticks[0]) / 2), last]
+
+
+def median_speed(lines: Mapping[int, Mapping[str, Any]]) -> float | None:
+    """Images per second of a run, the median over its records; None where they do not say."""
+    speeds = [float(value) for _, value in _values(lines, "images_per_second")]
+    return float(np.median(speeds)) if speeds else None
+
+

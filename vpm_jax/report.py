@@ -108,10 +108,11 @@ def training(workdir: Path) -> str:
     first, last = next(iter(lines.values())), list(lines.values())[-1]
     words = [f"{last['step']:,} steps"]
     for key, form in (
-        ("images_per_second", "{:.0f} images/s at the end"),
         ("memory_gib", "{:.1f} GiB"),
         ("loss", "loss {:.3f} at the end"),
     ):
+    if speed := plots.median_speed(lines):
+        words.append(f"{speed:,.0f} images/s (median)")
         if isinstance(last.get(key), int | float):
             words.append(form.format(last[key]))
     if isinstance(first.get("eta"), int | float):
