@@ -401,7 +401,7 @@ def parts(
     """Draws what each part gains; the data and the lines of the report."""
     found, (first, one) = tables.gains(cells, done), next(iter(cells.items()))
     lines = ["## What each part gains", "", *tables.parts(found, first.method)]
-    if any("gain" in row for row in found):
+    if sum("gain" in row for row in found) > 1:
         above = f"Gains over {first.method}: {TITLES[one.dataset]}, scale {one.scale}, mean over gammas"
         figures.gains(output / "parts.png", found, above)
         lines += ["![What each part gains](parts.png)", ""]

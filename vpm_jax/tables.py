@@ -194,9 +194,10 @@ def parts(found: Sequence[Row], base: str) -> list[str]:
     if not found:
         return ["None has finished.", ""]
     gammas = list(found[0]["numbers"])
+    brackets = "; in brackets the least and the most of any seed" if max(len(row["seeds"]) for row in found) > 1 else ""
     lines = [
         f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}. A gain is that over {base} with the same seed, the "
-        "mean over the gammas; in brackets the least and the most of any seed.",
+        f"mean over the gammas{brackets}.",
         "",
     ]
     table = [["part", "keys", "seeds", *gammas, "gain in R-1", "gain in mAP"]]
@@ -207,7 +208,8 @@ def parts(found: Sequence[Row], base: str) -> list[str]:
             cells.append(" / ".join(_number(row["numbers"][gamma][metric]) for metric in GAINED))
         for metric in GAINED:
             gain = row.get("gain", {}).get(metric)
-            cells.append(f"{gain['mean']:+.1f} ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain else "–")
+            several = f" ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain and len(gain["values"]) > 1 else ""
+            cells.append(f"{gain['mean']:+.1f}{several}" if gain else "–")
         table.append(cells)
     return [*lines, *_table(table)]
 
