@@ -36,7 +36,13 @@ def test_the_page_says_what_the_files_say(whole, page):
     for gamma, scores in evaluation["gammas"].items():
         assert f"gamma {float(gamma):g}: rank-1 {scores['cmc'][0]:.1%}" in page  # the plot's words
         assert f"{100 * scores['mAP']:.1f}" in found.words
-    assert "11 steps" in found.words and "model.stem" in found.words and "(2, 1)" in found.words
+    assert "<h1>VPM on synthetic pedestrians</h1>" in page
+    assert (
+        "11 steps" in found.words
+        and "images/s (median)" in found.words
+        and "model.stem" in found.words
+        and "(2, 1)" in found.words
+    )
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == ["Results", "Training", "Ranked lists at gamma 0.5", "What the locator sees", "Configuration"]
 
@@ -63,6 +69,7 @@ def test_real_people_are_shown_on_request_alone(tmp_path):
     run(tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
     Reader(text)
+    assert f"vpm_jax.evaluate --workdir {tmp_path / 'run'} does it" in text
     assert "Not evaluated yet" in text and "no metrics.jsonl" in text and "<img" not in text
     with pytest.raises(UserError, match="nowhere"):
         run(tmp_path / "run", "--pictures")

@@ -145,6 +145,11 @@ def published(dataset: str, method: str = "VPM", sources: Sequence[Published] = 
     return next((p for p in sources if (p.dataset, p.method) == (dataset, method)), None)
 
 
+def title(method: str) -> str:
+    """What our tables and pictures call a method of the paper."""
+    return method.replace("baseline", "global feature")
+
+
 def comparison(
     results: Mapping[float, Mapping[str, Any]],
     dataset: str,
@@ -194,7 +199,8 @@ def comparison(
                 other = again.scores.get(gamma, {}).get(metric)
                 cells.append("–" if other is None else f"{other:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
-    text = f"{method} on {dataset} beside the paper's {paper.where}, in percent. Its protocol: {paper.protocol}.\n\n"
+    text = f"{title(method)} on {dataset} beside the paper's {paper.where}, in percent. "
+    text += f"Its protocol: {paper.protocol}.\n\n"
     text += "\n".join(lines) + "\n"
     if misprints:
         text += f"\n\\* {', '.join(misprints)} is a misprint in the paper (it repeats the R-10 beside it).\n"

@@ -21,6 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from vpm_jax.data.folders import TITLES
+
 # Okabe and Ito's colours, told apart with every kind of colour vision; yellow left out, too faint for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -28,6 +30,12 @@ _LEGEND: Any = dict(frameon=False, fontsize=8, borderpad=0.2, handlelength=1.4, 
 
 
 Curves = Mapping[str, Mapping[float, Mapping[str, float]]]  # {method: {gamma: {"rank-1": ..., "mAP": ...}}}
+
+
+def gamma_title(dataset: str, crop: str) -> str:
+    """What pictures over gamma are of: a dataset, by its title if it has one, and what queries keep."""
+    name = TITLES.get(dataset, dataset)
+    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma"
 
 
 def gamma_curves(

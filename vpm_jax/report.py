@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, html, metrics, parallel, plots
+from vpm_jax import cli, html, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
+from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
+from vpm_jax.evaluate import compared_model
 from vpm_jax.logs import duration, write_atomically
 from vpm_jax.workdir import read_run
 
@@ -52,11 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_output("--output", output)
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
 
-    body = results(args.workdir) + training(args.workdir)
+    body = results(args.workdir, paper.title(compared_model(config))) + training(args.workdir)
     if pictures:
         body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
     body += configuration(config)
-    write_atomically(output, html.page(f"Recipe {config.recipe} on {config.data.name}", summary(config) + body))
+    title = f"{paper.title(compared_model(config))} on {TITLES.get(config.data.name, config.data.name)}"
+    write_atomically(output, html.page(title[0].upper() + title[1:], summary(config) + body))
     size = output.stat().st_size / 2**20
     print(f"Wrote {output} ({size:.1f} MiB, {'with' if pictures else 'without'} pictures): open it in a browser.")
     return 0
@@ -64,23 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(config: ConfigDict) -> str:
     m = config.model
-    model = f"ResNet-{m.depth} of width {m.width}, {config.data.height} x {config.data.width} images, "
-    model += f"{m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}"
+    model = f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {config.data.height} x {config.data.width} "
+    model += f"images, {m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}"
     return f'<p class="soft">{html.escape(model)}</p>\n'
 
 
-def results(workdir: Path) -> str:
-    """The evaluations that the workdir holds, as they were printed, and the gamma curves."""
+def results(workdir: Path, model: str) -> str:
+    """The evaluations that the workdir holds, as they were printed, and the gamma curves of the model."""
     evaluations = sorted(workdir.glob("evaluation*.md"), key=lambda path: (path.name != "evaluation.md", path.name))
     if not evaluations:
-        return html.section("Results", "<p>Not evaluated yet: python -m vpm_jax.evaluate --workdir RUN does it.</p>")
+        command = shlex.join(["python", "-m", "vpm_jax.evaluate", "--workdir", str(workdir)])
+        return html.section("Results", f"<p>Not evaluated yet: {html.escape(command)} does it.</p>")
     body = ""
     for path in evaluations:
-        body += gamma_plot(path.with_suffix(".json")) + html.markdown(path.read_text(errors="replace"))
+        body += gamma_plot(path.with_suffix(".json"), model) + html.markdown(path.read_text(errors="replace"))
     return html.section("Results", body)
 
 
-def gamma_plot(path: Path) -> str:
+def gamma_plot(path: Path, model: str) -> str:
     """Rank-1 and mAP against gamma, of an evaluation that has gammas; else ""."""
     try:
         found = json.loads(path.read_text())
@@ -88,13 +93,13 @@ def gamma_plot(path: Path) -> str:
             float(gamma): {"rank-1": float(scores["cmc"][0]), "mAP": float(scores["mAP"])}
             for gamma, scores in found["gammas"].items()
         }
-        name, recipe, chance = str(found["dataset"]), str(found["recipe"]), float(found["chance_rank1"])
+        title = plots.gamma_title(str(found["dataset"]), str(found["protocol"]["crop"]))
+        chance = float(found["chance_rank1"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return ""  # the numbers are in the text below it
     said = "; ".join(f"gamma {g:g}: rank-1 {s['rank-1']:.1%}, mAP {s['mAP']:.1%}" for g, s in sorted(curve.items()))
-    title = f"{name}, queries cropped to gamma"
     return html.plot(
-        lambda file: plots.gamma_curves(file, {recipe: curve}, title, chance), f"Rank-1 and mAP against gamma. {said}"
+        lambda file: plots.gamma_curves(file, {model: curve}, title, chance), f"Rank-1 and mAP against gamma. {said}"
     )
 
 
@@ -107,12 +112,12 @@ def training(workdir: Path) -> str:
         return html.section("Training", "<p>This workdir has no metrics.jsonl with records.</p>")
     first, last = next(iter(lines.values())), list(lines.values())[-1]
     words = [f"{last['step']:,} steps"]
+    if speed := plots.median_speed(lines):
+        words.append(f"{speed:,.0f} images/s (median)")
     for key, form in (
         ("memory_gib", "{:.1f} GiB"),
         ("loss", "loss {:.3f} at the end"),
     ):
-    if speed := plots.median_speed(lines):
-        words.append(f"{speed:,.0f} images/s (median)")
         if isinstance(last.get(key), int | float):
             words.append(form.format(last[key]))
     if isinstance(first.get("eta"), int | float):

@@ -348,7 +348,7 @@ def report(
     else:
         data["parts"], body = parts(output, cells, done)
     lines = [
-        f"# {heading}: {one.dataset}, scale {one.scale}{variant}",
+        f"# {heading}: {TITLES[one.dataset]}, scale {one.scale}{variant}",
         "",
         f"    {command}",
         "",

@@ -252,7 +252,7 @@ def _beside_the_paper(row: Row) -> list[str]:
             for metric in shown:
                 cells += [_number(values[metric]), *_against(values[metric])]
             table.append(cells)
-    return [f"{row['title']} beside the paper's {row['compared with']}:", "", *_table(table)]
+    return [f"Beside the paper's {row['compared with']}: {row['title']}", "", *_table(table)]
 
 
 def _number(value: Mapping[str, Any]) -> str:
@@ -291,9 +291,9 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
             also = f" (of {', '.join(cropped)} also cropped)" if cropped else ""
             whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
             lines.append(
-                f"- Protocol: {one['dataset']}, {whose}; single query, {protocol['queries']} queries keeping their "
-                f"{protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same identity and camera "
-                f"dropped, {protocol['skipped']} queries without a match skipped. {chance}"
+                f"- Protocol: {TITLES[one['dataset']]}, {whose}; single query, {protocol['queries']} queries keeping "
+                f"their {protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same identity and "
+                f"camera dropped, {protocol['skipped']} queries without a match skipped. {chance}"
             )
         lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]
     trained = [result for result in done if result["images"]]
