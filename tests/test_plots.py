@@ -29,6 +29,10 @@ def panel(figure, title):
     return next(axes for axes in figure.axes if title in (axes.get_title(), axes.get_title(loc="left")))
 
 
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def curves(axes):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
@@ -50,12 +54,10 @@ def test_gamma_curves(tmp_path, figures):
 
 def test_gamma_curves_beside_the_papers(tmp_path, figures):
     values = {0.5: {"rank-1": 0.4, "mAP": 0.3}, 1.0: {"rank-1": 0.6, "mAP": 0.5}}
-    results = {"baseline": values, "p = 2": values, "p = 8": values}
-    spread = {"p = 2": {0.5: {"rank-1": 0.1, "mAP": 0.0}, 1.0: {"rank-1": 0.05, "mAP": 0.0}}}
+    seeds = {0.5: {"rank-1": [0.3, 0.4, 0.5], "mAP": [0.3] * 3}, 1.0: {"rank-1": [0.55, 0.6, 0.65], "mAP": [0.5] * 3}}
+    results = {"global feature": values, "p = 2": seeds, "p = 8": values}
     published = {"p = 8": {0.5: {"rank-1": 0.7, "mAP": 0.5}, 0.9: {"rank-1": 0.9}}, "of others": values}
-    plots.gamma_curves(
-        tmp_path / "gamma.png", results, "title", spread=spread, published=published, shades=("p = 2", "p = 8")
-    )
+    plots.gamma_curves(tmp_path / "gamma.png", results, "title", published=published, shades=("p = 2", "p = 8"))
     axes = panel(figures[0], "rank-1")
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in dashed] == [([0.5, 0.9], [0.7, 0.9])]
@@ -65,15 +67,50 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
     )
     band = axes.collections[0].get_datalim(axes.transData)
     assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()][-2:] == [
-        "± standard deviation over seeds",
-        "the paper's, in the same colour",
-    ]
-    plots.gamma_curves(
-        tmp_path / "gamma.png", results, "title", spread={"p = 2": {0.5: {}}}, published={"p = 2": {0.5: {}}}
-    )
-    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(results)
+    assert own["p = 2"].get_ydata() == pytest.approx([0.4, 0.6])
+    assert legend(figures[0])[-2:] == ["± standard deviation over seeds", "Sun et al. (2019), in the same colour"]
+    # One published number makes no line, and the legend none.
+    plots.gamma_curves(tmp_path / "gamma.png", {"p = 8": values}, "title", published={"p = 8": {1.0: {"rank-1": 0.9}}})
+    assert legend(figures[1]) == ["p = 8"]
     assert "40%" in [label.get_text() for label in panel(figures[0], "mAP").get_yticklabels()]
+
+
+def test_of_two_seeds_each_is_shown(tmp_path, figures):
+    by_gamma = {0.5: {"rank-1": [0.2, 0.4], "mAP": [0.1, 0.2]}, 1.0: {"rank-1": [0.5, 0.6], "mAP": [0.3, 0.3]}}
+    plots.gamma_curves(tmp_path / "gamma.png", {"VPM": by_gamma}, "title")
+    axes = panel(figures[0], "rank-1")
+    assert curves(axes)["VPM"][1] == pytest.approx([0.3, 0.55]) and not axes.collections
+    dots = [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "None"]
+    assert dots == [[0.2, 0.5], [0.4, 0.6]] and legend(figures[0]) == ["VPM", "each seed (line: mean)"]
+
+
+def test_ticks_of_gammas_are_apart(tmp_path, figures):
+    near = {gamma / 100: {"rank-1": 0.5, "mAP": 0.4} for gamma in range(45, 101, 5)}
+    plots.gamma_curves(tmp_path / "gamma.png", {"VPM": near}, "title")
+    assert panel(figures[0], "mAP").get_xticks() == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert plots._apart([1.0]) == [1.0] and plots._apart([0.5, 1.0, 0.5]) == [0.5, 1.0]
+
+
+def test_differences(tmp_path, figures):
+    found = {
+        "MVPM-1": {0.5: {"rank-1": [-4.0], "mAP": [-2.0]}, 1.0: {"rank-1": [1.0], "mAP": [0.5]}},
+        "MVPM-2": {1.0: {"rank-1": [0.0, -1.0], "mAP": [0.2, 0.4]}},
+    }
+    plots.differences(tmp_path / "a.png", found, "title", "VPM", {"MVPM-2": {1.0: {"rank-1": -0.2}}})
+    above, below = figures[0].axes
+    assert [bar.get_height() for bar in above.patches] == [-4.0, 1.0, -0.5]
+    assert [bar.get_height() for bar in below.patches] == pytest.approx([-2.0, 0.5, 0.3])
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in above.patches]
+    assert centres[0] < 0 < centres[1] < 1 < centres[2]  # at 0.5, then side by side around 1.0
+    expected = ["VPM (zero)", "MVPM-1", "MVPM-2", "each seed (bar: mean)", "Sun et al. (2019)"]
+    assert legend(figures[0]) == expected
+
+
+def test_a_pdf_has_no_date(tmp_path):
+    values = {"VPM": {1.0: {"rank-1": 0.5, "mAP": 0.4}}}
+    plots.gamma_curves(tmp_path / "a.pdf", values, "title")
+    data = (tmp_path / "a.pdf").read_bytes()
+    assert data.startswith(b"%PDF") and b"CreationDate" not in data and b"/Type3" not in data
 
 
 def line(step, **changes):
@@ -119,6 +156,19 @@ def test_a_metrics_file_with_something_else_in_it(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [
+        (1, [0, 1]),
+        (60, [0, 10, 20, 30, 40, 50, 60]),
+        (400, [0, 100, 200, 300, 400]),
+        (3720, [0, 1000, 2000, 3000, 3720]),
+    ],
+)
+def test_steps_are_labelled_at_round_numbers_and_the_last(last, ticks):
+    assert plots._round_steps(last) == ticks
+
+
 def test_running_mean():
     values = np.random.default_rng(0).random(30)
     expected = [values[max(0, i - 2) : i + 3].mean() for i in range(30)]
@@ -155,19 +205,6 @@ def test_region_maps(tmp_path, figures, count, grid):
 def test_region_maps_names_the_shapes():
     with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
         plots.region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))
-
-@pytest.mark.parametrize(
-    ("last", "ticks"),
-    [
-        (1, [0, 1]),
-        (60, [0, 10, 20, 30, 40, 50, 60]),
-        (400, [0, 100, 200, 300, 400]),
-        (3720, [0, 1000, 2000, 3000, 3720]),
-    ],
-)
-def test_steps_are_labelled_at_round_numbers_and_the_last(last, ticks):
-    assert plots._round_steps(last) == ticks
-
 
 
 def test_pyplot_stays_out():

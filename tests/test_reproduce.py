@@ -268,6 +268,7 @@ def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
     assert result["evaluates"] == "market1501-screen-ema-seed1"
     assert result["protocol"]["held out identities"] == 100
     report = (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "parts.pdf").exists()
     assert "(parts.png)" in report and (tmp_path / "report" / "parts.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "report" / "report.json").read_text())["parts"]
 
@@ -295,9 +296,9 @@ def test_parts_are_compared_seed_by_seed(pretend, call, tmp_path, capsys):
     pretend.clear()
     assert call(f"--parts {file} --models ema --scale small") == 0
     assert pretend == ["market1501-small-vpm-seed0", "market1501-small-ema-seed0"]
-
     report = (tmp_path / "report" / "report.md").read_text()
     assert "parts.png" not in report and "in brackets" not in report  # of one part, of one seed
+
     # On another base, by another name.
     pretend.clear()
     assert call(f"--parts {file} --models ema_flip --variant wide --config.model.width=32") == 0
@@ -545,6 +546,7 @@ def test_mean_and_spread_are_numpys_and_differences_the_readers(pretend, call, t
         gaps = [means["VPM", gamma, m] - means["global feature", gamma, m] for m in ("R-1", "mAP")]
         assert lead["global feature"][column] == " / ".join(f"{gap:+.1f}" for gap in gaps)
     assert (tmp_path / "report" / "table-1.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "table-1.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_one_seed_has_no_spread_and_held_out_identities_no_paper(pretend, call, tmp_path):

@@ -74,6 +74,7 @@ class Exhibit(NamedTuple):
     tests: tuple[str, ...] = ()  # datasets of partial images that the trained models are evaluated on too
     shaded: bool = False  # its methods differ in a number, and are drawn from light to dark in its order
     maps: bool = False  # it shows pictures with the regions found in them
+    differing: bool = False  # its methods are close: drawn as differences to the first
 
 
 EXHIBITS: dict[str, Exhibit] = {
@@ -90,6 +91,7 @@ EXHIBITS: dict[str, Exhibit] = {
         "Table 3: what self-supervision contributes",
         ("vpm", "vpm-notriplet", "mvpm-1", "mvpm-2", "mvpm-3", "mvpm-4"),
         ("partial_ilids",),
+        differing=True,
     ),
     "figure 4": Exhibit("Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _PARTS)), shaded=True),
     "figure 5": Exhibit("Figure 5: the regions found", ("vpm", "vpm-3x2"), maps=True),

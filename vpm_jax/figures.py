@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,23 +17,23 @@ VIEWS = (("none", 1.0), ("left", 0.6), ("top", 0.7), ("top", 0.5))  # (crop, gam
 
 
 def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, shaded: bool = False) -> None:
-    """Rank-1 and mAP of every method over gamma: means, spread over seeds as bands, the paper's as dashed lines.
+    """Rank-1 and mAP of every method over gamma: the mean over seeds, their spread, the paper's as dashed lines.
 
     Args:
       path: the picture to write.
       found: of `tables.rows`.
       title: of the picture.
       chance: rank-1 of random rankings, a fraction.
-      shaded: methods other than the baseline differ in a number, and are drawn from light to dark.
+      shaded: methods other than the global feature differ in a number, and are drawn from light to dark.
     """
 
-    def curves(what: str) -> dict[str, dict[float, dict[str, float]]]:
+    def curves(what: str) -> dict[str, Any]:
         return {
             row["title"]: {
                 float(gamma): {
-                    name: values[metric][what] / 100
+                    name: np.divide(values[metric][what], 100)
                     for name, metric in _METRICS.items()
-                    if values[metric].get(what) is not None
+                    if what in values[metric]
                 }
                 for gamma, values in row["numbers"].items()
             }
@@ -40,17 +41,47 @@ def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, sh
         }
 
     shades = [row["title"] for row in found if shaded and row["method"] != "baseline"]
-    with replacing(path) as temporary:
-        plots.gamma_curves(
-            temporary, curves("mean"), title, chance, spread=curves("std"), published=curves("paper"), shades=shades
-        )
+    ours, theirs = curves("values"), curves("paper")
+    _draw(path, lambda file: plots.gamma_curves(file, ours, title, chance, published=theirs, shades=shades))
+
+
+def differences(path: Path, found: Sequence[Row], title: str) -> None:
+    """What every method but the first differs by from it, over gamma and seed by seed, and the paper's.
+
+    Args:
+      path: the picture to write.
+      found: of `tables.rows`.
+      title: of the picture.
+    """
+    first, *others = found
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for row in others:
+        shared = [seed for seed in row["seeds"] if seed in first["seeds"]]
+        if not shared:
+            continue
+        ours[row["title"]], theirs[row["title"]] = {}, {}
+        for gamma in row["numbers"]:
+            pairs = {name: (row["numbers"][gamma][m], first["numbers"][gamma][m]) for name, m in _METRICS.items()}
+            ours[row["title"]][float(gamma)] = {
+                name: [a["values"][row["seeds"].index(s)] - b["values"][first["seeds"].index(s)] for s in shared]
+                for name, (a, b) in pairs.items()
+            }
+            theirs[row["title"]][float(gamma)] = {
+                name: a["paper"] - b["paper"] for name, (a, b) in pairs.items() if "paper" in a and "paper" in b
+            }
+    above = f"{title}: differences to {first['title']}"
+    _draw(path, lambda file: plots.differences(file, ours, above, first["title"], theirs))
 
 
 def gains(path: Path, found: Sequence[Row], title: str) -> None:
     """What each part that was tried gains, of `tables.gains`; `path` is the picture to write."""
-    rows = {row["title"]: row["gain"] for row in found if "gain" in row}
-    with replacing(path) as temporary:
-        plots.gains(temporary, {t: {n: g[m]["values"] for n, m in _METRICS.items()} for t, g in rows.items()}, title)
+    gained = {
+        row["title"].replace("_", " "): {name: row["gain"][m]["values"] for name, m in _METRICS.items()}
+        for row in found
+        if "gain" in row
+    }
+    _draw(path, lambda file: plots.gains(file, gained, title))
 
 
 def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
@@ -71,8 +102,8 @@ def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
     pictures = np.stack([model.prepare(image) for image in images])
     found = model(pictures)
     grid = (model.grid.rows, model.grid.cols)
-    with replacing(path) as temporary:
-        plots.region_maps(temporary, pictures, found.region_maps, found.visibility, grid, captions, across=len(VIEWS))
+    maps, scores = found.region_maps, found.visibility
+    _draw(path, lambda file: plots.region_maps(file, pictures, maps, scores, grid, captions, across=len(VIEWS)))
 
 
 def views(people: int) -> tuple[list[np.ndarray], list[str]]:
@@ -90,3 +121,10 @@ def views(people: int) -> tuple[list[np.ndarray], list[str]]:
             images.append(np.ascontiguousarray(cut(image, box, flip=False)))
             captions.append("whole" if crop == "none" else f"{crop}, gamma {gamma:g}")
     return images, captions
+
+
+def _draw(path: Path, draw: Callable[[Path], None]) -> None:
+    """Writes a picture for the report, and beside it the same as .pdf, for papers."""
+    for each in (path, path.with_suffix(".pdf")):
+        with replacing(each) as temporary:
+            draw(temporary)

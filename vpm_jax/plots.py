@@ -7,13 +7,13 @@ suffix chooses the format (.png, .pdf, .svg).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -28,8 +28,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 _LEGEND: Any = dict(frameon=False, fontsize=8, borderpad=0.2, handlelength=1.4, columnspacing=1.0, handletextpad=0.5)
 
+_DASHED: Any = dict(linewidth=0.9, linestyle=(0, (4, 2)))
+_PAPER = "Sun et al. (2019)"
+_FEW = 3  # seeds; of fewer a standard deviation says little, and each is shown
 
-Curves = Mapping[str, Mapping[float, Mapping[str, float]]]  # {method: {gamma: {"rank-1": ..., "mAP": ...}}}
+# {method: {gamma: {"rank-1": ..., "mAP": ...}}}, where a number may be a sequence with that of each seed
+Curves = Mapping[str, Mapping[float, Mapping[str, float | Sequence[float]]]]
 
 
 def gamma_title(dataset: str, crop: str) -> str:
@@ -44,62 +48,117 @@ def gamma_curves(
     title: str,
     chance: float | None = None,
     *,
-    spread: Curves | None = None,
     published: Curves | None = None,
     shades: Sequence[str] = (),
 ) -> None:
     """Rank-1 and mAP of every method against gamma, the kept area ratio, side by side.
 
+    Of several seeds the line is their mean: of two each is shown by a small marker, of three or more the standard
+    deviation by a band.
+
     Args:
       path: the picture to write.
-      results: {method: {gamma: {"rank-1": ..., "mAP": ...}}}, as fractions in [0, 1].
-      title: recipe and protocol.
+      results: as fractions in [0, 1].
+      title: dataset and protocol.
       chance: the rank-1 of random rankings, drawn as a line.
-      spread: of the same form, the standard deviation over seeds: a band of so much below and above.
       published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's colour.
       shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colours.
     """
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
     colours = _method_colours(list(results), shades)
+    legend: dict[str, Any] = {}
+    notes: dict[str, Any] = {}  # what the legend says last
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
         for index, (name, by_gamma) in enumerate(results.items()):
+            style: Any = dict(color=colours[name], marker=MARKERS[index % len(MARKERS)])
+            legend[name] = Line2D([], [], markersize=5, linewidth=1.8, **style)
             gammas = sorted(by_gamma)
-            values = np.array([by_gamma[gamma][metric] for gamma in gammas])
-            if spread and (widths := spread.get(name)):
-                width = np.array([widths.get(gamma, {}).get(metric, 0.0) for gamma in gammas])
-                axes.fill_between(gammas, values - width, values + width, color=colours[name], alpha=0.18, linewidth=0)
-            axes.plot(
-                gammas,
-                values,
-                color=colours[name],
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=5,
-                linewidth=1.8,
-                label=name,
-            )
+            seeds = np.array([np.atleast_1d(by_gamma[gamma][metric]) for gamma in gammas])  # [G, seeds]
+            means = seeds.mean(axis=1)
+            axes.plot(gammas, means, color=colours[name], linewidth=1.8, label=name)
+            if 1 < seeds.shape[1] < _FEW:
+                axes.plot(gammas, seeds, linestyle="none", markersize=3, **style)
+                notes["each seed (line: mean)"] = Line2D([], [], color="0.3", marker="o", markersize=3, linewidth=0)
+            else:
+                axes.plot(gammas, means, linestyle="none", markersize=5, **style)
+            if seeds.shape[1] >= _FEW:
+                width = seeds.std(axis=1, ddof=1)
+                axes.fill_between(gammas, means - width, means + width, color=colours[name], alpha=0.18, linewidth=0)
+                notes["± standard deviation over seeds"] = Patch(color="0.3", alpha=0.18, linewidth=0)
             theirs = [(g, v[metric]) for g, v in sorted((published or {}).get(name, {}).items()) if metric in v]
-            if theirs:
-                axes.plot(*zip(*theirs, strict=True), color=colours[name], linewidth=0.9, linestyle=(0, (4, 2)))
+            if len(theirs) > 1:
+                axes.plot(*zip(*theirs, strict=True), color=colours[name], **_DASHED)
+                notes[f"{_PAPER}, in the same colour"] = Line2D([], [], color="0.3", **_DASHED)
         if chance is not None and metric == "rank-1":
-            axes.axhline(chance, color="0.45", linestyle=":", linewidth=1.2, label=f"chance ({100 * chance:.2g}%)")
+            label = f"chance ({100 * chance:.2g}%)"
+            legend[label] = axes.axhline(chance, color="0.45", linestyle=":", linewidth=1.2, label=label)
         axes.set_xlabel("gamma (kept area ratio)")
         axes.set_title(metric, fontsize=11)
         top = axes.dataLim.y1
         axes.set_ylim(-0.02 * top, 1.05 * top)  # room for a chance line close to zero
-        axes.set_xticks(sorted({gamma for by_gamma in results.values() for gamma in by_gamma}))
+        axes.set_xticks(_apart(gamma for by_gamma in results.values() for gamma in by_gamma))
         axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if _any_of(spread, results):
-        handles.append(Patch(color="0.3", alpha=0.18, linewidth=0))
-        labels.append("± standard deviation over seeds")
-    if _any_of(published, results):
-        handles.append(Line2D([], [], color="0.3", linewidth=0.9, linestyle=(0, (4, 2))))
-        labels.append("the paper's, in the same colour")
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    _legend_below(figure, legend | notes)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
+
+
+def _apart(gammas: Iterable[float]) -> list[float]:
+    """Those, from the largest down, that are apart enough to be labelled: by more than a tenth of their range."""
+    kept: list[float] = []
+    ordered = sorted(set(gammas), reverse=True)
+    for gamma in ordered:
+        if not kept or kept[-1] - gamma > 0.0999 * (ordered[0] - ordered[-1]):
+            kept.append(gamma)
+    return kept[::-1]
+
+
+def differences(
+    path: str | Path | IO[bytes],
+    found: Curves,
+    title: str,
+    reference: str,
+    published: Mapping[str, Mapping[float, Mapping[str, float]]] | None = None,
+) -> None:
+    """What methods differ by from a reference, the zero line: at each gamma a bar for each, rank-1 above mAP.
+
+    Args:
+      path: the picture to write.
+      found: in points, a method's number less the reference's. Of several seeds the bar is the mean, and each a dot.
+      title: dataset and protocol.
+      reference: its name.
+      published: the paper's differences, marked on the bars.
+    """
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+    gammas = sorted({gamma for by_gamma in found.values() for gamma in by_gamma})
+    width = 0.84 / max(len(found), 1)
+    legend: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
+        for index, (name, by_gamma) in enumerate(found.items()):
+            colour = COLOURS[1 + index % (len(COLOURS) - 1)]  # the first is the reference's in other pictures
+            for gamma, values in by_gamma.items():
+                x, seeds = gammas.index(gamma) + (index - (len(found) - 1) / 2) * width, np.atleast_1d(values[metric])
+                legend[name] = axes.bar(x, seeds.mean(), 0.86 * width, color=colour, label=name)
+                if len(seeds) > 1:
+                    [dots] = axes.plot([x] * len(seeds), seeds, ".", color="0.2", markersize=3)
+                    notes["each seed (bar: mean)"] = dots
+                theirs = (published or {}).get(name, {}).get(gamma, {}).get(metric)
+                if theirs is not None:
+                    [mark] = axes.plot(x, theirs, "D", color="white", markeredgecolor="0.1", markersize=4)
+                    notes[_PAPER] = mark
+        line = axes.axhline(0.0, color=COLOURS[0], linewidth=1.0)
+        axes.set_ylabel(f"{metric}, points")
+        _plain(axes)
+        axes.grid(visible=False, axis="x")
+    panels[-1].set_xticks(range(len(gammas)), [str(gamma) for gamma in gammas])
+    panels[-1].set_xlabel("gamma (kept area ratio)")
+    _legend_below(figure, {f"{reference} (zero)": line} | legend | notes)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path, dpi=160)
 
 
 def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
@@ -110,7 +169,7 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
       gained: {part: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
       title: of the picture.
     """
-    figure = Figure(figsize=(7.2, 1.3 + 0.24 * len(gained)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.5 + 0.24 * len(gained)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     rows = np.arange(len(gained))
     for axes, metric, colour in zip(panels, ("rank-1", "mAP"), COLOURS, strict=False):
@@ -123,13 +182,23 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(rows, list(gained), fontsize=8)
     panels[0].set_ylim(len(gained) - 0.4, -0.6)
+    figure.supxlabel("a dot for each seed, a bar at their mean", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
 
 
-def _any_of(curves: Curves | None, results: Curves) -> bool:
-    """Whether there is anything of a method that has results."""
-    return any(any(scores.values()) for name, scores in (curves or {}).items() if name in results)
+def _legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
+    columns = min(len(entries), 4)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+
+
+def _save(figure: Figure, path: str | Path | IO[bytes], dpi: int) -> None:
+    """Writes it; a .pdf without a date, and with the fonts that publishers take."""
+    metadata = {"CreationDate": None} if str(path).endswith(".pdf") else None
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path, dpi=dpi, metadata=metadata)
 
 
 @FuncFormatter
@@ -212,7 +281,7 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     notes += [f"{speed:,.0f} images/s (median)"] if (speed := median_speed(lines)) else []
     notes += ["dotted: next stage"] if changes else []
     figure.suptitle(", ".join(notes), fontsize=10)
-    figure.savefig(path, dpi=140)
+    _save(figure, path, dpi=140)
 
 
 def region_maps(
@@ -290,7 +359,7 @@ def region_maps(
             plain.set_title(captions[index], fontsize=8, loc="left", pad=3)
         _score_bars(bars, scores[index], colours, longest, height / width)
     _region_key(key, grid, colours)
-    figure.savefig(path, dpi=240)
+    _save(figure, path, dpi=240)
 
 
 def _borders(best: np.ndarray, height: int, width: int) -> list[list[tuple[float, float]]]:
@@ -333,6 +402,12 @@ def _region_key(figure: Any, grid: tuple[int, int], colours: np.ndarray) -> None
     axes.set_xlabel("bars: visibility\nin cells", fontsize=7)
 
 
+def _round_steps(last: int) -> list[float]:
+    """Ticks from 0 at round numbers, then the last step."""
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(0, last)
+    return [*(tick for tick in ticks if tick <= last - (ticks[1] - ticks[0]) / 2), last]
+
+
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
@@ -363,6 +438,12 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
     if not lines:
         raise ValueError(f"{path} holds no line with a step, expected the metrics that training writes")
     return dict(sorted(lines.items()))
+
+
+def median_speed(lines: Mapping[int, Mapping[str, Any]]) -> float | None:
+    """Images per second of a run, the median over its records; None where they do not say."""
+    speeds = [float(value) for _, value in _values(lines, "images_per_second")]
+    return float(np.median(speeds)) if speeds else None
 
 
 def _values(lines: Mapping[int, Mapping[str, Any]], key: str) -> list[tuple[int, Any]]:
@@ -408,15 +489,3 @@ def region_colours(regions: int, columns: int = 1) -> np.ndarray:
     colours = colormaps["turbo"](np.linspace(0.05, 0.95, regions))[:, :3]
     colours[1::2] *= 0.7  # neighbours differ in lightness too
     return colours
-def _round_steps(last: int) -> list[float]:
-    """Ticks from 0 at round numbers, then the last step."""
-    ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(0, last)
-    return [*(tick for tick in ticks if tick <= last - (ticks[1] - ticks[0]) / 2), last]
-
-
-def median_speed(lines: Mapping[int, Mapping[str, Any]]) -> float | None:
-    """Images per second of a run, the median over its records; None where they do not say."""
-    speeds = [float(value) for _, value in _values(lines, "images_per_second")]
-    return float(np.median(speeds)) if speeds else None
-
-

@@ -22,10 +22,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vpm_jax import cli, estimate, experiments, figures, parallel, results, tables
+from vpm_jax import cli, estimate, experiments, figures, paper, parallel, plots, results, tables
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
+from vpm_jax.evaluate import compared_model
 from vpm_jax.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
 from vpm_jax.logs import make_folder, write_atomically
 
@@ -376,15 +377,17 @@ def exhibit(
     output: Path, name: str, cells: Mapping[Cell, Run], done: Mapping[str, Mapping[str, Any]], workdirs: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Draws a table or a figure of the paper; its data and its lines of the report."""
-    title, methods, tests, shaded, shows_maps = EXHIBITS[name]
+    title, methods, tests, shaded, shows_maps, differing = EXHIBITS[name]
     stem, one = name.replace(" ", "-"), next(iter(cells.values()))
     found = tables.rows(name, cells, done)
     data, lines = {"sweep": found}, [f"## {title}", ""]
     if found:
         lines += tables.sweep(found)
-        chance = done[found[0]["runs"][0]]["chance_rank1"]
-        above = f"{title.partition(':')[0]}: {TITLES[one.dataset]}, scale {one.scale}"
-        figures.gamma_curves(output / f"{stem}.png", found, above, chance, shaded)
+        picture, above = output / f"{stem}.png", plots.gamma_title(where(one), one.config.eval.crop)
+        if differing and len(found) > 1:
+            figures.differences(picture, found, above)
+        else:
+            figures.gamma_curves(picture, found, above, done[found[0]["runs"][0]]["chance_rank1"], shaded)
         lines += [f"![{title}]({stem}.png)", ""]
     for test in tests:
         if found := tables.rows(name, cells, done, test):
@@ -402,10 +405,16 @@ def parts(
     found, (first, one) = tables.gains(cells, done), next(iter(cells.items()))
     lines = ["## What each part gains", "", *tables.parts(found, first.method)]
     if sum("gain" in row for row in found) > 1:
-        above = f"Gains over {first.method}: {TITLES[one.dataset]}, scale {one.scale}, mean over gammas"
+        above = f"{where(one)}: gains over {paper.title(compared_model(one.config))}, mean over gammas"
         figures.gains(output / "parts.png", found, above)
         lines += ["![What each part gains](parts.png)", ""]
     return found, lines
+
+
+def where(run: Run) -> str:
+    """What a run is evaluated on, as the pictures call it."""
+    held = run.config.data.holdout_identities
+    return TITLES[run.dataset] + f", {held} held-out training identities" * bool(held)
 
 
 def maps(output: Path, stem: str, runs: Sequence[Run], workdirs: Path) -> list[str]:
