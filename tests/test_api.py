@@ -238,7 +238,7 @@ def test_a_converted_model_is_the_same_model(tmp_path, file):
     make_run(tmp_path / "run", file)
     model = VPM.load(tmp_path / "run")
     convert.main([str(tmp_path / "run"), "--output", str(tmp_path / "a.safetensors")])
-    path = tmp_path / "a.safetensors"
+    (path,) = tmp_path.glob("a-*.safetensors")
     again = VPM.load(path)
     assert again.fingerprint == model.fingerprint
     assert_equal(again(PICTURES), model(PICTURES), 1e-6)
@@ -270,14 +270,16 @@ def test_the_fingerprint_is_of_what_matters(run, model):
 
 def test_what_is_no_model_is_one_sentence(run, tmp_path):
     convert.main([str(run[0]), "--output", str(tmp_path / "backbone.safetensors"), "--backbone-only"])
+    [backbone] = tmp_path.glob("backbone-*.safetensors")
     (tmp_path / "README.md").write_text("# Read me")
     (tmp_path / "text.safetensors").write_text("no weights")
     (tmp_path / "empty").mkdir()
     for name, sentence in [
-        ("nowhere", "does not exist"),
+        ("nowhere", "does not exist: give the workdir"),
+        ("backbone.safetensors", rf"does not exist: do you mean .*/{backbone.name}\?$"),
         ("empty", "holds no run"),
         ("text.safetensors", "text.safetensors"),
-        ("backbone.safetensors", "without VPM's locator"),
+        (backbone.name, "without VPM's locator"),
         (
             "README.md",
             r"README\.md is no model: expected the workdir of a training run, or a \.stablehlo or \.safetenso",

@@ -80,7 +80,7 @@ def test_a_backbone_as_npz_comes_back_as_it_was(tmp_path, capsys, kind):
 def test_torchvisions_weights_leave_as_they_came(tmp_path, capsys):
     tensors = files.resnet(50, width=64, classes=3, counters=False)
     run(files.save(tmp_path / "a.pth", tensors), "--output", tmp_path / "b.safetensors")
-    with safe_open(tmp_path / "b.safetensors", framework="numpy") as file:
+    with safe_open(tmp_path / "b.safetensors", framework="numpy") as file:  # nothing differs, so nothing is in the name
         assert set(file.keys()) == set(tensors)
         for name, x in tensors.items():
             np.testing.assert_array_equal(file.get_tensor(name), x)
@@ -88,21 +88,21 @@ def test_torchvisions_weights_leave_as_they_came(tmp_path, capsys):
     assert "something else" not in capsys.readouterr().out
 
 
-def test_what_names_cannot_say_is_in_the_metadata(tmp_path, capsys):
+def test_what_names_cannot_say_is_in_the_metadata_and_the_files_name(tmp_path, capsys):
     write_keras(tmp_path / "ResNet50", epsilon=1e-3)
     source = f"keras:{tmp_path / 'ResNet50'}"
     run(source, "--output", tmp_path / "a.safetensors", "--keep-epsilon")
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "a-width4-stride1x1-eps1e-3-input.safetensors"
     assert_same(load(str(path)), load(source))
     printed = capsys.readouterr().out
-    assert "every batch norm's eps is 0.001" in printed and "each stage's stride is on the first 1x1" in printed
+    assert "every batch norm's eps is 1e-3" in printed and "each stage's stride is on the first 1x1" in printed
     assert "x / 255 - (0.48502, 0.457957, 0.407604)) / (0.00392157," in printed
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     assert (metadata["stride_on"], metadata["bn_epsilon"], metadata["channels"]) == ("1x1", "0.001", "RGB")
 
     run(source, "--output", tmp_path / "a.safetensors")
-    folded = load(str(tmp_path / "a.safetensors"))
+    folded = load(str(tmp_path / "a-width4-stride1x1-input.safetensors"))
     assert folded.bn_epsilon == 1e-5
     assert "folded from epsilon 0.001 to PyTorch's 1e-5: exact in eval mode" in capsys.readouterr().out
 
@@ -149,12 +149,12 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
     np.testing.assert_array_equal(loaded.params["conv_stem"]["kernel"], kernel)
 
     run(tmp_path / "run", "--output", tmp_path / "m.safetensors", "--keep-epsilon")
-    back = load(str(tmp_path / "m.safetensors"))
+    back = load(str(tmp_path / "m-width4-eps1e-3-last1.safetensors"))
     assert_same(back, loaded)
     assert config_lib.to_json(back.config) == config_lib.to_json(config)
 
     run(tmp_path / "run", "--output", tmp_path / "m.safetensors")
-    path = tmp_path / "m.safetensors"
+    path = tmp_path / "m-width4-last1.safetensors"
     folded, expected = outputs(load(str(path)), IMAGE), outputs(loaded, IMAGE)
     for name, x in expected.items():
         assert np.linalg.norm(folded[name] - x) < 1e-5 * np.linalg.norm(x), name
@@ -166,14 +166,14 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
     assert json.loads(metadata["config"])["model"]["width"] == 4
 
     run(tmp_path / "run", "--output", tmp_path / "b.safetensors", "--backbone-only")
-    with safe_open(tmp_path / "b.safetensors", framework="numpy") as file:
+    with safe_open(tmp_path / "b-width4-last1.safetensors", framework="numpy") as file:
         assert set(file.keys()) == {name for name in names if not name.startswith(("heads.", "locator."))}
 
 
 def test_a_small_stem_and_strides_come_back(tmp_path):
     make_run(tmp_path / "run", model__stem="4x4", model__strides=(2, 1, 2), model__locator="stripes")
     run(tmp_path / "run", "--output", tmp_path / "m.safetensors")
-    assert_same(load(str(tmp_path / "m.safetensors")), load(str(tmp_path / "run")))
+    assert_same(load(str(tmp_path / "m-stem4x4-width4-strides212-last1.safetensors")), load(str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("source", ["released", "own"])
@@ -184,7 +184,7 @@ def test_a_whole_vpm_becomes_a_workdir(tmp_path, capsys, source):
     else:
         make_run(tmp_path / "run", "market_released", model__bn_epsilon=1e-3)
         run(tmp_path / "run", "--output", tmp_path / "m.safetensors")
-        path = tmp_path / "m.safetensors"
+        path = tmp_path / "m-width4-last1.safetensors"
     weights = load(str(path))
     run(path, "--output", tmp_path / "workdir", "--config.data.name=dukemtmc")
     assert f"vpm_jax.evaluate --workdir {tmp_path / 'workdir'}" in capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_pytorch_loads_what_was_written(tmp_path):
     make_run(tmp_path / "run", model__bn_epsilon=1e-3)
     run(tmp_path / "run", "--output", tmp_path / "b.safetensors", "--backbone-only")
     model = torch_reference.ResNet(18, 4)
-    model.load_state_dict(load_file(tmp_path / "b.safetensors"))
+    model.load_state_dict(load_file(tmp_path / "b-width4-last1.safetensors"))
     with torch.no_grad():
         theirs = model.double().eval()(torch_reference.normalize(IMAGE))["stage4"].permute(0, 2, 3, 1).numpy()
     ours = outputs(load(str(tmp_path / "run")), IMAGE)["stage4"]
@@ -273,11 +273,11 @@ def test_metadata_that_do_not_fit_are_refused(tmp_path, change):
     from safetensors.numpy import load_file, save_file
 
     run(files.save(tmp_path / "a.pth", files.resnet(18)), "--output", tmp_path / "b.safetensors")
-    path = tmp_path / "b.safetensors"
+    path = tmp_path / "b-width4.safetensors"
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, metadata | change)
-    with pytest.raises(UserError, match=r"b\.safetensors [^\n]*$"):
+    with pytest.raises(UserError, match=r"b-width4\.safetensors [^\n]*$"):
         load(str(path))
 
 

@@ -124,7 +124,9 @@ class VPM:
 
         path = Path(path).expanduser()
         if not path.exists():
-            raise UserError(f"{path} does not exist: give the workdir of a training run, or an exported file.")
+            longer = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # names that say how a network differs
+            hint = f"do you mean {longer[0]}?" if longer else "give the workdir of a training run, or an exported file."
+            raise UserError(f"{path} does not exist: {hint}")
         if path.suffix == ".stablehlo" and path.is_file():
             from vpm_jax.export import load_stablehlo
 

@@ -5,7 +5,7 @@ The end of --output says what is written:
 
   .npz          the backbone, for config.pretrained
   .safetensors  for PyTorch: the backbone by torchvision's names, VPM's heads as locator.* and heads.N.*; what such
-                names cannot say is in the metadata, and printed where torchvision's network differs
+                names cannot say is in the metadata, and in the file's name where torchvision's network differs
   a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours); its
                 config may be changed by --config.KEY=VALUE, such as --config.data.name=dukemtmc
 """
@@ -83,8 +83,8 @@ def write_for_torch(
     backbone_only: bool = False,
     keep_epsilon: bool = False,
     check: Callable[[Path], object] | None = None,
-) -> None:
-    """Writes the .safetensors and prints what its PyTorch users must know.
+) -> Path:
+    """Writes the .safetensors and prints what its PyTorch users must know; returns its path, whose name says so too.
 
     `check` is given the file before it takes its place; if it raises, nothing is left.
     """
@@ -93,18 +93,21 @@ def write_for_torch(
     folded_from = None
     if not keep_epsilon and weights.bn_epsilon != own.TORCH_EPSILON:
         folded_from, weights = weights.bn_epsilon, own.fold_epsilon(weights)
+    marks = own.peculiarities(weights)
+    path = path.with_name("-".join([path.stem, *(mark for mark in marks if mark not in path.stem)]) + path.suffix)
     more = {} if folded_from is None else {"bn_folded_from": folded_from}
     own.write_safetensors(path, weights, backbone_only, check, **more)
     print(f"Wrote {path}.")
-    if sentences := own.peculiarities(weights):
+    if marks:
         print("A torchvision ResNet loads these names and computes something else, unless it is changed:")
-        for sentence in sentences:
+        for sentence in marks.values():
             print(f"  - {sentence}")
     if folded_from is not None:
         print(
             f"Batch norms were folded from epsilon {folded_from:g} to PyTorch's 1e-5: exact in eval mode; to train "
             "further, convert with --keep-epsilon."
         )
+    return path
 
 
 if __name__ == "__main__":

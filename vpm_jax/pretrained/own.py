@@ -262,22 +262,25 @@ def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrai
     return replace(weights, **nested(flat), bn_epsilon=epsilon, config=config)
 
 
-def peculiarities(weights: Pretrained) -> list[str]:
-    """In sentences, all by which the backbone computes otherwise than torchvision's."""
-    network, found = weights.network, []
+def peculiarities(weights: Pretrained) -> dict[str, str]:
+    """{part of a file's name: sentence} for all by which the backbone computes otherwise than torchvision's."""
+    network, found = weights.network, {}
     if network.stem != "7x7":
-        found.append(f"the stem is {network.stem}, without max pooling")
+        found[f"stem{network.stem}"] = f"the stem is {network.stem}, without max pooling"
     if network.width != 64:
-        found.append(f"the width is {network.width}, not 64")
+        found[f"width{network.width}"] = f"the width is {network.width}, not 64"
     if network.strides != (1, 2, 2):
-        found.append(f"the strides of the first three stages are {network.strides}")
+        numbers = "".join(map(str, network.strides))
+        found[f"strides{numbers}"] = f"the strides of the first three stages are {network.strides}"
     if weights.stride_on == "1x1" and BOTTLENECK[network.depth]:
-        found.append("each stage's stride is on the first 1x1 convolution (conv1.stride, not conv2.stride)")
+        found["stride1x1"] = "each stage's stride is on the first 1x1 convolution (conv1.stride, not conv2.stride)"
     if weights.bn_epsilon != TORCH_EPSILON:
-        found.append(f"every batch norm's eps is {weights.bn_epsilon:g}")
+        mantissa, exponent = f"{weights.bn_epsilon:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+        found[f"eps{text}"] = f"every batch norm's eps is {text}"
     if weights.config is not None and weights.config.model.last_stride == 1:
-        found.append("the last stage has stride 1")
+        found["last1"] = "the last stage has stride 1"
     if not np.allclose([weights.mean, weights.std], [IMAGENET_MEAN, IMAGENET_STD], atol=1e-9):
         mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (weights.mean, weights.std))
-        found.append(f"RGB images are normalised as (x / 255 - ({mean})) / ({std})")
+        found["input"] = f"RGB images are normalised as (x / 255 - ({mean})) / ({std})"
     return found
