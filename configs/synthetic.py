@@ -2,8 +2,8 @@
 
     python -m vpm_jax.train --config configs/synthetic.py
 
-Set-up included about 8 minutes on two CPU cores; rank-1 / mAP 30.5 / 34.8 at gamma 0.5, 79.8 / 73.9 whole (seed 0,
-chance 0.34; docs/results; 32.0 / 35.4 and 77.9 / 73.0 on two threads, which round differently).
+Set-up included about 8 minutes on two CPU cores. Rank-1 / mAP of seed 0: 29.2 to 32.0 / 34.4 to 35.4 at gamma 0.5 and
+77.9 to 79.8 / 73.0 to 73.9 whole, by version and number of threads, which round differently (chance 0.34; docs/results).
 """
 
 from vpm_jax.config import small
