@@ -66,7 +66,13 @@ def first_line(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes in the arguments are UserErrors: one sentence and exit code 1, as for all that the user can mend."""
+    """Mistakes in the arguments are UserErrors: one sentence and exit code 1, as for all that the user can mend.
+
+    Descriptions keep their lines.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}: see {self.prog} --help.")

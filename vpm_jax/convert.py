@@ -12,7 +12,6 @@ The end of --output says what is written:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,9 +21,7 @@ from vpm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(
-        prog="python -m vpm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(prog="python -m vpm_jax.convert", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="KIND:PATH or PATH")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder")
     parser.add_argument("--data-root", default="", help='where "keras" alone looks (default: $VPM_DATA, else ./data)')

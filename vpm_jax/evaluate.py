@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.evaluate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")

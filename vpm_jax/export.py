@@ -10,7 +10,6 @@ the live model's.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -36,9 +35,7 @@ MOST = 8.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(
-        prog="python -m vpm_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(prog="python -m vpm_jax.export", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="a training run, or a .safetensors of ours")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default: as --output ends")

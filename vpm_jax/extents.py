@@ -9,7 +9,6 @@ trained with; one trained with data.crop=top judges others badly.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import shlex
@@ -35,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.extents",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for pictures that cannot be read, named.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="with pictures at any depth")

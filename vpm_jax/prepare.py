@@ -9,7 +9,6 @@ exists; one of other images than --source lists is an error.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +24,7 @@ from vpm_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.Parser(
-        prog="python -m vpm_jax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(prog="python -m vpm_jax.prepare", description=__doc__)
     parser.add_argument("dataset", help=", ".join(TITLES))
     parser.add_argument(
         "--source",

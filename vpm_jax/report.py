@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
@@ -170,7 +169,7 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
 
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "
     body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
-    body += "Right: the same identity. Junk (the same camera, or no person) is not ranked. "
+    body += "Right: the same identity. Junk (the same identity and camera, or identity -1) is not ranked. "
     body += f"Matching: {html.escape(evaluate.matching_in_words(config))}.</p>\n"
     for title, chosen in choose(precision, query.identity, queries).items():
         body += f"<h3>{title}</h3>\n"

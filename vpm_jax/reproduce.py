@@ -104,7 +104,6 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m vpm_jax.reproduce",
         description=__doc__,
         epilog="Any key of the configuration is overridden for all runs by --config.KEY=VALUE.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for kind in ("table", "figure"):
         numbers = [e.split()[1] for e in EXHIBITS if e.startswith(kind)]

@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.search",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for what was named on stderr: images that\n"
         "cannot be read (index), queries that show no region (query).",
     )

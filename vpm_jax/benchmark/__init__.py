@@ -48,8 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m vpm_jax.benchmark", description="Measures parts of the project.")
     parts = top.add_subparsers(dest="part", required=True, metavar="PART")
     for name, part in PARTS.items():
-        raw = argparse.RawDescriptionHelpFormatter
-        one = parts.add_parser(name, help=part.HELP, description=part.__doc__, formatter_class=raw)
+        one = parts.add_parser(name, help=part.HELP, description=part.__doc__)
         add_common(one)
         part.add_arguments(one)
     every = parts.add_parser("all", help="every part at its default size, in one table", description=run_all.__doc__)
