@@ -304,7 +304,7 @@ def test_a_query_ranks_as_matching_does(folder, indexed, model, capsys):
             assert r["counted"] == [i for i in range(3) if r["weight"][i] >= 0.05]
             assert f"{r['rank']:4}  {r['distance']:8.4f}  " in printed
         np.testing.assert_allclose(answer["visibility"], model.features(query).visibility[0], rtol=1e-3, atol=1e-6)
-        assert answer["visible"] == [i for i in range(3) if answer["visibility"][i] >= 1]
+        assert answer["visible"] == [i for i in range(3) if 3 * answer["visibility"][i] > max(answer["visibility"])]
     assert list(folder.parent.glob("*.html")) == []  # pictures are written where the user asks, nowhere else
 
 
@@ -478,7 +478,7 @@ def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypa
 
     def blind(self, images, batch=64):
         said = features(self, images, batch)
-        said.visibility[: min(1, len(said))] = 0.5
+        said.visibility[: min(1, len(said))] = 0
         return said
 
     monkeypatch.setattr(VPM, "features", blind)

@@ -15,7 +15,7 @@ from vpm_jax.regions import UNCUT, Part, RegionGrid, nearest_part, visible_heigh
 from vpm_jax.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
-_SHOWN = 0.25  # a query shows a region where it has this share of the cells that it has in a whole picture
+_SHOWN = 1 / 3  # a query shows the regions with more than this share of the cells of the one it shows most of
 
 
 class Result(NamedTuple):
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     def visible(self) -> np.ndarray:
         """Which regions the query shows, bool [P]: scores of 0 are rare, for probabilities leak into neighbours."""
         visibility = self.query.visibility[0]
-        return visibility >= _SHOWN * visibility.mean()  # the probabilities of a cell sum to 1
+        return visibility > _SHOWN * visibility.max()
 
 
 def parts(store: Store) -> dict[Part, bool]:
