@@ -239,8 +239,8 @@ def test_datasets_for_testing_alone_train_nothing(pedestrians, tmp_path):
     ("arguments", "sentence"),
     [
         (["--dataset", "partial"], r"--dataset is 'partial', but the known ones are .*partial_reid"),
-        (["--dataset", "partial_reid"], r"does not exist: set config\.data\.root to the folder or the zip"),
-        (["--dataset", "csv", "--root", "a.csv"], r"a\.csv does not exist: set config\.data\.root to a CSV"),
+        (["--dataset", "partial_reid"], r"does not exist: put the folder or the zip of Partial-REID"),
+        (["--dataset", "csv", "--root", "a.csv"], r"a\.csv does not exist: give a CSV with the header"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(whole, arguments, sentence, tmp_path, monkeypatch):
