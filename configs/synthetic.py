@@ -2,7 +2,7 @@
 
     python -m vpm_jax.train --config configs/synthetic.py
 
-Set-up included about 8 minutes on two CPU cores. Rank-1 / mAP of seed 0: 29.2 to 32.0 / 34.4 to 35.4 at gamma 0.5 and
+Set-up included about 8 minutes on two CPU cores. Rank-1 / mAP of seed 0: 28.1 to 32.0 / 33.6 to 35.4 at gamma 0.5 and
 77.9 to 79.8 / 73.0 to 73.9 whole, by version and threads, which round differently (chance 0.34; docs/results).
 """
 
