@@ -67,8 +67,9 @@ def config_of(plan: dict[str, Any]) -> Any:
 def be_victim(plan: dict[str, Any]) -> int:
     """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment, and not before the path
     `after` is there."""
-    from vpm_jax import checkpoints, cli, evaluate, parallel, train
+    from vpm_jax import cli, evaluate, parallel, train
     from vpm_jax.data import sources
+    from vpm_jax.runs import checkpoints
 
     begun: collections.Counter[str] = collections.Counter()
     durations: dict[str, list[float]] = {moment: [] for moment in MOMENTS}

@@ -15,8 +15,8 @@ import pytest
 from tiny import fill, shrunk
 from tiny_runs import largest_file
 
-from vpm_jax.checkpoints import Checkpoints
 from vpm_jax.errors import UserError
+from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.step import state_shapes
 
 

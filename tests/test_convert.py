@@ -15,10 +15,10 @@ from test_pretrained_keras import write_keras
 
 from vpm_jax import config as config_lib
 from vpm_jax import convert, models, step
-from vpm_jax.checkpoints import Checkpoints
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import ResNet
 from vpm_jax.pretrained import Network, heads, load, own
+from vpm_jax.runs.checkpoints import Checkpoints
 
 
 def run(*arguments) -> int:

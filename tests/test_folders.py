@@ -14,7 +14,8 @@ from test_sources import config, fails
 
 from vpm_jax.data import arrayrecord
 from vpm_jax.data.decode import decode
-from vpm_jax.data.sources import Dataset, Split, load_dataset
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.split import Dataset, Split
 from vpm_jax.prepare import main as prepare
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".bmp": "BMP"}

@@ -17,8 +17,9 @@ import pytest
 from test_folders import make
 from tiny_runs import STEPS, quick_compiler, records, saved_state, saved_steps, tiny_run
 
-from vpm_jax import hosts, parallel
+from vpm_jax import parallel
 from vpm_jax.errors import UserError
+from vpm_jax.runs import hosts
 from vpm_jax.train import train
 
 TESTS = Path(__file__).parent

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vpm_jax import hosts, train
+from vpm_jax import train
+from vpm_jax.runs import hosts
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import largest_file
 
 from vpm_jax.errors import UserError
-from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

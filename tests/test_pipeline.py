@@ -12,7 +12,7 @@ from vpm_jax.config import default
 from vpm_jax.data.decode import resize
 from vpm_jax.data.pipeline import cut, eval_batches, train_batches
 from vpm_jax.data.sampling import plan
-from vpm_jax.data.sources import Split
+from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from tiny_runs import KEYS, quick_compiler
 
-from vpm_jax import estimate, evaluate, experiments, paper, reproduce, results, tables
+from vpm_jax import evaluate, paper
 from vpm_jax.config import flatten
 from vpm_jax.errors import UserError
-from vpm_jax.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
+from vpm_jax.reproduce import command as reproduce
+from vpm_jax.reproduce import estimate, experiments, results, tables
+from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
 
 
 def names(runs):

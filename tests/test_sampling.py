@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from vpm_jax.config import default
-from vpm_jax.data.sampling import Sampler, kept_ratios, plan, schedule, stage_at, uniform
+from vpm_jax.data.sampling import Sampler, kept_ratios, plan, uniform
 from vpm_jax.errors import UserError
+from vpm_jax.schedule import schedule, stage_at
 
 
 def config_of(sampling="pk", epochs=5, identities=8, images=8, steps_per_epoch=0):

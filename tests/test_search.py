@@ -21,11 +21,13 @@ from test_html import Reader
 from test_store import flip
 from tiny_runs import quick_compiler
 
-from vpm_jax import VPM, answers, search
+from vpm_jax import VPM
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Part
-from vpm_jax.store import Store
+from vpm_jax.search import answers
+from vpm_jax.search import command as search
+from vpm_jax.search.store import Store
 
 RANDOM = np.random.default_rng(7)
 

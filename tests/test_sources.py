@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from vpm_jax.config import default
-from vpm_jax.data.sources import Dataset, Split, load_dataset
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.split import Dataset, Split
 from vpm_jax.errors import UserError
 
 FILES = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vpm_jax import store as store_lib
 from vpm_jax.errors import UserError
-from vpm_jax.store import About, Entry, Rows, Store, Writer, write
+from vpm_jax.search import store as store_lib
+from vpm_jax.search.store import About, Entry, Rows, Store, Writer, write
 
 ABOUT = About(model="0123456789abcdef", config="c0ffee", regions=3, channels=5, dtype="float32")
 
@@ -153,11 +153,11 @@ def test_a_failed_removal_leaves_all(folder, monkeypatch):
 
 WRITER = """
 import sys, numpy as np
-from vpm_jax.store import About, Entry, Writer
+from vpm_jax.search.store import About, Entry, Writer
 about = About(model="m", config="c", regions=2, channels=3, dtype="float32")
 with Writer(sys.argv[1], about) as writer:
     print("ready", flush=True)
-    at = writer.about.count and int(__import__("vpm_jax.store").store.Store(sys.argv[1]).names[-1]) + 1
+    at = writer.about.count and int(__import__("vpm_jax.search.store").search.store.Store(sys.argv[1]).names[-1]) + 1
     while True:
         numbers = np.arange(at, at + 5)
         writer.append([Entry(str(i)) for i in numbers], np.tile(numbers[:, None, None], (1, 2, 3)),

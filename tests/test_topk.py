@@ -10,7 +10,7 @@ from tiny_runs import quick_compiler
 
 from vpm_jax import matching
 from vpm_jax.matching import top_k
-from vpm_jax.store import About, Store, write
+from vpm_jax.search.store import About, Store, write
 
 Q, G, P, C, K = 6, 90, 3, 16, 5
 

@@ -17,10 +17,11 @@ from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_sta
 
 from vpm_jax import config as config_lib
 from vpm_jax import evaluate, parallel, train
-from vpm_jax import workdir as workdir_lib
 from vpm_jax.config import set_key
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
+from vpm_jax.runs import workdir as workdir_lib
+from vpm_jax.schedule import ends_epochs, stage_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -366,7 +367,7 @@ def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capfd):
 )
 def test_a_step_belongs_to_the_stage_that_ran_it(pedestrians, steps, expected):
     config = tiny_run(pedestrians)
-    within, stage = train.stage_of(config, steps)
+    within, stage = stage_of(config, steps)
     assert (within, 1 if stage is config.stage1 else 2) == expected
-    assert train.ends_epochs(config, steps, 1) == (steps in (0, 3, 7, 11))
-    assert train.ends_epochs(config, steps, 2) == (steps in (0, 11))
+    assert ends_epochs(config, steps, 1) == (steps in (0, 3, 7, 11))
+    assert ends_epochs(config, steps, 2) == (steps in (0, 11))

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny_runs import largest_file
 
-from vpm_jax import locks
 from vpm_jax.errors import UserError
-from vpm_jax.locks import Lock
-from vpm_jax.workdir import WorkdirLock, find_run
+from vpm_jax.runs import locks
+from vpm_jax.runs.locks import Lock
+from vpm_jax.runs.workdir import WorkdirLock, find_run
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, monkeypatc
     program = f"""
 import time
 from pathlib import Path
-from vpm_jax.workdir import WorkdirLock
+from vpm_jax.runs.workdir import WorkdirLock
 with WorkdirLock(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(999)

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from tiny import recipe
 
 from vpm_jax import step
-from vpm_jax.checkpoints import Checkpoints
 from vpm_jax.config import check, read, set_key
+from vpm_jax.runs.checkpoints import Checkpoints
 
 # Stage 1 is 3 plain steps of 8 images, stage 2 is 2 epochs of 4 steps of 4 x 2: checkpoints after 3, 7 and 11,
 # log records at 4, 8 and 11.

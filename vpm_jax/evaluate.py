@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, hosts, metrics, paper, parallel, plots
+from vpm_jax import cli, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
-from vpm_jax.logs import Status, duration, make_folder, replacing, write_atomically
 from vpm_jax.regions import RegionGrid, gallery_parts, nearest_part, visible_heights
-from vpm_jax.workdir import read_run
+from vpm_jax.runs import hosts
+from vpm_jax.runs.logs import Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.workdir import read_run
 
 
 class Features(NamedTuple):
@@ -91,8 +92,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config.data.root = args.root or config.data.root
 
     from vpm_jax import partial, step
-    from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.runs.checkpoints import Checkpoints
 
     dataset = hosts.in_turn(lambda: load_dataset(config.data))
     if args.dataset:

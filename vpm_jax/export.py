@@ -23,7 +23,7 @@ from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
-from vpm_jax.logs import replacing, write_atomically
+from vpm_jax.runs.logs import replacing, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")

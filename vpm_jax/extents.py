@@ -22,12 +22,12 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.answers import printable
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
-from vpm_jax.logs import write_atomically
 from vpm_jax.regions import visible_heights
-from vpm_jax.search import INCOMPLETE, add_model, describe, list_images
+from vpm_jax.runs.logs import write_atomically
+from vpm_jax.search.answers import printable
+from vpm_jax.search.command import INCOMPLETE, add_model, describe, list_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:

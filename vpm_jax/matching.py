@@ -33,7 +33,7 @@ Features = np.ndarray | jax.Array  # or anything that has a shape and gives such
 
 
 class Gallery(Protocol):
-    """What `vpm_jax.store.Store` is: features [G, P, C] that give rows for slices and indices, visibility [G, P]."""
+    """What `search.store.Store` is: features [G, P, C] that give rows for slices and indices, visibility [G, P]."""
 
     @property
     def features(self) -> Any: ...
@@ -284,7 +284,7 @@ def top_k(
     Args:
       query_features: [Q, P, C], of any float type, used as given.
       query_visibility: [Q, P], not negative; see `match_visibility`.
-      gallery: a `vpm_jax.store.Store`, or (features [G, P, C], visibility [G, P]), where features may be anything that
+      gallery: a `search.store.Store`, or (features [G, P, C], visibility [G, P]), where features may be anything that
         has a shape and gives rows for a slice and for an array of indices.
       k: how many.
       squared: weigh squared local distances.

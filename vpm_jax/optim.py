@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vpm_jax.data.sampling import schedule
+from vpm_jax.schedule import schedule
 
 Schedule = Callable[[Any], Any]
 

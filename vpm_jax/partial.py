@@ -14,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from vpm_jax import hosts, metrics, paper
+from vpm_jax import metrics, paper
 from vpm_jax.data.folders import TITLES
 from vpm_jax.evaluate import Job, distances, headline, matching_in_words, remarks, write
-from vpm_jax.logs import duration
+from vpm_jax.runs import hosts
+from vpm_jax.runs.logs import duration
 
 DATASETS = ("partial_reid", "partial_ilids")
 

@@ -19,7 +19,8 @@ import numpy as np
 from vpm_jax import cli
 from vpm_jax.config import default
 from vpm_jax.data.folders import TITLES
-from vpm_jax.data.sources import Dataset, data_root, load_dataset
+from vpm_jax.data.sources import data_root, load_dataset
+from vpm_jax.data.split import Dataset
 from vpm_jax.errors import UserError
 
 

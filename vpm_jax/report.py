@@ -22,8 +22,8 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.evaluate import compared_model
-from vpm_jax.logs import duration, write_atomically
-from vpm_jax.workdir import read_run
+from vpm_jax.runs.logs import duration, write_atomically
+from vpm_jax.runs.workdir import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, hosts, parallel
+from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.interrupts import Interrupts, Stopped
-from vpm_jax.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.workdir import WorkdirLock, continue_run, find_run
+from vpm_jax.runs import hosts
+from vpm_jax.runs.interrupts import Interrupts, Stopped
+from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.workdir import WorkdirLock, continue_run, find_run
+from vpm_jax.schedule import ends_epochs, schedule, stage_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,10 +57,9 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     import jax
 
     from vpm_jax import evaluate, models, plots, step
-    from vpm_jax.checkpoints import Checkpoints
     from vpm_jax.data.pipeline import train_batches
-    from vpm_jax.data.sampling import schedule
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.runs.checkpoints import Checkpoints
 
     # ---- What the workdir holds already ----------------------------------------------------------------
     workdir = Path(workdir)
@@ -218,7 +219,6 @@ def resolve(config: ConfigDict, split: Any) -> ConfigDict:
       UserError: for a schedule that the training set does not allow, or a grid finer than the feature map.
     """
     from vpm_jax import models
-    from vpm_jax.data.sampling import schedule
 
     cells = models.map_shape(config)
     if any(regions > n for regions, n in zip(config.model.grid, cells, strict=True)):
@@ -231,20 +231,6 @@ def resolve(config: ConfigDict, split: Any) -> ConfigDict:
     for stage in schedule(config, len(split), split.num_identities):
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
     return config
-
-
-def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
-    """(number of finished steps within the stage, the stage) after `steps` finished steps."""
-    from vpm_jax.data.sampling import schedule, stage_at
-
-    stage = stage_at(schedule(config), max(steps, 1) - 1)
-    return steps - stage.first_step, config[stage.name]
-
-
-def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:
-    """Whether an epoch of a stage, one of each `every`, ends with these finished steps."""
-    within, stage = stage_of(config, steps)
-    return within % (stage.steps_per_epoch * every) == 0
 
 
 class Window:

@@ -23,8 +23,8 @@ from vpm_jax.benchmark import convolutions, data, elsewhere, evaluation, extract
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.errors import UserError
-from vpm_jax.logs import write_atomically
 from vpm_jax.parallel import threads
+from vpm_jax.runs.logs import write_atomically
 
 __all__ = ["Rate", "main", "measure"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vpm_jax.data.sources import Dataset, Split
+from vpm_jax.data.split import Dataset, Split
 
 
 @dataclass(frozen=True)

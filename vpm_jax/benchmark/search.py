@@ -18,7 +18,7 @@ from vpm_jax.benchmark.matching import images
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
-from vpm_jax.store import DTYPES, About, Entry, Store, Writer
+from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
 
 HELP = "the nearest images of a gallery on disk, beside memory bandwidth and the matmul limit"
 SLICE_BYTES = 2**26  # of features, made or read at a time

@@ -25,7 +25,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from vpm_jax.errors import UserError, disk_trouble
 
 if TYPE_CHECKING:
-    from vpm_jax.data.sources import Dataset, Split
+    from vpm_jax.data.split import Dataset, Split
 
 VERSION = "1.0.0"
 INDEX = "index.json"
@@ -123,7 +123,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
 
     UserError when the folder holds another dataset, or is damaged.
     """
-    from vpm_jax.data.sources import Split
+    from vpm_jax.data.split import Split
 
     _open.cache_clear()  # the folder may have been prepared again since this process last read it
     try:

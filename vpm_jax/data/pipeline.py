@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax.data.decode import FILTERS, decode, resize
 from vpm_jax.data.sampling import Sampler, uniform
-from vpm_jax.data.sources import Split
+from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.logs import make_folder, replacing, write_atomically
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
 from vpm_jax.pretrained import heads, torchvision
 from vpm_jax.pretrained.weights import (
@@ -33,6 +32,7 @@ from vpm_jax.pretrained.weights import (
     nested,
     take,
 )
+from vpm_jax.runs.logs import make_folder, replacing, write_atomically
 
 FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format's version
 TORCH_EPSILON = 1e-5  # nn.BatchNorm2d's
@@ -49,7 +49,7 @@ def read_workdir(path: Path) -> Pretrained:
       UserError: if the folder holds no run, no checkpoint, or one that cannot be read.
     """
     from vpm_jax import step
-    from vpm_jax.checkpoints import Checkpoints
+    from vpm_jax.runs.checkpoints import Checkpoints
 
     config = config_lib.read(path)
     if config is None or not (path / "checkpoints").is_dir():
@@ -84,7 +84,7 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
       UserError: if the weights are no whole VPM, or the folder holds something already.
     """
     from vpm_jax import models, step
-    from vpm_jax.checkpoints import Checkpoints
+    from vpm_jax.runs.checkpoints import Checkpoints
 
     if weights.heads is None or weights.config is None:
         raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vpm_jax.errors import UserError, writing
-from vpm_jax.logs import duration
+from vpm_jax.runs.logs import duration
 
 
 class Lock:

@@ -12,7 +12,7 @@ from vpm_jax import api, html
 from vpm_jax.api import VPM, Description
 from vpm_jax.errors import UserError
 from vpm_jax.regions import UNCUT, Part, RegionGrid, nearest_part, visible_heights
-from vpm_jax.store import Store
+from vpm_jax.search.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
 _SHOWN = 1 / 3  # a query shows the regions with more than this share of the cells of the one it shows most of

@@ -9,8 +9,8 @@ from typing import Any
 
 from vpm_jax import paper
 from vpm_jax.data.folders import TITLES
-from vpm_jax.experiments import EXHIBITS, METHODS, Cell, Run, differences
-from vpm_jax.logs import duration
+from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
+from vpm_jax.runs.logs import duration
 
 METRICS = ("R-1", "R-5", "R-10", "mAP", "mINP")
 PARTIAL_METRICS = ("R-1", "R-3", "R-5", "mAP")

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vpm_jax import hosts
 from vpm_jax.errors import UserError, disk_trouble, writing
+from vpm_jax.runs import hosts
 
 _DAMAGED = ": it is damaged."
 

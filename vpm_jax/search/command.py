@@ -30,16 +30,16 @@ from typing import Any
 
 import numpy as np
 
-from vpm_jax import answers as answers_lib
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
-from vpm_jax.answers import Answer, numbers, printable
 from vpm_jax.api import VPM, Description
 from vpm_jax.data import decode
 from vpm_jax.errors import UserError
-from vpm_jax.logs import Status, duration, write_atomically
 from vpm_jax.regions import UNCUT, Part, gallery_parts
-from vpm_jax.store import DTYPES, About, Entry, Store, Writer
+from vpm_jax.runs.logs import Status, duration, write_atomically
+from vpm_jax.search import answers as answers_lib
+from vpm_jax.search.answers import Answer, numbers, printable
+from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
 
 IMAGES = decode.SUFFIXES
 INCOMPLETE = 3  # the exit code of a command that did what it could
@@ -369,7 +369,3 @@ def _print(answers: list[Answer], numbering: str) -> None:
         for rank, result in enumerate(answer.results, 1):
             shares = "".join(f"{100 * weight:4.0f}" for weight in result.weight)
             print(f"{rank:4}  {result.distance:8.4f}  {shares:{width}}  {printable(result.name)}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

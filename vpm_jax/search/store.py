@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vpm_jax.errors import UserError, writing
-from vpm_jax.logs import make_folder, write_atomically
+from vpm_jax.runs.logs import make_folder, write_atomically
 
 VERSION = 1
 DTYPES = ("float16", "float32")

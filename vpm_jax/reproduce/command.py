@@ -22,13 +22,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vpm_jax import cli, estimate, experiments, figures, paper, parallel, plots, results, tables
+from vpm_jax import cli, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.evaluate import compared_model
-from vpm_jax.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
-from vpm_jax.logs import make_folder, write_atomically
+from vpm_jax.reproduce import estimate, experiments, figures, results, tables
+from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
+from vpm_jax.runs.logs import make_folder, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,8 +295,8 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
 
 def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     """The result of a run that has finished in its workdir."""
-    from vpm_jax.checkpoints import Checkpoints
-    from vpm_jax.data.sampling import schedule
+    from vpm_jax.runs.checkpoints import Checkpoints
+    from vpm_jax.schedule import schedule
 
     workdir = workdirs / run.name
     evaluation = json.loads((workdir / f"evaluation{f'-{run.test}' * bool(run.test)}.json").read_text())
@@ -438,7 +439,3 @@ def differing(run: Run) -> str:
     changes |= {key: value for key, value in run.changes.items() if key not in METHODS[run.method].changes}
     keys = ", ".join(f"{key} = {value}" for key, value in changes.items())
     return f" with {keys}" if keys else ""
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpm_jax import __version__, locks
+from vpm_jax import __version__
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import report
 from vpm_jax.errors import UserError
-from vpm_jax.experiments import Run, fingerprint
-from vpm_jax.logs import write_atomically
+from vpm_jax.reproduce.experiments import Run, fingerprint
+from vpm_jax.runs import locks
+from vpm_jax.runs.logs import write_atomically
 
 RANKS = 10  # of the CMC that is kept
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, hosts
+from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-from vpm_jax.locks import Lock
+from vpm_jax.runs import hosts
+from vpm_jax.runs.locks import Lock
 
 _LOOKING = ("data.root", "data.workers", "data.threads", "eval.", "match.")  # what may differ in `read_run`
 

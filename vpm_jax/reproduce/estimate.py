@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import results
 from vpm_jax.benchmark.report import align
-from vpm_jax.experiments import Run
-from vpm_jax.logs import duration
+from vpm_jax.reproduce import results
+from vpm_jax.reproduce.experiments import Run
+from vpm_jax.runs.logs import duration
 
 EVALUATION = 0.05  # of the training's time, where no finished run tells
 PARTIAL = 0.05  # of an evaluation's time, of one on partial images: hundreds instead of tens of thousands
@@ -37,7 +37,7 @@ def size(config: ConfigDict) -> tuple[int, int]:
 
 def images(run: Run) -> int:
     """How many images a run trains on, repeats counted; 0 of an evaluation."""
-    from vpm_jax.data.sampling import schedule
+    from vpm_jax.schedule import schedule
 
     return 0 if run.of else sum(stage.steps * stage.batch for stage in schedule(run.config, *size(run.config)))
 
@@ -79,7 +79,7 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
     import jax
 
     from vpm_jax import models, parallel, step
-    from vpm_jax.data.sampling import schedule
+    from vpm_jax.schedule import schedule
 
     config = config.copy_and_resolve_references()
     images, config.model.num_identities = size(config)

@@ -1,0 +1,4 @@
+from vpm_jax.cli import run
+from vpm_jax.reproduce import main
+
+run(main)

@@ -1,0 +1,122 @@
+"""The stages of a training run, and which of them a step belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from vpm_jax.errors import UserError
+
+SAMPLINGS = ("plain", "pk")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training stage with its length resolved; steps [first_step, first_step + steps) of the run."""
+
+    name: str  # "stage1" | "stage2", its key in the config
+    index: int  # 1 | 2
+    sampling: str  # "plain" | "pk"
+    identities: int  # P and K of a batch
+    images_per_identity: int
+    epochs: int
+    steps_per_epoch: int
+    first_step: int
+
+    @property
+    def batch(self) -> int:
+        return self.identities * self.images_per_identity
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.steps
+
+
+def schedule(config: ConfigDict, num_images: int | None = None, num_identities: int | None = None) -> tuple[Stage, ...]:
+    """The stages that have epochs, in order, with the steps of an epoch resolved.
+
+    Where `steps_per_epoch` is 0 an epoch is one pass: images // batch steps of a "plain" stage,
+    identities // stage.identities of a "pk" stage (751 // 8 = 93), at least one.
+
+    Args:
+      config: the experiment's.
+      num_images, num_identities: of the training set. A resolved config, whose `steps_per_epoch` are set, needs
+        none; of another, an epoch is one step without them.
+
+    Raises:
+      UserError: if a value is out of range, the batches of the stages differ, no stage has an epoch,
+        or a "pk" stage wants more identities than there are.
+    """
+    stages: list[Stage] = []
+    first_step = 0
+    for index, name in enumerate(("stage1", "stage2"), start=1):
+        values = config[name]
+        if values.epochs < 0 or values.steps_per_epoch < 0:
+            raise UserError(
+                f"config.{name} has {values.epochs} epochs of {values.steps_per_epoch} steps, expected none below 0."
+            )
+        if not values.epochs:
+            continue
+        if values.sampling not in SAMPLINGS:
+            raise UserError(f"config.{name}.sampling is {values.sampling!r}, expected one of {', '.join(SAMPLINGS)}.")
+        if values.identities < 1 or values.images_per_identity < 1:
+            raise UserError(
+                f"config.{name} has batches of {values.identities} x {values.images_per_identity} images, "
+                "expected at least 1 x 1."
+            )
+        if values.sampling == "pk" and num_identities is not None and values.identities > num_identities:
+            raise UserError(
+                f"config.{name}.identities is {values.identities}, but the training set has {num_identities}: "
+                "lower it or use more data."
+            )
+        batch = values.identities * values.images_per_identity
+        one_pass = (num_identities or 0) // values.identities
+        if values.sampling == "plain":
+            one_pass = (num_images or 0) // batch
+        stage = Stage(
+            name=name,
+            index=index,
+            sampling=values.sampling,
+            identities=values.identities,
+            images_per_identity=values.images_per_identity,
+            epochs=values.epochs,
+            steps_per_epoch=values.steps_per_epoch or max(1, one_pass),
+            first_step=first_step,
+        )
+        first_step = stage.end_step
+        stages.append(stage)
+    if not stages:
+        raise UserError("config.stage1.epochs and config.stage2.epochs are both 0: there is nothing to train.")
+    if len({stage.batch for stage in stages}) > 1:
+        sizes = " and ".join(f"{s.identities} x {s.images_per_identity} images in {s.name}" for s in stages)
+        raise UserError(f"A batch has {sizes}, expected the same number in both: the step is compiled for one size.")
+    return tuple(stages)
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage of global step `step`.
+
+    Raises:
+      ValueError: if no stage has that step.
+    """
+    for stage in stages:
+        if stage.first_step <= step < stage.end_step:
+            return stage
+    raise ValueError(f"step {step} is outside the schedule's {stages[-1].end_step} steps")
+
+
+def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
+    """(number of finished steps within the stage, the stage) after `steps` finished steps."""
+    stage = stage_at(schedule(config), max(steps, 1) - 1)
+    return steps - stage.first_step, config[stage.name]
+
+
+def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:
+    """Whether an epoch of a stage, one of each `every`, ends with these finished steps."""
+    within, stage = stage_of(config, steps)
+    return within % (stage.steps_per_epoch * every) == 0
