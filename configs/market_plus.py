@@ -67,6 +67,9 @@ SCREEN: dict[str, dict[str, object]] = {
     "locator_stage3": {"model.locator_stage": 3},
     "clip": {"optim.clip": 5.0},
     "adamw": {"optim.name": "adamw", "optim.weight_decay": 0.05, "stage2.learning_rate": 1e-3},
+    "fit_top": {"data.fit": "pad"},
+    "fit_center": {"data.fit": "pad", "data.place": "center"},
+    "fit_random": {"data.fit": "pad", "data.place": "random"},
     "all": TRICKS | PARTS,
 }
 
@@ -76,6 +79,10 @@ EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "saturated": ("base", {"match.visibility": "saturated"}),
     "gallery_crops": ("base", _GALLERY),
     "gallery_crops_saturated": ("base", _GALLERY | {"match.visibility": "saturated"}),
+    "fit_top_saturated": ("fit_top", {"match.visibility": "saturated"}),
+    "fit_random_saturated": ("fit_random", {"match.visibility": "saturated"}),
+    "fit_top_gallery_crops": ("fit_top", _GALLERY | {"match.visibility": "saturated"}),
+    "fit_random_gallery_crops": ("fit_random", _GALLERY | {"match.visibility": "saturated"}),
     "neck_after": ("neck", {"match.feature": "after"}),
     "neck_unnormalised_after": ("neck_unnormalised", {"match.feature": "after"}),
     "all_before": ("all", {"match.feature": "before"}),

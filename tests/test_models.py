@@ -13,7 +13,8 @@ from jax import lax
 from tiny import Given, fill, recipe, shrunk
 
 from vpm_jax import losses, models
-from vpm_jax.models.resnet import Block, Conv, ResNet, feature_shape
+from vpm_jax.geometry import feature_shape
+from vpm_jax.models.resnet import Block, Conv, ResNet
 from vpm_jax.models.vpm import VPM, ExampleDropout, IdentityHeads, MaskedBatchNorm
 from vpm_jax.regions import Crop, RegionGrid, project_regions
 from vpm_jax.step import l2_normalize

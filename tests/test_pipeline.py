@@ -232,7 +232,7 @@ def test_evaluation_sees_every_image_once_in_order(hosts):
     batches = [{key: np.concatenate([p[key] for p in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
     assert len(batches) == 3
     whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    assert np.array_equal(whole["valid"], np.arange(24) < 21)
+    assert np.array_equal(whole["real"], np.arange(24) < 21)
     assert np.array_equal(whole["image"][:21], images) and not whole["image"][21:].any()
     assert np.array_equal(whole["identity"], [*split.identity, -1, -1, -1])
     assert np.array_equal(whole["camera"], [*split.camera, -1, -1, -1])

@@ -124,7 +124,7 @@ def test_what_the_backbone_sees(folder, files):
     query = load_dataset(config.data).query
     assert [Path(name).name for name in query.names] == [path.name for path in files]
     model = models.create(config).clone(backbone=Seen())
-    pixels = np.concatenate([b["image"][b["valid"]] for b in eval_batches(config, query, "top", 0.7)])
+    pixels = np.concatenate([b["image"][b["real"]] for b in eval_batches(config, query, "top", 0.7)])
     # One function, of which only the normalisation is left to compile.
     ours = jax.jit(lambda x: model.init_with_output(jax.random.key(0), x)[0][1]["feature_map"])(pixels)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import PLACES
 from vpm_jax.regions import CROPS, HEIGHTS
 
 
@@ -32,6 +33,8 @@ def stage(**changes) -> ConfigDict:
         decay=0.1,
         decay_epochs=(30,),
         warmup_epochs=0.0,  # linear from zero
+        height=0,  # of the network's input in this stage, in pixels; 0: data.height
+        width=0,
     )
     if unknown := set(changes) - set(values):
         raise UserError(f"A stage has no key {', '.join(sorted(unknown))}: it has {', '.join(values)}.")
@@ -73,6 +76,10 @@ def default() -> ConfigDict:
     # "linear" | "area" | "cubic" (OpenCV), "pil_bilinear" | "pil_bicubic" (Pillow's own, to the last grey level).
     # Enlarging 128x64 to 384x128, linear is within 1 grey level of Pillow's bilinear (mean 0.3).
     c.data.resize = "linear"
+    # How a picture fills the input (vpm_jax.geometry): "stretch" over all of it | "pad": in its proportions, rest empty
+    c.data.fit = "stretch"
+    c.data.place = "top"  # where a padded picture lies: "top" | "center" | "random" (in training; else the center)
+    c.data.aspect = 0.0  # height / width of a whole person; 0: the median of the training images, set by training
     c.data.holdout_identities = 0  # training identities kept aside, for choosing things without a test set
     c.data.workers = 0  # loader processes; 0 loads in threads of this one
     c.data.threads = 2
@@ -135,6 +142,8 @@ def default() -> ConfigDict:
     c.optim.momentum = 0.9
     c.optim.nesterov = True
     c.optim.weight_decay = 5e-4  # coupled, on every parameter
+    # "stages": each stage has its own schedule and starts without momentum | "cosine": one over the whole run
+    c.optim.schedule = "stages"
     c.optim.clip = 0.0  # a larger norm of the whole gradient is scaled down to this; 0: never
     c.optim.backbone_multiplier = 0.1
     c.optim.ema = (
@@ -211,6 +220,8 @@ _CHOICES: dict[str, tuple] = {
     "data.crop": CROPS,
     "data.mix_crop": CROPS,
     "data.corrupt": ("error", "skip"),
+    "data.fit": ("stretch", "pad"),
+    "data.place": tuple(PLACES),
     "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
     "eval.crop": CROPS,
     "model.name": ("vpm",),
@@ -226,6 +237,7 @@ _CHOICES: dict[str, tuple] = {
     "loss.identity_regions": ("visible", "all"),
     "loss.hinge": ("hard", "soft"),
     "optim.name": ("sgd", "adamw"),
+    "optim.schedule": ("stages", "cosine"),
     "loss.triplet_pairs": ("visible", "all", "soft"),
     "match.feature": ("before", "after"),
     "match.visibility": ("soft", "saturated", "uniform", "binary"),

@@ -146,13 +146,13 @@ def extract_many(
         def batches(split=split, gamma=gamma, kept=kept) -> Iterator[tuple[int, Any]]:
             crop = (kept or config.eval.crop) if gamma < 1 else "none"
             for number, batch in enumerate(eval_batches(config, split, crop, gamma, *share)):
-                image = parallel.shard(mesh, {"image": batch["image"]})["image"]
-                yield min(config.eval.batch, len(split) - number * config.eval.batch), image
+                arrays = parallel.shard(mesh, {key: batch[key] for key in ("image", "valid") if key in batch})
+                yield min(config.eval.batch, len(split) - number * config.eval.batch), tuple(arrays.values())
 
         arrays: Features | None = None
         first = 0
-        for count, image in parallel.prefetch(batches(), lambda pair: pair):
-            out = jax.device_get(feature_step(variables, image))
+        for count, inputs in parallel.prefetch(batches(), lambda pair: pair):
+            out = jax.device_get(feature_step(variables, *inputs))
             if arrays is None:
                 arrays = Features(
                     np.empty((len(split), *out["features"].shape[1:]), np.float32),

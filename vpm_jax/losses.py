@@ -25,24 +25,31 @@ def _cross_entropy(logits, labels, smoothing=0.0):
     return -picked
 
 
-def region_loss(logits: Array, labels: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
+def region_loss(
+    logits: Array, labels: Array, smoothing: float = 0.0, valid: Array | None = None
+) -> tuple[Array, Array]:
     """Eq. 5: cross entropy of the region locator, summed over every cell of every image.
 
     Args:
       logits: [B, h, w, P] of the locator.
       labels: int [B, h, w] from `regions.project_regions`.
       smoothing: label smoothing, 0 in the paper.
+      valid: bool [B, h, w], the cells that count; default: all.
 
     Returns:
-      (total, count): scalars; count = B * h * w.
+      (total, count): scalars; count is the number of cells that count, B * h * w by default.
 
     Raises:
       ValueError: for shapes that do not fit together.
     """
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {logits.shape} and labels {labels.shape}, expected [B, h, w, P] and [B, h, w]")
-    losses = _cross_entropy(logits, labels, smoothing)
-    return jnp.sum(losses), jnp.asarray(labels.size, losses.dtype)
+    if logits.shape[:-1] != labels.shape or (valid is not None and valid.shape != labels.shape):
+        given = "" if valid is None else f" and valid {valid.shape}"
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape}{given}, expected [B, h, w, P] and [B, h, w]")
+    if valid is None:
+        losses = _cross_entropy(logits, labels, smoothing)
+        return jnp.sum(losses), jnp.asarray(labels.size, losses.dtype)
+    losses = _cross_entropy(jnp.where(valid[..., None], logits, 0), labels, smoothing)
+    return jnp.sum(jnp.where(valid, losses, 0)), jnp.sum(valid).astype(losses.dtype)
 
 
 def identity_loss(logits: Array, identity: Array, visible: Array, smoothing: float = 0.0) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from vpm_jax.schedule import schedule
+from vpm_jax.schedule import Stage, schedule
 
 Schedule = Callable[[Any], Any]
 
@@ -24,18 +24,18 @@ def _starts(config: ConfigDict) -> list[int]:
     return [stage.first_step for stage in schedule(config)[1:]]
 
 
-def _join(one: Callable[[ConfigDict], Schedule], config: ConfigDict) -> Schedule:
-    """The schedule of each stage, counted from its first step, one after the other."""
-    return optax.join_schedules([one(config[stage.name]) for stage in schedule(config)], _starts(config))
-
-
 def learning_rate(config: ConfigDict) -> Schedule:
     """step -> learning rate of the new layers (the backbone's is times optim.backbone_multiplier)."""
+    stages = schedule(config)
+    total = stages[-1].end_step if config.optim.schedule == "cosine" else 0
 
-    def one(s) -> Schedule:
-        per_epoch = s.steps_per_epoch
-        if s.schedule == "cosine":
-            main = optax.cosine_decay_schedule(s.learning_rate, max(s.epochs * per_epoch, 1))
+    def one(stage: Stage) -> Schedule:
+        s, per_epoch = config[stage.name], stage.steps_per_epoch
+        if total:
+            whole = optax.cosine_decay_schedule(s.learning_rate, total)
+            main: Schedule = lambda step: whole(stage.first_step + step)  # noqa: E731
+        elif s.schedule == "cosine":
+            main = optax.cosine_decay_schedule(s.learning_rate, max(stage.steps, 1))
         else:
             main = optax.piecewise_constant_schedule(
                 s.learning_rate, {int(epoch * per_epoch): s.decay for epoch in s.decay_epochs}
@@ -45,17 +45,18 @@ def learning_rate(config: ConfigDict) -> Schedule:
             return main
         return lambda step: main(step) * jnp.minimum((step + 1) / warmup, 1)
 
-    return _join(one, config)
+    return optax.join_schedules([one(stage) for stage in stages], _starts(config))
 
 
 def triplet_weight(config: ConfigDict) -> Schedule:
     """step -> weight of the triplet loss."""
 
-    def one(s) -> Schedule:
-        start = int(s.triplet_start * s.steps_per_epoch)
+    def one(stage: Stage) -> Schedule:
+        s = config[stage.name]
+        start = int(s.triplet_start * stage.steps_per_epoch)
         return lambda step: jnp.where(step >= start, s.triplet_weight, 0.0)
 
-    return _join(one, config)
+    return optax.join_schedules([one(stage) for stage in schedule(config)], _starts(config))
 
 
 class RestartState(NamedTuple):
@@ -98,7 +99,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     if o.clip:
         parts.insert(0, optax.clip_by_global_norm(o.clip))
     return optax.chain(
-        restart(optax.chain(*parts), _starts(config)),
+        restart(optax.chain(*parts), _starts(config) if o.schedule == "stages" else []),
         optax.stateless(multiply),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

@@ -119,17 +119,21 @@ def nearest_part(heights: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
     return np.abs(heights[:, None] - edges).sum(-1).argmin(1)
 
 
-def axis_labels(start: float, size: float, parts: int, cells: int, min_cells: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def axis_labels(
+    start: float, size: float, parts: int, cells: int, min_cells: int = 1, within: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts].
 
-    The box [start, start + size] may reach beyond the image, [0, 1]: cells there belong to the nearest part.
+    The box [start, start + size] may reach beyond the image, [0, 1]: cells there belong to the nearest part. Where the
+    picture covers the cells [first, last) `within` the map alone, the others belong to the nearest part too.
     """
+    first, last = within or (0, cells)
     edges = np.rint((np.arange(parts + 1) / parts - start) / size * cells)  # np.rint rounds half to even
-    edges = np.clip(edges, 0, cells).astype(np.int32)
-    edges[0], edges[-1] = 0, cells  # so already, but for rounding errors in a very thin crop at the border
-    labels = np.searchsorted(edges[1:], np.arange(cells), side="right").astype(np.int32)
+    edges = np.clip(edges, first, last).astype(np.int32)
+    edges[0], edges[-1] = first, last  # so already, but for rounding errors in a very thin crop at the border
+    labels = np.searchsorted(edges[1:], np.arange(cells).clip(first, last - 1), side="right").astype(np.int32)
     spans = np.diff(edges)
-    return labels, (spans > 0) & (spans >= min(min_cells, cells))
+    return labels, (spans > 0) & (spans >= min(min_cells, last - first))
 
 
 def project_regions(
@@ -176,20 +180,32 @@ def visible_heights(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
     was trained with). Of crops with the same labels the largest counts. Only heights are told, not widths.
 
     Args:
-      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator.
+      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator. All 0 in cells that a padded picture does not cover.
       grid: the regions, grid.count = P.
 
     Returns:
       float64 [N, 2]: top and bottom as fractions of the whole picture's height, (0, 1) for a whole person.
     """
     count, height, width, _ = region_maps.shape
-    rows = np.asarray(region_maps, np.float64).reshape(count, height, width, grid.rows, grid.cols).sum(-1)
-    log = np.log(np.maximum(rows, 1e-6)).mean(2)  # a cell that is sure and wrong shall not decide alone
-    edges, labels = _candidates(height, grid.rows)
-    votes = np.zeros((count, len(labels)))
-    for row in range(height):
-        votes += log[:, row, labels[:, row]]
-    return edges[votes.argmax(1)]
+    maps = np.asarray(region_maps, np.float64)
+    valid = maps.sum(-1) > 0.5  # a cell that the picture does not cover has no probabilities
+    rows = np.log(np.maximum(maps.reshape(count, height, width, grid.rows, grid.cols).sum(-1), 1e-6))
+    # The mean log probability over a row's cells: one confidently wrong cell must not dominate.
+    log = (rows * valid[..., None]).sum(2) / np.maximum(valid.sum(2), 1)[..., None]
+    covered = valid.any(2)
+    heights = np.empty((count, 2))
+    spans = np.stack([covered.argmax(1), covered.sum(1)], 1)
+    for first, cells in np.unique(spans, axis=0):  # one span, but for padded pictures
+        chosen = (spans == (first, cells)).all(1)
+        if not cells:
+            heights[chosen] = (0.0, 1.0)
+            continue
+        edges, labels = _candidates(int(cells), grid.rows)
+        votes = np.zeros((int(chosen.sum()), len(labels)))
+        for row in range(cells):
+            votes += log[chosen, first + row][:, labels[:, row]]
+        heights[chosen] = edges[votes.argmax(1)]
+    return heights
 
 
 @lru_cache(maxsize=8)

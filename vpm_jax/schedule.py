@@ -23,6 +23,8 @@ class Stage:
     epochs: int
     steps_per_epoch: int
     first_step: int
+    height: int  # of the network's input, in pixels
+    width: int
 
     @property
     def batch(self) -> int:
@@ -87,6 +89,8 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
             epochs=values.epochs,
             steps_per_epoch=values.steps_per_epoch or max(1, one_pass),
             first_step=first_step,
+            height=int(values.height or config.data.height),
+            width=int(values.width or config.data.width),
         )
         first_step = stage.end_step
         stages.append(stage)

@@ -91,7 +91,8 @@ def l2_normalize(features):
 def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[State, dict], tuple[State, dict]]:
     """The training step of a resolved config: (state, batch) -> (state, metrics).
 
-    A batch holds image uint8 [B, H, W, 3], identity int [B], labels int [B, h, w], visible bool [B, P].
+    A batch holds image uint8 [B, H, W, 3], identity int [B], labels int [B, h, w], visible bool [B, P]; of padded
+    pictures also valid bool [B, h, w].
     Under jit, B is the global batch. Under a mapped axis `axis_name` it is one device's share: totals and
     counts are summed over the axis and the hardest pairs are found in all of it.
 
@@ -107,16 +108,24 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
 
     def loss_fn(params, state: State, batch, key):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        identity, visible = batch["identity"], batch["visible"]
+        identity, visible, valid = batch["identity"], batch["visible"], batch.get("valid")
         shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
         (logits, out), updates = model.apply(
-            variables, batch["image"], train=True, visible=shown, rngs={"dropout": key}, mutable=["batch_stats"]
+            variables,
+            batch["image"],
+            train=True,
+            visible=shown,
+            valid=valid,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
         )
         images = psum(jnp.float32(len(identity)))
 
         # Each total is this device's; each count is everybody's and carries no gradient, so that summing
         # the devices' gradients gives the gradient of the global mean.
-        region, cells = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing)
+        if valid is not None and config.model.locator == "row":
+            valid = jnp.any(valid, axis=2, keepdims=True)
+        region, cells = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing, valid)
         region = region / psum(cells)
 
         if config.model.global_head:
@@ -149,6 +158,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         )
         right = (jnp.argmax(logits, axis=-1) == identity[:, None]) & shown
         located = jnp.argmax(out["locator_logits"], axis=-1) == batch["labels"]
+        located = located if valid is None else located & valid
         metrics = {
             "loss": psum(loss),
             "loss_region": psum(region),
@@ -173,9 +183,10 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
     return step
 
 
-def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[[dict, Any], dict]:
+def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[..., dict]:
     """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32.
 
+    A third argument, valid bool [B, h, w], says which cells of T padded pictures cover (data.fit).
     With `region_maps` also these, the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator.
     With eval.flip, all are means over the image and its mirror image, the features before they get unit length.
     """
@@ -184,13 +195,14 @@ def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable
     rows, cols = config.model.grid
     mirrored = np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)  # where a mirror image shows each region
 
-    def features(variables, image) -> dict:
-        _, out = model.apply(variables, image, train=False)
+    def features(variables, image, valid=None) -> dict:
+        _, out = model.apply(variables, image, train=False, valid=valid)
         found = {"features": out[feature], "visibility": out["visibility"]}
         if region_maps:
             found["region_maps"] = out["probability"]
         if config.eval.flip:
-            _, out = model.apply(variables, image[:, :, ::-1], train=False)
+            mirror = None if valid is None else valid[:, :, ::-1]
+            _, out = model.apply(variables, image[:, :, ::-1], train=False, valid=mirror)
             other = {
                 "features": out[feature][:, mirrored],
                 "visibility": out["visibility"][:, mirrored],

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax import cli, parallel
@@ -130,7 +131,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         # ---- The loop: checkpoint, then the next batch, then the step ----------------------------------
         train_step, state = place.compile(step.make_step, config), place.put_state(state)
         share = jax.process_index(), jax.process_count()
-        batches = train_batches(config, dataset.train, models.map_shape(config), steps, total, *share)
+        batches = train_batches(config, dataset.train, None, steps, total, *share)
         window = Window(config, meta["pending"], steps, total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
 
@@ -220,17 +221,28 @@ def resolve(config: ConfigDict, split: Any) -> ConfigDict:
     """
     from vpm_jax import models
 
-    cells = models.map_shape(config)
-    if any(regions > n for regions, n in zip(config.model.grid, cells, strict=True)):
-        raise UserError(
-            f"Config key model.grid is {config.model.grid} but the feature map has {cells[0]} x {cells[1]} cells, so "
-            "that some region has none: choose a coarser grid or larger images."
-        )
     config = config.copy_and_resolve_references()
     config.model.num_identities = split.num_identities
     for stage in schedule(config, len(split), split.num_identities):
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
+        cells = models.map_shape(config, (stage.height, stage.width))
+        if any(regions > n for regions, n in zip(config.model.grid, cells, strict=True)):
+            raise UserError(
+                f"Config key model.grid is {config.model.grid} but the feature map of {stage.name} has {cells[0]} x "
+                f"{cells[1]} cells, so that some region has none: choose a coarser grid or larger images."
+            )
+    if config.data.fit == "pad" and not config.data.aspect:
+        config.data.aspect = reference_aspect(split)
     return config
+
+
+def reference_aspect(split: Any, count: int = 500) -> float:
+    """The median height / width of the training images, of `count` evenly spaced ones: a whole person's proportions."""
+    from vpm_jax.data.decode import decode
+
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int))
+    shapes = [decode(split.read(i), split.names[i], split.upright).shape for i in chosen.tolist()]
+    return round(float(np.median([height / width for height, width, _ in shapes])), 4)
 
 
 class Window:

@@ -16,8 +16,9 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import grain
@@ -29,19 +30,37 @@ from vpm_jax.data.decode import FILTERS, decode, resize
 from vpm_jax.data.sampling import Sampler, uniform
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import PLACES, Box, covered_cells, feature_shape, fit_box
 from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
+from vpm_jax.schedule import stage_at
 
 Batch = dict[str, np.ndarray]
-Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
 # The threads and processes here already fill the cores: OpenCV's own would fight them.
 cv2.setNumThreads(0)
 
 
+class Axis(NamedTuple):
+    """Pixels [start, stop) of an image's `length`, laid on pixels [first, last) of the input's `canvas`."""
+
+    start: int
+    stop: int
+    length: int
+    first: int
+    last: int
+    canvas: int
+
+    def cells(self, cells: int) -> tuple[int, int]:
+        return covered_cells(self.first, self.last, self.canvas, cells)
+
+
 @lru_cache(maxsize=16384)  # boxes in whole pixels repeat; projecting costs as much as decoding
-def _project_axis(start: int, stop: int, length: int, parts: int, cells: int, min_cells: int):
-    """Labels [cells] and visible parts [parts] along one axis, of pixels [start, stop) of `length`."""
-    return axis_labels(start / length, (stop - start) / length, parts, cells, min_cells)
+def _project_axis(axis: Axis, parts: int, cells: int, min_cells: int):
+    """Labels [cells] and visible parts [parts] along one axis."""
+    # The whole input as a box of the image, which the picture may fill in part.
+    kept, filled = axis.stop - axis.start, axis.last - axis.first
+    start, size = axis.start - axis.first * kept / filled, axis.canvas * kept / filled
+    return axis_labels(start / axis.length, size / axis.length, parts, cells, min_cells, axis.cells(cells))
 
 
 def cut(image: np.ndarray, box: Box, flip: bool, fill: np.ndarray | int = 0) -> np.ndarray:
@@ -85,15 +104,24 @@ class _Loader:
                 f"A batch of {batch} images cannot be divided among {host_count} hosts: "
                 "use a batch that is a multiple of the hosts."
             )
-        self._split, self._names = split, split.names
-        self._height, self._width, self._filter = int(config.data.height), int(config.data.width), config.data.resize
-        if min(self._height, self._width) < 1:
-            raise UserError(f"config.data is {self._height} x {self._width} pixels, expected at least 1 x 1.")
+        self._split, self._names, self._filter = split, split.names, config.data.resize
+        if min(config.data.height, config.data.width) < 1:
+            raise UserError(
+                f"config.data is {config.data.height} x {config.data.width} pixels, expected at least 1 x 1."
+            )
         if self._filter not in FILTERS:
             raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
+        self._pads, self._aspect = config.data.fit == "pad", float(config.data.aspect)
+        if self._pads and not self._aspect:
+            raise UserError("config.data.fit is 'pad' but data.aspect is 0, expected a whole person's height / width.")
+        self._model = config.model
         self._fill = np.rint(255 * np.array(config.data.mean)).astype(np.uint8)
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
+
+    def _feature_shape(self, canvas: tuple[int, int]) -> tuple[int, int]:
+        m = self._model
+        return feature_shape(*canvas, m.stem, m.last_stride, tuple(m.strides))
 
     def read(self, index: int) -> np.ndarray:
         """The decoded image. Raises UserError, naming it, if it cannot be read."""
@@ -104,18 +132,29 @@ class _Loader:
         out: np.ndarray,
         image: np.ndarray,
         crop: Crop,
+        place: tuple[float, float],
         flip: bool = False,
         shift: tuple[float, float] = (0.0, 0.0),
-    ) -> tuple[Box, int, int]:
-        """Fills `out` with the image, cropped; the box it was cut at, and the decoded image's height and width."""
-        height, width = image.shape[:2]
-        box = _moved(pixel_box(crop, height, width), *shift)
-        resize(cut(image, box, flip, self._fill), (self._height, self._width), self._filter, out)
-        return box, height, width
+        jitter: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Axis, Axis]:
+        """Fills `out` [H, W, 3] with the image, cropped; what of the image's height and width lies where on it."""
+        (height, width), canvas = image.shape[:2], (out.shape[0], out.shape[1])
+        top, left, bottom, right = box = _moved(pixel_box(crop, height, width), *shift)
+        pixels = cut(image, box, flip, self._fill)
+        y, x, y_end, x_end = 0, 0, *canvas
+        if self._pads:
+            y, x, y_end, x_end = fit_box((bottom - top, right - left), canvas, self._aspect, place)
+        shown = resize(pixels, (y_end - y, x_end - x), self._filter, None if self._pads else out)
+        if tuple(jitter) != (1, 1):
+            _lit(shown, *jitter)
+        if self._pads:
+            out[:] = self._fill
+            out[y:y_end, x:x_end] = shown
+        return Axis(top, bottom, height, y, y_end, canvas[0]), Axis(left, right, width, x, x_end, canvas[1])
 
-    def _pixels(self) -> np.ndarray:
+    def _pixels(self, canvas: tuple[int, int]) -> np.ndarray:
         # Fresh for every batch: JAX on CPU may keep using the memory of an array it was given.
-        return np.empty((self._count, self._height, self._width, 3), np.uint8)
+        return np.empty((self._count, *canvas, 3), np.uint8)
 
 
 def _cameras(split: Split) -> np.ndarray:
@@ -125,13 +164,13 @@ def _cameras(split: Split) -> np.ndarray:
 
 class _TrainLoader(_Loader):
     def __init__(
-        self, config: ConfigDict, split: Split, feature_shape: tuple[int, int], host_index: int, host_count: int
+        self, config: ConfigDict, split: Split, shape: tuple[int, int] | None, host_index: int, host_count: int
     ):
         self._identity, self._camera = np.asarray(split.labels(), np.int32), _cameras(split)
         self._sampler = Sampler(config, self._identity)
         super().__init__(config, split, self._sampler.batch, host_index, host_count)
         self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
-        self._shape = (int(feature_shape[0]), int(feature_shape[1]))
+        self._shape = shape
         self._hides = config.data.erasing_hides if config.data.erasing else 1.0
         self._skips = config.data.corrupt == "skip"
 
@@ -150,23 +189,26 @@ class _TrainLoader(_Loader):
             raise
 
     def __call__(self, step: int) -> Batch:
-        plan = self._sampler.plan(int(step))
+        plan, stage = self._sampler.plan(int(step)), stage_at(self._sampler.stages, int(step))
+        canvas = stage.height, stage.width
+        h, w = self._shape or self._feature_shape(canvas)
+        columns_of_labels = 1 if self._model.locator == "row" and not self._shape else w
         mine = slice(self._first, self._last)
-        planned, indices, pixels = plan.indices[mine], plan.indices[mine].copy(), self._pixels()
+        planned, indices, pixels = plan.indices[mine], plan.indices[mine].copy(), self._pixels(canvas)
+        valid = np.zeros((self._count, h, w), bool)
         rows, columns = [], []
-        flips, shifts, jitters, erased = (
-            numbers[mine].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.erased)
+        flips, shifts, jitters, places, erased = (
+            numbers[mine].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
         )
-        for row, (out, flip, crop, shift, jitter, (y, x, y_end, x_end)) in enumerate(
-            zip(pixels, flips, plan.crops[mine], shifts, jitters, erased, strict=True)
+        for row, (out, flip, crop, shift, jitter, place, (y, x, y_end, x_end)) in enumerate(
+            zip(pixels, flips, plan.crops[mine], shifts, jitters, places, erased, strict=True)
         ):
             indices[row], image = self._readable(int(planned[row]))
-            (top, left, bottom, right), height, width = self._put(out, image, crop, flip, shift)
-            if jitter != [1, 1]:
-                _lit(out, *jitter)
+            down, across = self._put(out, image, crop, place, flip, shift, jitter)
             out[y:y_end, x:x_end] = self._fill
-            rows.append(_project_axis(top, bottom, height, self._grid.rows, self._shape[0], self._min_cells))
-            columns.append(_project_axis(left, right, width, self._grid.cols, self._shape[1], self._min_cells))
+            rows.append(_project_axis(down, self._grid.rows, h, self._min_cells))
+            columns.append(_project_axis(across, self._grid.cols, columns_of_labels, self._min_cells))
+            valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
         # The projection is separable: the rows' and the columns' make the whole batch's in one go.
         (row_labels, row_visible), (column_labels, column_visible) = (
             (np.stack([labels for labels, _ in axis]), np.stack([visible for _, visible in axis]))
@@ -175,7 +217,7 @@ class _TrainLoader(_Loader):
         labels = row_labels[:, :, None] * np.int32(self._grid.cols) + column_labels[:, None, :]
         visible = (row_visible[:, :, None] & column_visible[:, None, :]).reshape(self._count, -1)
         if self._hides < 1:
-            visible &= ~self._hidden(labels, plan.erased[mine])
+            visible &= ~self._hidden(labels, plan.erased[mine], canvas)
         batch = {
             "image": pixels,
             "identity": self._identity[indices],
@@ -183,10 +225,12 @@ class _TrainLoader(_Loader):
             "labels": labels,
             "visible": visible,
         }
+        if self._pads:
+            batch["valid"] = valid
         # What `_iterate` tells of: this may be another process.
         return batch | {"unread": np.where(planned != indices, planned, -1)} if self._skips else batch
 
-    def _hidden(self, labels: np.ndarray, erased: np.ndarray) -> np.ndarray:
+    def _hidden(self, labels: np.ndarray, erased: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
         """Of which regions erasing takes more than data.erasing_hides: bool [b, P], of labels [b, h, w]."""
 
         def covered(start: np.ndarray, stop: np.ndarray, cells: int, length: int) -> np.ndarray:  # [b, cells], shares
@@ -194,8 +238,8 @@ class _TrainLoader(_Loader):
             inside = np.minimum(edges[1:], stop[:, None]) - np.maximum(edges[:-1], start[:, None])
             return np.maximum(inside, 0) * (cells / length)
 
-        (h, w), (top, left, bottom, right) = self._shape, erased.T
-        lost = covered(top, bottom, h, self._height)[:, :, None] * covered(left, right, w, self._width)[:, None, :]
+        (_, h, w), (top, left, bottom, right) = labels.shape, erased.T
+        lost = covered(top, bottom, h, canvas[0])[:, :, None] * covered(left, right, w, canvas[1])[:, None, :]
         regions = labels[..., None] == np.arange(self._grid.count)
         return (lost[..., None] * regions).sum((1, 2)) > self._hides * regions.sum((1, 2))
 
@@ -207,18 +251,24 @@ class _EvalLoader(_Loader):
         super().__init__(config, split, batch, host_index, host_count)
         self._identity, self._camera = np.asarray(split.identity, np.int32), _cameras(split)
         self._crops = eval_crops(crop, gamma, len(split))
+        self._canvas = int(config.data.height), int(config.data.width)
+        self._shape, self._place = self._feature_shape(self._canvas), PLACES[config.data.place]
 
     def __call__(self, number: int) -> Batch:
         first = int(number) * self._batch + self._first
         count = max(0, min(self._count, len(self._split) - first))
-        pixels = self._pixels()
+        pixels = self._pixels(self._canvas)
+        h, w = self._shape
+        valid = np.zeros((self._count, h, w), bool)
         identity, camera = np.full(self._count, -1, np.int32), np.full(self._count, -1, np.int32)
         for row in range(count):
-            self._put(pixels[row], self.read(first + row), self._crops[first + row])
+            down, across = self._put(pixels[row], self.read(first + row), self._crops[first + row], self._place)
+            valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
         pixels[count:] = 0
         identity[:count] = self._identity[first : first + count]
         camera[:count] = self._camera[first : first + count]
-        return {"image": pixels, "identity": identity, "camera": camera, "valid": np.arange(self._count) < count}
+        batch = {"image": pixels, "identity": identity, "camera": camera, "real": np.arange(self._count) < count}
+        return batch | {"valid": valid} if self._pads else batch
 
 
 def eval_crops(crop: str, gamma: float, count: int) -> list[Crop]:
@@ -239,7 +289,7 @@ def eval_picture(split: Split, index: int, crop: Crop) -> np.ndarray:
 def train_batches(
     config: ConfigDict,
     split: Split,
-    feature_shape: tuple[int, int],
+    shape: tuple[int, int] | None,
     start_step: int,
     total_steps: int,
     host_index: int = 0,
@@ -254,7 +304,7 @@ def train_batches(
     Args:
       config: the experiment's.
       split: the training images.
-      feature_shape: (h, w) of the feature map that labels are for; (h, 1) for a row locator.
+      shape: (h, w) of the feature map that labels are for; None: the model's, (h, 1) for a row locator.
       start_step: the first step; the batches are those a run from step 0 gives.
       total_steps: the step to stop before, at most that of the schedule's end.
       host_index: this host; it loads its contiguous rows of the global batch of B images.
@@ -263,13 +313,14 @@ def train_batches(
     Returns:
       An iterator (`close()` ends its threads and processes) of dicts, b = B / host_count:
       image uint8 [b, H, W, 3] RGB; identity int32 [b], 0..K-1; camera int32 [b], -1 where there are none;
-      labels int32 [b, h, w]; visible bool [b, P].
+      labels int32 [b, h, w]; visible bool [b, P]; with data.fit "pad" valid bool [b, h, w], the cells of T that the
+      picture covers. H x W is the stage's.
 
     Raises:
       UserError: at once for values out of range; while iterating for an image that cannot be read.
       ValueError: for steps outside the schedule.
     """
-    loader = _TrainLoader(config, split, feature_shape, host_index, host_count)
+    loader = _TrainLoader(config, split, shape, host_index, host_count)
     end = loader._sampler.stages[-1].end_step
     if not 0 <= start_step <= total_steps <= end:
         raise ValueError(f"steps {start_step} to {total_steps} are not within the schedule's 0 to {end}")
@@ -301,7 +352,8 @@ def eval_batches(
     Returns:
       An iterator (`close()` ends its threads and processes) of dicts, b = config.eval.batch / host_count:
       image uint8 [b, H, W, 3] RGB; identity and camera int32 [b], as in the dataset, -1 in padding;
-      valid bool [b], False in padding. Every host gets the same number of batches.
+      real bool [b], False in padding; with data.fit "pad" valid bool [b, h, w] as in `train_batches`. Every host gets
+      the same number of batches.
 
     Raises:
       UserError: at once for values out of range; while iterating for an image that cannot be read.

@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import PLACES
 from vpm_jax.regions import CROPS, Crop, draw_crop
 from vpm_jax.schedule import Stage, schedule, stage_at
 
 # What a stream of random numbers is for: one word of its key.
-_ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE = range(7)
+_ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE, _PLACE = range(8)
 
 
 class Plan(NamedTuple):
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     crops: tuple[Crop, ...]  # B boxes, fractions of the (flipped) image
     shifts: np.ndarray  # float64 [B, 2], by how much of its height and width each box moves down and right
     jitters: np.ndarray  # float64 [B, 2], brightness and contrast
+    places: np.ndarray  # float64 [B, 2], where padded pictures lie: see `geometry.fit_box`
     erased: np.ndarray  # int64 [B, 4], (top, left, bottom, right) in pixels of the network's input, all 0 for nothing
 
 
@@ -91,7 +93,7 @@ class Sampler:
         self._whole, self._mix, self._mix_crop = config.data.whole, config.data.mix, config.data.mix_crop
         self._pad, self._jitter = config.data.pad, config.data.jitter
         self._erasing, self._erasing_area = config.data.erasing, config.data.erasing_area
-        self._size = np.array([config.data.height, config.data.width])
+        self._place = config.data.place
         if self._seed < 0:
             raise UserError(f"config.seed is {self._seed}, expected 0 or more.")
         if self._crop not in CROPS:
@@ -135,23 +137,25 @@ class Sampler:
             for strategy, gamma, (a, b, c) in zip(strategies, gammas.tolist(), draws[:, 2:].tolist(), strict=True)
         )
         shifts, jitters = np.zeros((stage.batch, 2)), np.ones((stage.batch, 2))
+        places = draw(_PLACE, 2) if self._place == "random" else np.tile(PLACES[self._place], (stage.batch, 1))
         erased = np.zeros((stage.batch, 4), np.int64)
         if self._pad:
             shifts = self._pad * (2 * draw(_SHIFT, 2) - 1)
         if self._jitter:
             jitters = 1 + self._jitter * (2 * draw(_JITTER, 2) - 1)
         if self._erasing:
-            erased = self._erasures(draw(_ERASE, 5))
-        return Plan(indices, draws[:, 0] < self._flip, crops, shifts, jitters, erased)
+            erased = self._erasures(stage, draw(_ERASE, 5))
+        return Plan(indices, draws[:, 0] < self._flip, crops, shifts, jitters, places, erased)
 
-    def _erasures(self, draws: np.ndarray) -> np.ndarray:
+    def _erasures(self, stage: Stage, draws: np.ndarray) -> np.ndarray:
         """Rectangles of Plan.erased from numbers in [0, 1), both [B, ...]; none is larger than the picture."""
         low, high = self._erasing_area
-        area = (low + (high - low) * draws[:, 1]) * self._size.prod()
+        size = np.array([stage.height, stage.width])
+        area = (low + (high - low) * draws[:, 1]) * size.prod()
         aspect = 0.3 ** (1 - 2 * draws[:, 2])  # height over width
         sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1))
-        sides = np.clip(np.rint(sides), 1, self._size)
-        corner = np.floor(draws[:, 3:] * (self._size - sides + 1))
+        sides = np.clip(np.rint(sides), 1, size)
+        corner = np.floor(draws[:, 3:] * (size - sides + 1))
         boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.int64)
         return np.where(draws[:, :1] < self._erasing, boxes, 0)
 

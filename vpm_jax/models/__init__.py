@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vpm_jax.models.resnet import ResNet, feature_shape
+from vpm_jax.geometry import feature_shape
+from vpm_jax.models.resnet import ResNet
 from vpm_jax.models.vpm import VPM
 
 __all__ = ["VPM", "ResNet", "create", "map_shape"]
@@ -63,8 +64,12 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
     )
 
 
-def map_shape(config: ConfigDict) -> tuple[int, int]:
-    """(h, w) of the feature map, (h, 1) for a row locator: what region labels are projected onto."""
+def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(h, w) of the feature map of H x W images (default: config.data's), what region labels are projected onto.
+
+    (h, 1) for a row locator.
+    """
     m = config.model
-    h, w = feature_shape(config.data.height, config.data.width, m.stem, m.last_stride, tuple(m.strides))
+    size = size or (config.data.height, config.data.width)
+    h, w = feature_shape(*size, m.stem, m.last_stride, tuple(m.strides))
     return (h, 1) if m.locator == "row" else (h, w)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vpm_jax.geometry import STEMS
 from vpm_jax.models.batch_norm import BatchNorm
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7" is followed by max pooling
 BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
 
 # He et al., ICCV 2015, mode fan-out: what torchvision's ResNet and the released code use.
@@ -214,13 +214,3 @@ class ResNet(nn.Module):
                 )(x)
             stages[f"stage{s}"] = x
         return stages
-
-
-def feature_shape(
-    height: int, width: int, stem: str = "7x7", last_stride: int = 1, strides: tuple[int, int, int] = (1, 2, 2)
-) -> tuple[int, int]:
-    """(h, w) of the last stage for an H x W image."""
-    stem_stride = STEMS[stem][1] * (2 if stem == "7x7" else 1)
-    for stride in (stem_stride, *strides, last_stride):
-        height, width = -(-height // stride), -(-width // stride)
-    return height, width

@@ -109,11 +109,19 @@ class IdentityHeads(nn.Module):
         return logits
 
 
+def _mean_over(x, valid, axes):
+    """The mean of x [B, h, w, C] over axes of its cells, over those that are `valid` [B, h, w] if given."""
+    if valid is None:
+        return jnp.mean(x, axes)
+    return jnp.sum(jnp.where(valid[..., None], x, 0), axes) / jnp.maximum(jnp.sum(valid, axes), 1)[..., None]
+
+
 class VPM(nn.Module):
     """VPM on a ResNet.
 
     Call with image [B, H, W, 3]: uint8 RGB, normalised here with `mean` and `std`, or floats that are
-    normalised already. `visible` bool [B, P] is the visible set, used in training alone (default: all).
+    normalised already. `visible` bool [B, P] is the visible set, used in training alone (default: all). `valid` bool
+    [B, h, w] are the cells of T that the picture covers (default: all): others take no part in Eqs. 1 to 3.
     Training needs the "dropout" key and, to keep statistics, `mutable=["batch_stats"]`. Other shapes and types of
     images raise ValueError.
 
@@ -150,7 +158,7 @@ class VPM(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image, train: bool = False, visible=None):
+    def __call__(self, image, train: bool = False, visible=None, valid=None):
         bytes_or_floats = image.dtype == jnp.uint8 or jnp.issubdtype(image.dtype, jnp.floating)
         if image.ndim != 4 or not bytes_or_floats:
             raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 or normalised floats [B, H, W, 3]")
@@ -164,21 +172,29 @@ class VPM(nn.Module):
         feature_map = stages["stage4"].astype(self.param_dtype)
 
         located = feature_map if self.locator_stage == 4 else stages["stage3"].astype(self.param_dtype)
-        locator_logits = self.locate(located, train)
+        locator_logits = self.locate(located, train, valid)
         log_probability = nn.log_softmax(locator_logits)
+        if valid is not None:
+            by_row = self.locator == "row"
+            cells = jnp.any(valid, axis=2, keepdims=True) if by_row else valid
+            log_probability = jnp.where(cells[..., None], log_probability, -jnp.inf)
         probability = jnp.exp(log_probability)
         visibility = jnp.sum(probability, axis=(1, 2))
         # Eq. 3, where the weights' scale cancels: 1 at the likeliest cell, for a region may be unlikely everywhere.
-        weights = jnp.exp(log_probability - lax.stop_gradient(jnp.max(log_probability, axis=(1, 2), keepdims=True)))
+        likeliest = lax.stop_gradient(jnp.max(log_probability, axis=(1, 2), keepdims=True))
+        weights = jnp.exp(log_probability - jnp.maximum(likeliest, jnp.finfo(likeliest.dtype).min))
         if not self.pool_gradient:
             weights, visibility = lax.stop_gradient((weights, visibility))
         # The mean over the map; a row's weight applies to the sum over its cells.
-        sums = jnp.einsum("bhwp,bhwc->bpc", jnp.broadcast_to(weights, (*feature_map.shape[:3], regions)), feature_map)
-        region_features = sums / jnp.sum(weights, axis=(1, 2))[..., None]
+        spread = jnp.broadcast_to(weights, (*feature_map.shape[:3], regions))
+        total = jnp.sum(weights, axis=(1, 2))
+        if valid is not None:  # an image without a cell has no features
+            spread, total = jnp.where(valid[..., None], spread, 0), jnp.where(total > 0, total, 1)
+        region_features = jnp.einsum("bhwp,bhwc->bpc", spread, feature_map) / total[..., None]
 
         features, shown = region_features, visible
         if self.global_head:
-            pooled = jnp.mean(feature_map, axis=(1, 2))[:, None]
+            pooled = _mean_over(feature_map, valid, (1, 2))[:, None]
             features = jnp.concatenate([features, pooled], axis=1)
             shown = jnp.concatenate([shown, jnp.ones_like(shown[:, :1])], axis=1)
         if self.neck == "bn":
@@ -211,7 +227,7 @@ class VPM(nn.Module):
             out["global_logits"] = logits[:, regions]
         return out["logits"], out
 
-    def locate(self, feature_map, train: bool):
+    def locate(self, feature_map, train: bool, valid=None):
         """The region locator's logits [B, h, w, P], or [B, h, 1, P] by row."""
         batch, h, w, channels = feature_map.shape
         rows, cols = self.grid
@@ -225,7 +241,8 @@ class VPM(nn.Module):
         init = nn.initializers.normal(self.locator_init_std) if self.locator_init_std else kaiming_fan_out
         x = ExampleDropout(self.locator_dropout, self.axis_name, name="locator_dropout")(feature_map, train)
         if self.locator == "row":
-            x = x.reshape(batch, h, w, channels // self.locator_groups, self.locator_groups).mean((2, 4))[:, :, None]
+            x = x.reshape(batch, h, w, channels // self.locator_groups, self.locator_groups)
+            x = x.mean((2, 4))[:, :, None] if valid is None else _mean_over(x.mean(4), valid, 2)[:, :, None]
         if self.locator_hidden:
             shape, he = (3, 3, channels, self.locator_hidden), nn.initializers.he_normal()
             hidden = self.param("locator_hidden_kernel", he, shape, self.param_dtype)

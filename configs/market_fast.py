@@ -1,0 +1,28 @@
+"""Market-1501 from ImageNet weights in 92,160 images: proportions kept, small images first, one cosine.
+
+    python -m vpm_jax.train --config configs/market_fast.py --config.data.root=DATA
+
+ResNet-50, 6 x 1 regions, batches of 32 identities x 2 images: 960 steps at 128x64, then 480 at 256x128.
+"""
+
+from vpm_jax.config import default, stage
+
+
+def get_config():
+    config = default()
+    config.recipe = "fast"
+    config.data.height, config.data.width = 256, 128
+    config.data.fit = "pad"
+    config.data.gamma = (0.5, 13 / 12)
+    config.model.head_dropout = 0.0
+    config.loss.margin = 0.3
+    config.loss.identity_reduction = "region"
+    config.loss.identity_weight = 0.25
+    config.optim.backbone_multiplier = 0.5
+    config.optim.schedule = "cosine"
+    batches = dict(identities=32, images_per_identity=2, triplet_weight=1.0)
+    config.stage1 = stage(
+        epochs=12, steps_per_epoch=80, height=128, width=64, triplet_start=1.0, warmup_epochs=1.0, **batches
+    )
+    config.stage2 = stage(epochs=6, steps_per_epoch=80, **batches)
+    return config

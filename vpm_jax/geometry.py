@@ -1,0 +1,72 @@
+"""From a picture to the feature map (NumPy only): where it lies on the network's input, which cells it covers.
+
+`data.fit` says how a picture of any proportions becomes an input of fixed size. "stretch" fills the input. "pad" keeps
+the proportions: a whole person, whose height is `aspect` times its width, would fill the input, and a picture of part
+of a person is scaled alike. The rest of the input is empty, and its cells take no part in Eqs. 1, 2, 3 and 5.
+
+Boxes are (top, left, bottom, right) in pixels of the input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Box = tuple[int, int, int, int]
+
+STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7" is followed by max pooling
+
+# Where a padded picture lies: the shares of the free height and width above it and to its left. Training draws them
+# for "random"; a trained model then sees pictures in the middle.
+PLACES = {"top": (0.0, 0.5), "center": (0.5, 0.5), "random": (0.5, 0.5)}
+
+
+def feature_shape(
+    height: int, width: int, stem: str = "7x7", last_stride: int = 1, strides: tuple[int, int, int] = (1, 2, 2)
+) -> tuple[int, int]:
+    """(h, w) of the last stage for an H x W image."""
+    stem_stride = STEMS[stem][1] * (2 if stem == "7x7" else 1)
+    for stride in (stem_stride, *strides, last_stride):
+        height, width = -(-height // stride), -(-width // stride)
+    return height, width
+
+
+def fit_box(
+    size: tuple[int, int], canvas: tuple[int, int], aspect: float, place: tuple[float, float] = PLACES["top"]
+) -> Box:
+    """Where a picture lies on the input with its proportions kept.
+
+    Args:
+      size: the picture's height and width, in pixels.
+      canvas: (H, W) of the input.
+      aspect: height over width of a whole person, who fills the canvas. A relatively wider picture fills the width,
+        a taller one the height.
+      place: the shares of the free height above the picture and of the free width left of it.
+
+    Returns:
+      A box of at least one pixel.
+    """
+    relative = size[0] / size[1] / aspect
+    height = min(max(round(canvas[0] * min(relative, 1.0)), 1), canvas[0])
+    width = min(max(round(canvas[1] / max(relative, 1.0)), 1), canvas[1])
+    top, left = round(place[0] * (canvas[0] - height)), round(place[1] * (canvas[1] - width))
+    return top, left, top + height, left + width
+
+
+def covered_cells(start: int, stop: int, length: int, cells: int) -> tuple[int, int]:
+    """Along one axis, the cells [first, last) of which pixels [start, stop) of `length` cover half; at least one."""
+    first, last = (int(np.rint(edge / length * cells)) for edge in (start, stop))
+    if first < last:
+        return first, last
+    middle = min(math.floor((start + stop) / 2 / length * cells), cells - 1)
+    return middle, middle + 1
+
+
+def covered(box: Box, canvas: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """bool [h, w]: the cells of a feature map of `shape` that a box on the canvas covers."""
+    top, left, bottom, right = box
+    valid = np.zeros(shape, bool)
+    rows = slice(*covered_cells(top, bottom, canvas[0], shape[0]))
+    valid[rows, slice(*covered_cells(left, right, canvas[1], shape[1]))] = True
+    return valid
