@@ -134,6 +134,31 @@ def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
     assert_same_run(tmp_path / "run", whole, but_best=7)
 
 
+def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians, tmp_path, monkeypatch):
+    """The short recipe in small: stopped on the small images, continued on the large ones."""
+    changes = {
+        "data__fit": "pad",
+        "data__place": "random",
+        "optim__schedule": "cosine",
+        "stage1__height": 24,
+        "stage1__width": 8,
+        "eval__every": 0,
+    }
+    assert train.train(tiny_run(pedestrians, **changes), tmp_path / "whole") == 0
+    assert config_lib.read(tmp_path / "whole").data.aspect == 2.0  # of the synthetic training images
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 128 + signal.SIGTERM
+    assert train.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 0
+    one, two = (saved_state(tmp_path / name)[0] for name in ("whole", "run"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "evaluation.json").read_text())["gammas"] for name in ("whole", "run")]
+    assert results[0] == results[1]
+    with pytest.raises(UserError, match=r"stage2\.epochs: 2 -> 3"):  # the cosine would be another
+        train.train(tiny_run(pedestrians, **changes, stage2__epochs=3), tmp_path / "run")
+
+
 def test_past_a_damaged_checkpoint_the_last_step_is_saved_again(whole, pedestrians, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").write_text("{")

@@ -471,7 +471,8 @@ def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:
     for key, value in new.items():
         if old[key] == value or key.startswith(RESUMABLE):
             continue
-        if key == f"{last}.epochs" and value > old[key] and saved[last].schedule == "step":
+        stepwise = saved[last].schedule == "step" and saved.optim.schedule == "stages"
+        if key == f"{last}.epochs" and value > old[key] and stepwise:
             continue
         changed.append(f"{key}: {old[key]} -> {value}")
     return changed
