@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,6 +42,26 @@ def test_convolution_and_its_gradients(float64, size, stride, batch):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 12])
+@pytest.mark.parametrize("size, stride, into, out", [(1, 1, 8, 5), (1, 2, 5, 8), (3, 1, 128, 136), (3, 2, 136, 128)])
+def test_bfloat16_is_float32_rounded_once(size, stride, into, out, batch):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(batch, 7, 5, into)), jnp.bfloat16)
+    kernel = jnp.asarray(random.normal(size=(size, size, into, out)), jnp.bfloat16)
+    g = jnp.asarray(random.normal(size=(batch, -(-7 // stride), -(-5 // stride), out)), jnp.bfloat16)
+
+    @jax.jit
+    def everything(x, kernel, g):
+        y, back = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)
+        return y, *back(g)
+
+    expected = everything(*(a.astype(jnp.float32) for a in (x, kernel, g)))
+    for got, want in zip(everything(x, kernel, g), expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        difference = np.abs(got.astype(np.float32) - want)
+        assert np.all(difference <= 2.0**-8 * np.abs(want) + 1e-4)  # half of bfloat16's last digit, and float32's own
+
+
 @pytest.mark.parametrize("height, width", [(8, 6), (7, 5), (1, 4), (2, 1)])
 def test_max_pool_and_its_gradient(float64, height, width):
     random = np.random.default_rng(0)
@@ -56,6 +77,15 @@ def test_max_pool_and_its_gradient(float64, height, width):
         by_x[b, top + row, left + column, c] += g[b, i, j, c]
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(back(g)[0], by_x, rtol=1e-12, atol=1e-12)
+
+
+def test_max_pool_of_bfloat16():
+    random = np.random.default_rng(0)
+    x, g = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((2, 7, 5, 3), (2, 4, 3, 3)))
+    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    got, expected = (jax.vjp(max_pool, a)[1](b)[0] for a, b in ((x, g), (x32, g32)))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2.0**-8, atol=1e-6)
 
 
 def test_equal_cells_share_the_gradient_of_max_pool(float64):

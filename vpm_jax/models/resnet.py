@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vpm_jax.geometry import STEMS
+from vpm_jax.models import cpu
 from vpm_jax.models.batch_norm import BatchNorm
 
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -42,6 +43,8 @@ def _gradients(stride: int, inputs, g):
 
     def on_cpu(x, g):
         """The same up to four times as fast, for what XLA:CPU makes of the above."""
+        if cpu.suits(x, kernel):
+            return cpu.kernel_gradient(x, g, len(kernel), stride)
         if len(kernel) == 1:  # a product of matrices: with three dimensions to sum over, both would be transposed
             x, g = (a.reshape(-1, a.shape[-1]) for a in (x[:, ::stride, ::stride], g))
             if x.shape[1] > g.shape[1]:  # the wide one on the right; without the barrier XLA turns it round again
@@ -52,17 +55,26 @@ def _gradients(stride: int, inputs, g):
         x, g = (a.reshape(-1, n, *a.shape[1:]) for a in (x, g))
         return sum(kernel_gradient(x[:, i], g[:, i]) for i in range(n))
 
-    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g)
+    def input_gradient(kernel, g):
+        return jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g)[0]
+
+    if stride == 1 and cpu.suits(x, kernel):
+        dx = lax.platform_dependent(kernel, g, cpu=cpu.input_gradient, default=input_gradient)
+    else:
+        dx = input_gradient(kernel, g)
     return dx, lax.platform_dependent(x, g, cpu=on_cpu, default=kernel_gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x, kernel, stride: int):
     """x [B, h, w, in] with kernel [k, k, in, out], k odd and padded by k // 2: every stride-th cell, [B, ., ., out]."""
-    return _convolve(x, kernel, stride)
+    default = partial(_convolve, stride=stride)
+    if cpu.suits(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=partial(cpu.convolve, stride=stride), default=default)
+    return default(x, kernel)
 
 
-convolve.defvjp(lambda x, kernel, stride: (_convolve(x, kernel, stride), (x, kernel)), _gradients)
+convolve.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stride), (x, kernel)), _gradients)
 
 
 def _windows(x):
@@ -89,7 +101,15 @@ def _max_pool_forward(x):
 
 
 def _max_pool_gradient(inputs, g):
-    x, y = inputs
+    def on_cpu(*values):  # XLA:CPU takes far longer to put cells of bfloat16 together
+        return _spread_gradient(*(a.astype(jnp.float32) for a in values)).astype(g.dtype)
+
+    if g.dtype == jnp.bfloat16:
+        return (lax.platform_dependent(*inputs, g, cpu=on_cpu, default=_spread_gradient),)
+    return (_spread_gradient(*inputs, g),)
+
+
+def _spread_gradient(x, y, g):
     b, h, w, c = x.shape
     largest = [cell == y for cell in _windows(x)]
     share = (g / sum(cell.astype(jnp.float32) for cell in largest)).astype(g.dtype)
@@ -104,7 +124,7 @@ def _max_pool_gradient(inputs, g):
 
     even, odd = columns(middle), [a + above(b) for a, b in zip(columns(lower), columns(upper), strict=True)]
     rows = [jnp.stack(cells, 3).reshape(b, y.shape[1], -1, c) for cells in (even, odd)]
-    return (jnp.stack(rows, 2).reshape(b, 2 * y.shape[1], -1, c)[:, :h, :w],)
+    return jnp.stack(rows, 2).reshape(b, 2 * y.shape[1], -1, c)[:, :h, :w]
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_gradient)
