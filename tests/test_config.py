@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from types import SimpleNamespace
 
 import pytest
 from tiny import CONFIGS, recipe
@@ -139,6 +140,17 @@ def test_an_int_may_stand_for_a_float():
     config = default()
     set_key(config, "loss.margin", 1)
     check(config)
+
+
+def test_what_weights_presuppose_is_set_in_a_copy():
+    weights = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), stride_on="1x1", bn_epsilon=1e-3)
+    config = default()
+    changed = config_lib.for_weights(config, weights)
+    assert flatten(config) == flatten(default())
+    differ = {key: value for key, value in flatten(changed).items() if value != flatten(config)[key]}
+    assert differ == {f"data.{k}": getattr(weights, k) for k in ("mean", "std")} | {
+        f"model.{k}": getattr(weights, k) for k in ("stride_on", "bn_epsilon")
+    }
 
 
 def test_nothing_to_train_is_refused():

@@ -142,9 +142,7 @@ class VPM:
                 f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or the "
                 ".safetensors that python -m vpm_jax.convert wrote of one."
             )
-        config = weights.config.copy_and_resolve_references()
-        config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
-        config.data.mean, config.data.std = weights.mean, weights.std
+        config = config_lib.for_weights(weights.config, weights)
         config.model.dtype = dtype or config.model.dtype
         config_lib.check(config)
         kept_in = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)

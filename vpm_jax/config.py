@@ -2,6 +2,10 @@
 
 A file under `configs/` starts from `default()` and sets what differs. Recipes are values: no code asks
 which recipe it runs.
+
+A config is *asked*: a file and overrides. Training makes it *resolved*: `train.resolve` sets what the training set
+decides, `for_weights` what pretrained weights presuppose. config.json holds the resolved config, and models, steps and
+evaluations take it.
 """
 
 from __future__ import annotations
@@ -258,6 +262,8 @@ _POSITIVE += ("match.rerank_k1", "match.rerank_k2")
 _POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
 _POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
 
+BY_WEIGHTS = ("data.mean", "data.std", "model.stride_on", "model.bn_epsilon")  # what pretrained weights set
+
 # What may differ from the run that a workdir holds ("eval." is the whole group); epochs may be added too, see
 # `changed_keys`.
 RESUMABLE = (
@@ -295,6 +301,21 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         config = config[part]
     with config.ignore_type():  # an int where a float stood
         config[last] = value
+
+
+def for_weights(resolved: ConfigDict, weights: Any) -> ConfigDict:
+    """A copy of the config with what pretrained weights presuppose: the normalization of their input, and what their
+    network does otherwise than torchvision's.
+
+    Args:
+      resolved: the config.
+      weights: a `pretrained.Pretrained`, or anything else with its stride_on, bn_epsilon, mean and std.
+    """
+    resolved = resolved.copy_and_resolve_references()
+    for key in BY_WEIGHTS:
+        group, last = key.split(".")
+        resolved[group][last] = getattr(weights, last)
+    return resolved
 
 
 def check(config: ConfigDict) -> None:

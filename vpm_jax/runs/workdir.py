@@ -60,22 +60,25 @@ def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, Confi
     return saved, config
 
 
-def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
-    """Checks that `config` may go on with the run of `saved`; takes over what its pretrained weights set.
+def continue_run(saved: ConfigDict, resolved: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config that the run of `saved` goes on with: a resolved one, with what the run's pretrained weights set.
 
     Raises:
       UserError: that names the keys that differ.
     """
-    if config.pretrained == saved.pretrained != "none":
-        for group, key in (("model", "stride_on"), ("model", "bn_epsilon"), ("data", "mean"), ("data", "std")):
-            config[group][key] = saved[group][key]
-    changed = config_lib.changed_keys(saved, config)
+    resolved = resolved.copy_and_resolve_references()
+    if resolved.pretrained == saved.pretrained != "none":
+        before = config_lib.flatten(saved)
+        for key in config_lib.BY_WEIGHTS:
+            config_lib.set_key(resolved, key, before[key])
+    changed = config_lib.changed_keys(saved, resolved)
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or set "
             f"these keys back; what may change is {', '.join(key.rstrip('.') for key in config_lib.RESUMABLE)} and, "
             "where its schedule is step-wise, more epochs of the last stage."
         )
+    return resolved
 
 
 class WorkdirLock(Lock):
