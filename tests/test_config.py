@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from types import SimpleNamespace
 
@@ -55,6 +56,24 @@ def test_json_that_lacks_a_newer_key_takes_its_default():
 
 
 @pytest.mark.parametrize(
+    ("board", "before", "tracker"),
+    [
+        (False, "none", "none"),
+        (True, "none", "tensorboard"),
+        (False, "wandb", "wandb"),
+        (True, "wandb", "tensorboard,wandb"),
+    ],
+)
+def test_json_of_a_version_with_other_keys_is_read(board, before, tracker):
+    saved = json.loads(to_json(small())) | {"tensorboard": board, "tracker": before}
+    saved["model"]["name"] = "vpm"
+    config = from_json(json.dumps(saved), "config.json")
+    assert config.tracker == tracker
+    config.tracker = "none"
+    assert flatten(config) == flatten(small())
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("{", "Expecting property name"),
@@ -104,7 +123,8 @@ def test_the_config_of_a_workdir(tmp_path):
         ("stage2.decay_epochs", (30, float("inf")), "finite numbers from 0"),
         ("optim.weight_decay", -5e-4, "finite numbers from 0"),
         ("stage1.schedule", "linear", "expected one of step, cosine"),
-        ("tensorboard", 1, "expected bool"),
+        ("tracker", "wandb,tensorboard", "expected one of none, tensorboard, wandb, tensorboard,wandb"),
+        ("optim.nesterov", 1, "expected bool"),
         ("log_every", 0, "at least 1"),
         ("seed", -1, "finite numbers from 0"),
         ("stage2.decay_epochs", (30, "forty"), "finite numbers from 0"),

@@ -210,6 +210,16 @@ def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
     assert again["gammas"] == first["gammas"]
 
 
+def test_a_run_of_a_version_with_other_keys_resumes(whole, pedestrians, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["model"]["name"], saved["tensorboard"] = "vpm", True
+    (workdir / "config.json").write_text(json.dumps(saved))
+    assert config_lib.read(workdir).tracker == "tensorboard"
+    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
+
+
 def test_more_epochs_of_the_last_stage_and_other_allowed_keys(whole, pedestrians, tmp_path):
     longer = {"stage2__epochs": 3}
     straight, grown = tmp_path / "straight", shutil.copytree(whole, tmp_path / "grown")

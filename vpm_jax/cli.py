@@ -152,6 +152,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
             if not items:
                 raise UserError(f"{argument} has no value: write {argument}=VALUE.")
             text = items.pop(0)
+        if key in config_lib.RETIRED:
+            raise UserError(f"There is no config key {key!r} any more: {config_lib.RETIRED[key]}.")
         if key not in keys:
             close = [k for k in keys if k.endswith("." + key)][:4] or difflib.get_close_matches(key, keys, n=1)
             hint = f"did you mean {' or '.join(close)}?" if close else "vpm_jax/config.py lists the keys."

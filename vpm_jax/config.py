@@ -98,7 +98,6 @@ def default() -> ConfigDict:
     )
 
     c.model = ConfigDict()
-    c.model.name = "vpm"
     c.model.depth = 50  # 18 | 34 | 50 | 101
     c.model.width = 64  # channels of the first stage's 3x3 convolutions
     c.model.stem = "7x7"  # "7x7": stride 2 and max pooling; "3x3": stride 2, no pooling; "4x4": patches, stride 4
@@ -181,8 +180,7 @@ def default() -> ConfigDict:
     c.log_every = 10  # steps
     c.checkpoint_every = 1  # epochs
     c.keep_checkpoints = 2
-    c.tensorboard = False
-    c.tracker = "none"  # "wandb": also to Weights & Biases (pip install wandb)
+    c.tracker = "none"  # | "tensorboard" | "wandb" (Weights & Biases) | "tensorboard,wandb"
     c.parallel = "jit"  # "jit" over a data mesh | "pmap"
     return c.lock()
 
@@ -228,7 +226,6 @@ _CHOICES: dict[str, tuple] = {
     "data.place": tuple(PLACES),
     "data.resize": ("linear", "area", "cubic", "pil_bilinear", "pil_bicubic"),
     "eval.crop": CROPS,
-    "model.name": ("vpm",),
     "model.depth": (18, 34, 50, 101),
     "model.stem": ("7x7", "3x3", "4x4"),
     "model.last_stride": (1, 2),
@@ -246,7 +243,7 @@ _CHOICES: dict[str, tuple] = {
     "match.feature": ("before", "after"),
     "match.visibility": ("soft", "saturated", "uniform", "binary"),
     "parallel": ("jit", "pmap"),
-    "tracker": ("none", "wandb"),
+    "tracker": ("none", "tensorboard", "wandb", "tensorboard,wandb"),
 } | {
     f"stage{n}.{k}": v for n in (1, 2) for k, v in {"sampling": ("pk", "plain"), "schedule": ("step", "cosine")}.items()
 }
@@ -262,6 +259,12 @@ _POSITIVE += ("match.rerank_k1", "match.rerank_k2")
 _POSITIVE += ("eval.batch", "log_every", "checkpoint_every", "keep_checkpoints", "loss.min_cells")
 _POSITIVE += tuple(f"stage{n}.{k}" for n in (1, 2) for k in ("identities", "images_per_identity"))
 
+# Keys that configs and results of earlier versions have, and what to do instead; see `from_json`.
+RETIRED = {
+    "model.name": "leave it out, for there is one model",
+    "tensorboard": "set tracker to tensorboard",
+}
+
 BY_WEIGHTS = ("data.mean", "data.std", "model.stride_on", "model.bn_epsilon")  # what pretrained weights set
 
 # What may differ from the run that a workdir holds ("eval." is the whole group); epochs may be added too, see
@@ -275,7 +278,6 @@ RESUMABLE = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "tensorboard",
     "tracker",
     "parallel",
     "eval.",
@@ -446,7 +448,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, source: str) -> ConfigDict:
-    """The config that `to_json` wrote; keys added since take their defaults.
+    """The config that `to_json` wrote; keys added since take their defaults, and what has become of others is set.
 
     Raises:
       UserError: if `source` (a file's name) does not hold a config of this program.
@@ -454,13 +456,17 @@ def from_json(text: str, source: str) -> ConfigDict:
     try:
         saved = json.loads(text)
         config = default()
+        if saved.get("tensorboard"):  # earlier versions had this key beside the tracker
+            saved["tracker"] = "tensorboard" + ",wandb" * (saved.get("tracker") == "wandb")
 
-        def fill(target, values):
+        def fill(target, values, prefix=""):
             for key, value in values.items():
+                if prefix + key in RETIRED:
+                    continue
                 if key not in target:
                     raise KeyError(f"unknown key {key!r}")
                 if isinstance(value, dict):
-                    fill(target[key], value)
+                    fill(target[key], value, f"{prefix}{key}.")
                 else:
                     with target.ignore_type():
                         target[key] = tuple(value) if isinstance(value, list) else value

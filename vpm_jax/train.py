@@ -123,7 +123,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
         log = records = None
         if first:
             write_atomically(workdir / "config.json", config_lib.to_json(config))
-            log = MetricsLog(workdir, steps, config.tensorboard, config.tracker, config.to_dict())
+            log = MetricsLog(workdir, steps, config.tracker, config.to_dict())
             records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
         evaluated = hosts.from_first(lambda: records.last if records else 0)  # the last step that was
 

@@ -37,11 +37,11 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text())
-        saved = dict(result["config"])
+        saved = {key: value for key, value in result["config"].items() if key not in config_lib.RETIRED}
         needed = {"protocols" if run.test else "gammas", "images", "seconds", "hardware", "protocol"}
         if absent := needed - set(result):
             raise KeyError(min(absent))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the result of a run ({type(error).__name__}: {error}): delete it and run again."
         ) from error
