@@ -321,7 +321,7 @@ def test_the_batch_is_that_of_the_stage_that_is_trained(pedestrians, tmp_path):
 
 
 def test_a_grid_finer_than_the_feature_map_is_refused(pedestrians, tmp_path):
-    sentence = r"model\.grid is \(5, 1\) but the feature map has 4 x 2 cells"
+    sentence = r"model\.grid is \(5, 1\) but the feature map of stage1 has 4 x 2 cells"
     refused(tiny_run(pedestrians, model__grid=(5, 1)), tmp_path / "run", sentence)
 
 
