@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+from types import SimpleNamespace
 
 import pytest
 from tiny import CONFIGS, recipe
 
 from vpm_jax import config as config_lib
-from vpm_jax.config import changed_keys, check, default, flatten, from_json, set_key, small, stage, to_json
+from vpm_jax import keys
+from vpm_jax.config import (
+    RESUMABLE,
+    changed_keys,
+    check,
+    default,
+    flatten,
+    from_json,
+    set_key,
+    small,
+    stage,
+    to_json,
+)
 from vpm_jax.errors import UserError
 
 SMALL = [(name, "small") for name in ("market", "market_plus", "own")]
@@ -54,6 +68,24 @@ def test_json_that_lacks_a_newer_key_takes_its_default():
 
 
 @pytest.mark.parametrize(
+    ("board", "before", "tracker"),
+    [
+        (False, "none", "none"),
+        (True, "none", "tensorboard"),
+        (False, "wandb", "wandb"),
+        (True, "wandb", "tensorboard,wandb"),
+    ],
+)
+def test_json_of_a_version_with_other_keys_is_read(board, before, tracker):
+    saved = json.loads(to_json(small())) | {"tensorboard": board, "tracker": before}
+    saved["model"]["name"] = "vpm"
+    config = from_json(json.dumps(saved), "config.json")
+    assert config.tracker == tracker
+    config.tracker = "none"
+    assert flatten(config) == flatten(small())
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("{", "Expecting property name"),
@@ -75,6 +107,61 @@ def test_the_config_of_a_workdir(tmp_path):
     assert config_lib.read(tmp_path) is None
     (tmp_path / "config.json").write_text(to_json(small()))
     assert flatten(config_lib.read(tmp_path)) == flatten(small())
+
+
+def test_every_key_is_told_of_once_and_its_default_is_one_of_its_values():
+    assert len({key.name for key in keys.KEYS}) == len(keys.KEYS) == len(flatten(default()))
+    for key in keys.KEYS:
+        assert key.values.holds(key.default) and 0 < len(key.meaning) < 120, key.name
+        assert not key.meaning.endswith("."), key.name
+    assert not set(keys.RETIRED) & {key.name for key in keys.KEYS}
+
+
+def test_keys_of_a_fingerprint():
+    """Another list or order is another fingerprint of every model: stores of features would be refused."""
+    data = ("data.height", "data.width", "data.resize", "data.mean", "data.std")
+    backbone = ("model.depth", "model.width", "model.stem", "model.strides", "model.last_stride", "model.stride_on")
+    rest = ("model.bn_epsilon", "model.grid", "model.locator", "model.locator_groups", "model.locator_stage")
+    assert keys.keys_with(keys.FEATURES) == (*data, *backbone, *rest, "match.feature", "eval.flip")
+
+
+def test_what_may_differ():
+    machine = {"data.root", "data.workers", "data.threads"}
+    evaluation = {key.name for key in keys.KEYS if key.name.startswith(("match.", "eval."))}
+    run = {"recipe", "data.corrupt", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "parallel"}
+    assert set(keys.keys_with(keys.PROCESS)) == machine
+    assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation
+    assert set(RESUMABLE) == machine | evaluation | run
+    assert set(keys.keys_with(keys.NO_RESULT)) == machine | run | {"eval.batch", "eval.every"}
+    assert keys.keys_with(keys.WEIGHTS) == ("data.mean", "data.std", "model.stride_on", "model.bn_epsilon")
+    assert keys.in_words(keys.keys_with(keys.EVALUATE)) == "data.root, data.workers, data.threads, match.*, eval.*"
+
+
+def test_what_weights_presuppose_is_set_in_a_copy():
+    weights = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), stride_on="1x1", bn_epsilon=1e-3)
+    config = default()
+    changed = config_lib.for_weights(config, weights)
+    assert flatten(config) == flatten(default())
+    differ = {key: value for key, value in flatten(changed).items() if value != flatten(config)[key]}
+    assert differ == {f"data.{k}": getattr(weights, k) for k in ("mean", "std")} | {
+        f"model.{k}": getattr(weights, k) for k in ("stride_on", "bn_epsilon")
+    }
+
+
+def test_the_keys_are_listed(capsys):
+    assert config_lib.main(["gamma", "log_every"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("log_every"))
+    assert line.split(" ", 3)[:3] == ["log_every", "=", "10"]
+    assert line.endswith("   steps between records of metrics.jsonl [at least 1] (resume)")
+    assert any(line.startswith("match.gallery_gammas = ()") for line in lines)
+    assert not any(line.startswith("model.") for line in lines) and max(map(len, lines)) <= 120
+    assert config_lib.main([]) == 0
+    assert {line.split(" = ")[0] for line in capsys.readouterr().out.splitlines() if " = " in line} >= set(
+        flatten(default())
+    )
+    with pytest.raises(UserError, match="No config key has widht in its name"):
+        config_lib.main(["widht"])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +190,8 @@ def test_the_config_of_a_workdir(tmp_path):
         ("stage2.decay_epochs", (30, float("inf")), "finite numbers from 0"),
         ("optim.weight_decay", -5e-4, "finite numbers from 0"),
         ("stage1.schedule", "linear", "expected one of step, cosine"),
-        ("tensorboard", 1, "expected bool"),
+        ("tracker", "wandb,tensorboard", "expected one of none, tensorboard, wandb, tensorboard,wandb"),
+        ("optim.nesterov", 1, "expected bool"),
         ("log_every", 0, "at least 1"),
         ("seed", -1, "finite numbers from 0"),
         ("stage2.decay_epochs", (30, "forty"), "finite numbers from 0"),
@@ -180,7 +268,7 @@ def test_a_changed_key_is_named_unless_it_may_change(key):
     saved, now = default(), default()
     value = other(flatten(saved)[key])
     set_key(now, key, value)
-    allowed = key.startswith(config_lib.RESUMABLE) or key == "stage2.epochs"  # the step-wise schedule of the default
+    allowed = key in RESUMABLE or key == "stage2.epochs"  # the step-wise schedule of the default
     expected = [] if allowed else [f"{key}: {flatten(saved)[key]} -> {value}"]
     assert changed_keys(saved, now) == expected
 

@@ -85,7 +85,7 @@ def test_a_record_that_finds_no_room_is_not_there_in_part(tmp_path):
 
 def test_tensorboard_gets_every_number(tmp_path):
     pytest.importorskip("tensorboardX")
-    log = MetricsLog(tmp_path, tensorboard=True)
+    log = MetricsLog(tmp_path, tracker="tensorboard")
     log.write({"step": 3, "loss": 0.25, "accuracy_identity": [0.5, 0.75]})
     log.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -104,7 +104,7 @@ def test_tensorboard_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypa
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'vpm_jax\[tensorboard\]'"):
-        MetricsLog(tmp_path, tensorboard=True)
+        MetricsLog(tmp_path, tracker="tensorboard,wandb")
     assert not list(tmp_path.iterdir())
 
 

@@ -30,18 +30,13 @@ from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.data import decode
 from vpm_jax.errors import UserError
+from vpm_jax.keys import FEATURES, keys_with
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
 # A path, an encoded file's bytes, a Pillow image, or uint8 RGB (or grey, or RGBA) [H, W, 3], of any size.
 Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
 # One image, several, or uint8 [N, H, W, 3].
 Images = Image | Iterable[Image]
-
-# The keys on which features depend, beside the parameters: a part of `VPM.fingerprint`. Never the device or dtype.
-_MATTERS = tuple(f"data.{k}" for k in ("height", "width", "resize", "mean", "std"))
-_MATTERS += tuple(f"model.{k}" for k in ("depth", "width", "stem", "strides", "last_stride", "stride_on"))
-_MATTERS += tuple(f"model.{k}" for k in ("bn_epsilon", "grid", "locator", "locator_groups", "locator_stage"))
-_MATTERS += ("match.feature", "eval.flip")
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,7 @@ class VPM:
                 f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or the "
                 ".safetensors that python -m vpm_jax.convert wrote of one."
             )
-        config = weights.config.copy_and_resolve_references()
-        config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
-        config.data.mean, config.data.std = weights.mean, weights.std
+        config = config_lib.for_weights(weights.config, weights)
         config.model.dtype = dtype or config.model.dtype
         config_lib.check(config)
         kept_in = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
@@ -378,11 +371,13 @@ def _fetch(count: int, out: dict[str, Any]) -> Description:
 
 
 def fingerprint(config: ConfigDict, variables: Any) -> str:
-    """A digest of all that features depend on: parameters and statistics (not the identity heads') and _MATTERS."""
+    """A digest of what features depend on: parameters and statistics (not the identity heads'), keys of the resolved
+    config, never the device or the precision.
+    """
     from flax.traverse_util import flatten_dict
 
     leaves = config_lib.flatten(config)
-    digest = hashlib.sha256(json.dumps([leaves[key] for key in _MATTERS]).encode())
+    digest = hashlib.sha256(json.dumps([leaves[key] for key in keys_with(FEATURES)]).encode())
     for name, x in sorted(flatten_dict(variables, sep="/").items()):
         if "/heads/" not in name:
             digest.update(f"{name} {np.shape(x)}".encode())

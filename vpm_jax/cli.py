@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError, disk_trouble, no_writing
+from vpm_jax.keys import LISTED, RETIRED
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -84,8 +85,8 @@ def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> N
         "--config",
         default=default,
         metavar="FILE[:VARIANT]",
-        help="a file with get_config(); VARIANT is passed to it; any key is overridden by --config.KEY=VALUE"
-        + (f" (default: {default})" if default else ""),
+        help="a file with get_config(); VARIANT is passed to it; --config.KEY=VALUE sets any key that "
+        "python -m vpm_jax.config lists" + (f" (default: {default})" if default else ""),
     )
 
 
@@ -152,9 +153,11 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
             if not items:
                 raise UserError(f"{argument} has no value: write {argument}=VALUE.")
             text = items.pop(0)
+        if key in RETIRED:
+            raise UserError(f"There is no config key {key!r} any more: {RETIRED[key]}.")
         if key not in keys:
             close = [k for k in keys if k.endswith("." + key)][:4] or difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {' or '.join(close)}?" if close else "vpm_jax/config.py lists the keys."
+            hint = f"did you mean {' or '.join(close)}?" if close else f"{LISTED}."
             raise UserError(f"There is no config key {key!r}: {hint}")
         config_lib.set_key(config, key, _read_value(key, text, keys[key]))
 

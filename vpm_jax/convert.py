@@ -8,6 +8,7 @@ The end of --output says what is written:
                 names cannot say is in the metadata, and in the file's name where torchvision's network differs
   a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours); its
                 config may be changed by --config.KEY=VALUE, such as --config.data.name=dukemtmc
+                (python -m vpm_jax.config lists the keys)
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vpm_jax.errors import UserError
 from vpm_jax.regions import RegionGrid, gallery_parts, nearest_part, visible_heights
 from vpm_jax.runs import hosts
 from vpm_jax.runs.logs import Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.runs.workdir import read_run
+from vpm_jax.runs.workdir import OVERRIDES, read_run
 
 
 class Features(NamedTuple):
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.evaluate",
         description=__doc__,
-        epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
+        epilog=OVERRIDES,
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
     parser.add_argument("--output", type=Path, help="where results go (default: the workdir)")

@@ -23,14 +23,14 @@ from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.evaluate import compared_model
 from vpm_jax.runs.logs import duration, write_atomically
-from vpm_jax.runs.workdir import read_run
+from vpm_jax.runs.workdir import OVERRIDES, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.report",
         description=__doc__,
-        epilog="Keys of eval and match, and data.root, workers and threads, are overridden by --config.KEY=VALUE.",
+        epilog=OVERRIDES,
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the workdir")

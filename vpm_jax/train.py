@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(config, workdir, resume=args.resume == "auto")
 
 
-def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
-    """Trains what `config` says in `workdir` and evaluates it; returns the command's exit code.
+def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
+    """Trains what the config asks for in `workdir` and evaluates it; returns the command's exit code.
 
     Of many processes (see `hosts.joined`), all call it; process 0 alone uses the workdir.
 
@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
 
     # ---- Data, and the keys that depend on them --------------------------------------------------------
-    dataset = hosts.in_turn(lambda: load_dataset(config.data))
+    dataset = hosts.in_turn(lambda: load_dataset(asked.data))
     print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
     for note in dataset.notes:
         print(f"  {note}")
@@ -76,19 +76,18 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
             f"{dataset.name} has no training images: train on another dataset, then evaluate on this one by "
             f"python -m vpm_jax.evaluate --workdir RUN --dataset {dataset.name}."
         )
-    evaluate.check(config, dataset)
-    config = resolve(config, dataset.train)
+    evaluate.check(asked, dataset)
+    config = resolve(asked, dataset.train)
     hosts.check_job(config, dataset)
     backbone = None
     if not has_checkpoint and config.pretrained != "none":
         from vpm_jax import pretrained
 
         backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
-        config.model.stride_on, config.model.bn_epsilon = backbone.stride_on, backbone.bn_epsilon
-        config.data.mean, config.data.std = backbone.mean, backbone.std
+        config = config_lib.for_weights(config, backbone)
         print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
     if saved is not None:
-        continue_run(saved, config, workdir)
+        config = continue_run(saved, config, workdir)
 
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
     stage = schedule(config)[-1]  # all have its batch
@@ -124,7 +123,7 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
         log = records = None
         if first:
             write_atomically(workdir / "config.json", config_lib.to_json(config))
-            log = MetricsLog(workdir, steps, config.tensorboard, config.tracker, config.to_dict())
+            log = MetricsLog(workdir, steps, config.tracker, config.to_dict())
             records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
         evaluated = hosts.from_first(lambda: records.last if records else 0)  # the last step that was
 
@@ -213,27 +212,29 @@ def train(config: ConfigDict, workdir: Path, resume: bool = True) -> int:
     return 0
 
 
-def resolve(config: ConfigDict, split: Any) -> ConfigDict:
-    """A copy of the config with what the training set decides: identities and steps per epoch.
+def resolve(asked: ConfigDict, split: Any) -> ConfigDict:
+    """A copy of the config with what the training set decides: identities, steps per epoch and data.aspect.
+
+    What pretrained weights presuppose is `config.for_weights`.
 
     Raises:
       UserError: for a schedule that the training set does not allow, or a grid finer than the feature map.
     """
     from vpm_jax import models
 
-    config = config.copy_and_resolve_references()
-    config.model.num_identities = split.num_identities
-    for stage in schedule(config, len(split), split.num_identities):
-        config[stage.name].steps_per_epoch = stage.steps_per_epoch
-        cells = models.map_shape(config, (stage.height, stage.width))
-        if any(regions > n for regions, n in zip(config.model.grid, cells, strict=True)):
+    resolved = asked.copy_and_resolve_references()
+    resolved.model.num_identities = split.num_identities
+    for stage in schedule(asked, len(split), split.num_identities):
+        resolved[stage.name].steps_per_epoch = stage.steps_per_epoch
+        cells = models.map_shape(asked, (stage.height, stage.width))
+        if any(regions > n for regions, n in zip(asked.model.grid, cells, strict=True)):
             raise UserError(
-                f"Config key model.grid is {config.model.grid} but the feature map of {stage.name} has {cells[0]} x "
+                f"Config key model.grid is {asked.model.grid} but the feature map of {stage.name} has {cells[0]} x "
                 f"{cells[1]} cells, so that some region has none: choose a coarser grid or larger images."
             )
-    if config.data.fit == "pad" and not config.data.aspect:
-        config.data.aspect = reference_aspect(split)
-    return config
+    if asked.data.fit == "pad" and not asked.data.aspect:
+        resolved.data.aspect = reference_aspect(split)
+    return resolved
 
 
 def reference_aspect(split: Any, count: int = 500) -> float:

@@ -93,9 +93,7 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--output {path} exists already: choose a new folder, or a name that ends in .npz.")
-    config = weights.config.copy_and_resolve_references()
-    config.model.stride_on, config.model.bn_epsilon = weights.stride_on, weights.bn_epsilon
-    config.data.mean, config.data.std = weights.mean, weights.std
+    config = config_lib.for_weights(weights.config, weights)
     for stage in (config.stage1, config.stage2):  # a schedule needs steps, which the training set would decide
         stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)

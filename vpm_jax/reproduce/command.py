@@ -27,6 +27,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.evaluate import compared_model
+from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, figures, results, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
 from vpm_jax.runs.logs import make_folder, write_atomically
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     top = cli.Parser(
         prog="python -m vpm_jax.reproduce",
         description=__doc__,
-        epilog="Any key of the configuration is overridden for all runs by --config.KEY=VALUE.",
+        epilog=f"--config.KEY=VALUE sets any key for all runs: {LISTED}.",
     )
     for kind in ("table", "figure"):
         numbers = [e.split()[1] for e in EXHIBITS if e.startswith(kind)]
@@ -280,7 +281,7 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
     other = [
         key
         for key, value in results.plain(experiments.fingerprint(saved)).items()
-        if trained.get(key, value) != value and not key.startswith(config_lib.RESUMABLE)
+        if trained.get(key, value) != value and key not in config_lib.RESUMABLE
     ]
     if other:
         raise UserError(f"{workdir} is not the run of {folder / run.of.name}.json, for {other[0]} differs: delete it")

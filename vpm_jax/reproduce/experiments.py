@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
+from vpm_jax.keys import EVALUATE, KEYS, LISTED, NO_RESULT, PROCESS, PROTOCOL, keys_with
 
 Changes = Mapping[str, Any]
 
@@ -199,14 +200,10 @@ def family(dataset: str, scale: str) -> str:
     return dataset if dataset == scale else f"{dataset}-{scale}"
 
 
-# Keys that change where and how fast a run goes, not what comes out of it: what a run may be resumed with, but for how
-# it is evaluated.
-_NO_RESULT = {key for key in config_lib.RESUMABLE if not key.endswith(".")} | {"eval.batch", "eval.every"}
-
-
 def fingerprint(config: ConfigDict) -> dict[str, Any]:
     """Every key that a result depends on. Of pretrained weights the file's name counts, wherever it lies."""
-    leaves = {key: value for key, value in config_lib.flatten(config).items() if key not in _NO_RESULT}
+    free = keys_with(NO_RESULT)
+    leaves = {key: value for key, value in config_lib.flatten(config).items() if key not in free}
     kind, colon, path = leaves["pretrained"].rpartition(":")
     leaves["pretrained"] = kind + colon + path.rstrip("/").rpartition("/")[2]
     return leaves
@@ -304,10 +301,6 @@ def plan(
     return cells
 
 
-# What every part is judged by: another value would be another comparison.
-_PROTOCOL = ("seed", "data.name", "data.root", "data.holdout_identities", "data.synthetic.", "eval.gammas", "eval.crop")
-
-
 def is_name(text: Any) -> bool:
     """Whether something can stand in the names of runs and their files, which "-" divides."""
     return isinstance(text, str) and text.replace("_", "").replace(".", "").isalnum()
@@ -338,18 +331,19 @@ def parts(path: Path) -> dict[str, Method]:
         )
     if taken := sorted((set(screen) | set(evaluated)) & set(METHODS) | set(screen) & set(evaluated)):
         raise UserError(f"{taken[0]} in {path} is the name of another model: call the part something else.")
-    known = set(config_lib.flatten(config_lib.default()))
+    known, protocol = {key.name for key in KEYS}, set(keys_with(PROTOCOL))
+    evaluation = set(keys_with(EVALUATE)) - set(keys_with(PROCESS))
     for name, keys in [*screen.items(), *((name, keys) for name, (_, keys) in evaluated.items())]:
         if not is_name(name):
             raise UserError(f"{name!r} in {path}: expected a name of letters, digits, dots and underscores.")
         if wrong := sorted(map(str, set(keys) - known)):
-            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: vpm_jax/config.py lists them.")
-        if wrong := sorted(key for key in keys if key.startswith(_PROTOCOL)):
+            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: {LISTED}.")
+        if wrong := sorted(set(keys) & protocol):
             raise UserError(f"The part {name} sets {wrong[0]}, by which all parts are judged: leave it out.")
     for name, (of, keys) in evaluated.items():
         if of not in screen:
             raise UserError(f"The part {name} evaluates {of}, which SCREEN in {path} has not.")
-        if wrong := sorted(key for key in keys if not key.startswith(("eval.", "match."))):
+        if wrong := sorted(set(keys) - evaluation):
             raise UserError(f"The part {name} sets {wrong[0]}, which takes a training: put it into SCREEN.")
     methods = {name: Method(name, keys) for name, keys in screen.items()}
     return methods | {name: Method(name, screen[of] | keys, of=of) for name, (of, keys) in evaluated.items()}

@@ -19,6 +19,7 @@ from vpm_jax import __version__
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import report
 from vpm_jax.errors import UserError
+from vpm_jax.keys import RETIRED
 from vpm_jax.reproduce.experiments import Run, fingerprint
 from vpm_jax.runs import locks
 from vpm_jax.runs.logs import write_atomically
@@ -37,11 +38,11 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text())
-        saved = dict(result["config"])
+        saved = {key: value for key, value in result["config"].items() if key not in RETIRED}
         needed = {"protocols" if run.test else "gammas", "images", "seconds", "hardware", "protocol"}
         if absent := needed - set(result):
             raise KeyError(min(absent))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the result of a run ({type(error).__name__}: {error}): delete it and run again."
         ) from error

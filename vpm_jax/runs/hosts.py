@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.errors import UserError
+from vpm_jax.keys import PROCESS, keys_with
 
 T = TypeVar("T")
 
@@ -152,15 +153,13 @@ def check_same(what: str, value: Any) -> None:
         raise UserError(f"The {what} of {_me()} is not that of process 0: give every process the same.")
 
 
-def check_job(config: ConfigDict, dataset: Any) -> None:
+def check_job(resolved: ConfigDict, dataset: Any) -> None:
     """Raises UserError where the configuration or the dataset is not that of process 0."""
     splits = (dataset.train, dataset.query, dataset.gallery)
     names = hashlib.sha256(repr([(split.names, split.identity.tobytes()) for split in splits]).encode())
     check_same("dataset", names.hexdigest())
-    keys = config_lib.flatten(config).items()
-    check_same(
-        "config", {key: value for key, value in keys if key not in ("data.root", "data.workers", "data.threads")}
-    )
+    own = keys_with(PROCESS)
+    check_same("config", {key: value for key, value in config_lib.flatten(resolved).items() if key not in own})
 
 
 def in_turn(function: Callable[[], T]) -> T:

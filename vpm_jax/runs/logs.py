@@ -1,4 +1,4 @@
-"""What a run says as it goes: JSON lines always, TensorBoard or a tracker on request, a status line for people."""
+"""What a run says as it goes: JSON lines always, trackers on request, a status line for people."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError(
-                "tensorboard=True needs tensorboardX: pip install 'vpm_jax[tensorboard]', or leave it off."
+                "tracker=tensorboard needs tensorboardX: pip install 'vpm_jax[tensorboard]', or set tracker=\"none\"."
             ) from None
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -167,13 +167,12 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Training's records: metrics.jsonl always, TensorBoard and a tracker on request.
+    """Training's records: metrics.jsonl always, trackers on request.
 
     Args:
       workdir: the run's folder.
       step: the step training goes on from (see `Records`).
-      tensorboard: also write scalars for TensorBoard.
-      tracker: "none" or "wandb".
+      tracker: where the numbers go too: "none", "tensorboard", "wandb" or "tensorboard,wandb".
       config: what the tracker is told of the run.
     """
 
@@ -181,12 +180,13 @@ class MetricsLog:
         self,
         workdir: Path,
         step: int = 0,
-        tensorboard: bool = False,
         tracker: str = "none",
         config: Mapping[str, Any] | None = None,
     ):
-        self._writers: list[Records | TensorBoard | Wandb] = [TensorBoard(workdir, step)] if tensorboard else []
-        if tracker == "wandb":
+        self._writers: list[Records | TensorBoard | Wandb] = []
+        if "tensorboard" in tracker.split(","):
+            self._writers.append(TensorBoard(workdir, step))
+        if "wandb" in tracker.split(","):
             self._writers.append(Wandb(workdir, config or {}))
         self._writers.append(Records(workdir / "metrics.jsonl", step))
 

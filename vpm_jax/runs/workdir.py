@@ -10,10 +10,12 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
+from vpm_jax.keys import EVALUATE, LISTED, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
 from vpm_jax.runs.locks import Lock
 
-_LOOKING = ("data.root", "data.workers", "data.threads", "eval.", "match.")  # what may differ in `read_run`
+_FREE = in_words(keys_with(EVALUATE))
+OVERRIDES = f"--config.KEY=VALUE sets a key of {_FREE}: {LISTED}."  # a command's help where it reads a run
 
 
 def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
@@ -38,7 +40,7 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
 
 
 def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, ConfigDict]:
-    """(config of the run that the workdir holds, the same with --config.KEY=VALUE as looking at it may change it).
+    """(resolved config of the run that the workdir holds, the same with --config.KEY=VALUE to evaluate it by).
 
     Raises:
       UserError: without a run, and for keys that belong to its training.
@@ -49,33 +51,35 @@ def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, Confi
     config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
     config_lib.check(config)
-    before = config_lib.flatten(saved)
-    changed = [f"{k}: {before[k]} -> {v}" for k, v in config_lib.flatten(config).items() if before[k] != v]
-    changed = [key for key in changed if not key.startswith(_LOOKING)]
-    if changed:
-        raise UserError(
-            f"The run in {workdir} was trained with another config ({changed[0]}): what may change now is data.root, "
-            "data.workers, data.threads, and the keys of eval and match."
-        )
+    before, free = config_lib.flatten(saved), keys_with(EVALUATE)
+    for key, value in config_lib.flatten(config).items():
+        if before[key] != value and key not in free:
+            raise UserError(
+                f"The run in {workdir} was trained with another config ({key}: {before[key]} -> {value}): what may "
+                f"change now is {_FREE}."
+            )
     return saved, config
 
 
-def continue_run(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
-    """Checks that `config` may go on with the run of `saved`; takes over what its pretrained weights set.
+def continue_run(saved: ConfigDict, resolved: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config that the run of `saved` goes on with: a resolved one, with what the run's pretrained weights set.
 
     Raises:
       UserError: that names the keys that differ.
     """
-    if config.pretrained == saved.pretrained != "none":
-        for group, key in (("model", "stride_on"), ("model", "bn_epsilon"), ("data", "mean"), ("data", "std")):
-            config[group][key] = saved[group][key]
-    changed = config_lib.changed_keys(saved, config)
+    resolved = resolved.copy_and_resolve_references()
+    if resolved.pretrained == saved.pretrained != "none":
+        before = config_lib.flatten(saved)
+        for key in keys_with(WEIGHTS):
+            config_lib.set_key(resolved, key, before[key])
+    changed = config_lib.changed_keys(saved, resolved)
     if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or set "
-            f"these keys back; what may change is {', '.join(key.rstrip('.') for key in config_lib.RESUMABLE)} and, "
-            "where its schedule is step-wise, more epochs of the last stage."
+            f"these keys back; what may change is {in_words(config_lib.RESUMABLE)} and, where its schedule "
+            "is step-wise, more epochs of the last stage."
         )
+    return resolved
 
 
 class WorkdirLock(Lock):
