@@ -326,7 +326,7 @@ def test_each_query_meets_the_crop_that_shows_as_much(folder, run, model, monkey
     assert "images (top 0.5) 9/9" in said and "Also cropped: top 0.5, top 0.8." in said
     # What each query is said to show: this model is too small to know.
     seen = {(0.0, 1.0): "whole", (0.0, 0.52): "top 0.5", (0.05, 0.75): "top 0.8", (0.0, 0.6): "top 0.5"}
-    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array(list(seen)))
+    monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array(list(seen)))
     queries = [str(folder / name) for name in ("a.jpg", "b.PNG", "f.jpeg", "g.tif")]
     files = [str(tmp_path / "r.json"), str(tmp_path / "r.html")]
     command = ["query", *queries, "--index", str(tmp_path / "store"), "--json", files[0], "--html", files[1]]
@@ -390,7 +390,7 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
         index(folder, run, "--crops", "0.5,0.8")
     assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
     monkeypatch.setattr(VPM, "stream", stream)
-    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
+    monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
     assert compared() == "whole"  # which is no farther than the half
     assert index(folder, run) == 0
     assert compared() == "top 0.8"
