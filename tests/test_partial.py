@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_partial_reid(whole, tmp_path, capsys):
     assert rows["ours, all-shot (15 x 15)"][:4] == [f"{100 * n:.1f}" for n in numbers]
     assert rows["ours, single-shot (3 x 3 groups of 5 x 5)"][0] == f"{100 * np.mean(firsts):.1f}"
     assert rows["VPM (Top), Table 2"][:2] == ["64.3", "83.6"]
+
+
+@pytest.mark.parametrize("flag", ["--root={}", "--config.data.root={}", "--config.data.root {}"])
+def test_another_dataset_may_lie_where_the_runs_own_does(whole, tmp_path, monkeypatch, flag):
+    """A root that the user gives counts, the run's too; without one the run's does not."""
+    make(tmp_path / "data", "original", 5, 3)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    config = config_lib.read(workdir)
+    config.data.root = str(tmp_path / "data")
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    monkeypatch.setenv("VPM_DATA", str(tmp_path / "nowhere"))
+    given = flag.format(config.data.root).split(" ")
+    assert command(workdir, tmp_path / "out", "--dataset=partial_reid", *given)["protocol"]["queries"] == 15
+    with pytest.raises(UserError, match=r"nowhere \(\$VPM_DATA\) does not exist"):
+        command(workdir, tmp_path / "out", "--dataset=partial_reid")
 
 
 def test_fewer_identities_than_ranks(tmp_path, capsys):

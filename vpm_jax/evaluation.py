@@ -62,14 +62,15 @@ def evaluate_run(
     if dataset_name:
         if dataset_name not in TITLES:
             raise UserError(f"--dataset is {dataset_name!r}, but the known ones are {', '.join(TITLES)}.")
+        # Not where the run's own dataset lies, unless the user says so.
+        overrides = ["--config.data.root=", *overrides]
     saved, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
     config_lib.check_gallery_gammas(config)
     if dataset_name:
-        if config.data.root == saved.data.root:
-            config.data.root = ""
         config.data.name, config.data.holdout_identities = dataset_name, 0
-    config.data.root = root or config.data.root
+    if root is not None:
+        config.data.root = root
 
     dataset = hosts.in_turn(lambda: load_dataset(config.data))
     if dataset_name:
