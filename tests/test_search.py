@@ -21,7 +21,7 @@ from test_html import Reader
 from test_store import flip
 from tiny_runs import quick_compiler
 
-from vpm_jax import VPM
+from vpm_jax import VPM, cli
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Part
@@ -147,7 +147,7 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.jpg")
-    assert index(folder, run) == search.INCOMPLETE == 3
+    assert index(folder, run) == cli.INCOMPLETE == 3
     printed = capsys.readouterr()
     assert "15 images of" in printed.out and "(15 new, 7 unreadable; " in printed.out
     said = printed.err
@@ -408,7 +408,7 @@ def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, 
         return prepare(self, image, *rest, crop=crop, **more)
 
     monkeypatch.setattr(VPM, "prepare", vanishing)
-    assert index(folder, run, "--crops", "0.5") == search.INCOMPLETE
+    assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
     assert (
         "a.jpg cannot be read" in said.err and "1 of 9 images went while they were described: index again." in said.err
@@ -487,7 +487,7 @@ def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypa
     monkeypatch.setitem(model.config.match, "visibility", "binary")
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html")}
     command = ["query", str(folder / "a.jpg"), str(folder / "f.jpeg"), "--index", str(indexed)]
-    assert search.main([*command, "--json", str(files["json"]), "--html", str(files["html"])]) == search.INCOMPLETE
+    assert search.main([*command, "--json", str(files["json"]), "--html", str(files["html"])]) == cli.INCOMPLETE
     said = capsys.readouterr()
     assert re.search(r"a\.jpg shares no visible region with any image: there is nothing to rank\.", said.err)
     assert "a.jpg shows regions none of 0 to 2" in said.out
