@@ -67,7 +67,7 @@ def config_of(plan: dict[str, Any]) -> Any:
 def be_victim(plan: dict[str, Any]) -> int:
     """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment, and not before the path
     `after` is there."""
-    from vpm_jax import cli, evaluate, parallel, train
+    from vpm_jax import cli, evaluation, parallel, train
     from vpm_jax.data import sources
     from vpm_jax.runs import checkpoints
 
@@ -109,8 +109,8 @@ def be_victim(plan: dict[str, Any]) -> int:
     watch(parallel, "data_mesh", "start")
     watch(train.Window, "add", "step")
     watch(checkpoints.Checkpoints, "save", "save")
-    watch(evaluate, "evaluate", "evaluate")
-    watch(evaluate, "evaluate_and_report", "report")
+    watch(evaluation, "evaluate", "evaluate")
+    watch(evaluation, "evaluate_and_report", "report")
 
     def run() -> int:
         code = train.train(config_of(plan), Path(plan["workdir"]))

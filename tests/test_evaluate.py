@@ -11,9 +11,11 @@ import pytest
 from tiny_runs import STEPS, quick_compiler, saved_state
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, metrics, parallel
+from vpm_jax import description, evaluate, metrics, parallel
 from vpm_jax.data.sources import load_dataset
+from vpm_jax.description import CroppedSplit, Describer
 from vpm_jax.errors import UserError
+from vpm_jax.evaluation import distances, matching_in_words, ranked
 from vpm_jax.matching import region_distance
 from vpm_jax.reranking import rerank
 
@@ -26,10 +28,18 @@ def compiler(compile_cache):
 
 @pytest.fixture(scope="module")
 def trained(whole):
-    """(config, variables, dataset, mesh) of the finished run."""
+    """(describer, variables, dataset) of the finished run."""
     config, (state, _) = config_lib.read(whole), saved_state(whole)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return config, variables, load_dataset(config.data), parallel.data_mesh(config.eval.batch)
+    return Describer(config, parallel.data_mesh(config.eval.batch)), variables, load_dataset(config.data)
+
+
+def with_changes(describer: Describer, **changes) -> Describer:
+    """A describer by a config with other values; changes are keys with __ for the dots."""
+    config = describer.config.copy_and_resolve_references()
+    for key, value in changes.items():
+        config_lib.set_key(config, key.replace("__", "."), value)
+    return Describer(config, describer.mesh)
 
 
 def test_the_command_gives_the_numbers_of_trainings_own_evaluation(whole, tmp_path):
@@ -43,14 +53,14 @@ def test_the_command_gives_the_numbers_of_trainings_own_evaluation(whole, tmp_pa
 
 
 def test_the_report_names_recipe_protocol_skipped_and_chance(whole, trained):
-    config, _, dataset, _ = trained
+    describer, _, dataset = trained
     text, record = (whole / "evaluation.md").read_text(), json.loads((whole / "evaluation.json").read_text())
     query, gallery = dataset.query, dataset.gallery.take(dataset.gallery.identity != -1)
     assert len(gallery) < len(dataset.gallery)  # these pedestrians have junk
     assert f"Recipe synthetic, seed 0, {STEPS} steps, on synthetic." in text
     assert f"{len(query)} queries keeping their top gamma, {len(gallery)} gallery images whole (1 of" in text
     assert "0 queries without a match skipped" in text
-    assert record["recipe"] == config.recipe
+    assert record["recipe"] == describer.config.recipe
     assert record["protocol"] == {"crop": "top", "queries": len(query), "gallery": len(gallery), "skipped": 0}
     shares = []
     for identity, camera in zip(query.identity, query.camera, strict=True):
@@ -65,13 +75,13 @@ def test_the_report_names_recipe_protocol_skipped_and_chance(whole, trained):
 
 
 def test_the_numbers_are_those_of_a_plain_reference(whole, trained):
-    config, variables, dataset, mesh = trained
+    describer, variables, dataset = trained
     query, gallery = dataset.query, dataset.gallery  # with junk: the reference leaves it out itself
-    there = evaluate.extract(config, variables, gallery, mesh)
+    there = describer.split(variables, gallery)
     record = json.loads((whole / "evaluation.json").read_text())
     assert set(record["gammas"]) == {"0.5", "1.0"}
     for gamma in (0.5, 1.0):
-        here = evaluate.extract(config, variables, query, mesh, gamma)
+        here = describer.split(variables, query, gamma)
         precisions, firsts = [], []
         for q in range(len(query)):
             scored = []
@@ -90,34 +100,34 @@ def test_the_numbers_are_those_of_a_plain_reference(whole, trained):
 
 
 def test_features_follow_the_images_whatever_the_batch(trained):
-    config, variables, dataset, mesh = trained
+    describer, variables, dataset = trained
     order = np.random.default_rng(0).permutation(len(dataset.gallery))
-    straight = evaluate.extract(config, variables, dataset.gallery, mesh)
-    smaller = config_lib.from_json(config_lib.to_json(config), "config")
-    smaller.eval.batch = 4  # the last one is padded
-    shuffled = evaluate.extract(smaller, variables, dataset.gallery.take(order), mesh)
+    straight = describer.split(variables, dataset.gallery)
+    smaller = with_changes(describer, eval__batch=4)  # the last one is padded
+    shuffled = smaller.split(variables, dataset.gallery.take(order))
     assert straight.features.shape == (len(dataset.gallery), 2, 32)
     np.testing.assert_allclose(np.linalg.norm(straight.features, axis=-1), 1, rtol=1e-5)
     np.testing.assert_allclose(shuffled.features, straight.features[order], atol=1e-5)
     np.testing.assert_allclose(shuffled.visibility, straight.visibility[order], rtol=1e-4)
-    cropped = evaluate.extract(config, variables, dataset.gallery, mesh, 0.5)
+    cropped = describer.split(variables, dataset.gallery, 0.5)
     assert np.abs(cropped.features - straight.features).max() > 1e-3
 
 
 def test_several_parts_are_extracted_one_after_the_other(trained):
-    config, variables, dataset, mesh = trained
-    one, two = evaluate.extract_many(config, variables, [(dataset.query, 0.5), (dataset.gallery, 1.0)], mesh)
-    np.testing.assert_array_equal(one.features, evaluate.extract(config, variables, dataset.query, mesh, 0.5).features)
-    np.testing.assert_array_equal(two.features, evaluate.extract(config, variables, dataset.gallery, mesh).features)
+    describer, variables, dataset = trained
+    one, two = describer.splits(variables, [CroppedSplit(dataset.query, 0.5), CroppedSplit(dataset.gallery)])
+    np.testing.assert_array_equal(one.features, describer.split(variables, dataset.query, 0.5).features)
+    np.testing.assert_array_equal(two.features, describer.split(variables, dataset.gallery).features)
+    assert one.region_maps is None  # nobody asked for them
 
 
 def test_a_report_says_how_features_are_made():
     config = config_lib.default()
-    assert "features" not in evaluate.matching_in_words(config)
+    assert "features" not in matching_in_words(config)
     config.match.feature = "after"
-    assert "distances of features after the neck" in evaluate.matching_in_words(config)
+    assert "distances of features after the neck" in matching_in_words(config)
     config.eval.flip = True
-    assert "after the neck (means over an image and its mirror)" in evaluate.matching_in_words(config)
+    assert "after the neck (means over an image and its mirror)" in matching_in_words(config)
 
 
 def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
@@ -140,26 +150,21 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("crop", ["top", "bilateral"])
 def test_each_query_meets_the_gallery_cropped_as_itself(trained, crop, monkeypatch):
-    config, variables, dataset, mesh = trained
-    config = config_lib.from_json(config_lib.to_json(config), "config")
-    config.match.gallery_gammas, config.data.crop, config.eval.crop = (0.8, 0.5), crop, "top"
-    query, gallery = dataset.query, evaluate.ranked(dataset.gallery)
+    plain, variables, dataset = trained
+    describer = with_changes(plain, match__gallery_gammas=(0.8, 0.5), data__crop=crop, eval__crop="top")
+    query, gallery = dataset.query, ranked(dataset.gallery)
     # What each query is said to show; the trained model is too small to know.
     said = np.array([(0, 1), (0, 0.52), (0.02, 0.78), (0.5, 1), (0, 0.9), (0.1, 0.6), (0.21, 1), (0, 0.1)])
     boxes = {("none", 1.0): (0, 1), ("top", 0.5): (0, 0.5), ("top", 0.8): (0, 0.8)}
     if crop == "bilateral":
         boxes |= {("bottom", 0.5): (0.5, 1), ("bottom", 0.8): (0.2, 1)}
-    place = iter([said])
-    monkeypatch.setattr(evaluate, "visible_heights", lambda maps, grid: next(place, np.zeros((len(maps), 2))))
-    [found] = evaluate.distances(config, variables, [evaluate.Job(query, 0.7)], gallery, mesh)
-    plain = config_lib.from_json(config_lib.to_json(config), "config")
-    plain.match.gallery_gammas = ()
-    here = evaluate.extract(plain, variables, query, mesh, 0.7)
+    monkeypatch.setattr(description, "visible_heights", lambda maps, grid: said)
+    [found] = distances(describer, variables, [CroppedSplit(query, 0.7)], gallery)
+    here = plain.split(variables, query, 0.7, "top")
     used = set()
     for row, (top, bottom) in enumerate(said):
         kept, gamma = min(boxes, key=lambda k: abs(top - boxes[k][0]) + abs(bottom - boxes[k][1]))
-        plain.eval.crop = kept if gamma < 1 else "top"
-        there = evaluate.extract(plain, variables, gallery, mesh, gamma)
+        there = plain.split(variables, gallery, gamma, kept)
         sides = here.features[row : row + 1], here.visibility[row : row + 1], there.features, there.visibility
         np.testing.assert_allclose(found[row : row + 1], region_distance(*sides), rtol=1e-4, atol=1e-4)
         used.add((kept, gamma))
@@ -210,7 +215,7 @@ def test_what_does_not_go_with_a_cropped_gallery(changes, sentence):
     config = config_lib.default()
     config.match.gallery_gammas = (0.5,)
     config_lib.check(config)
-    assert "the gallery also cropped to 0.5, each query" in evaluate.matching_in_words(config)
+    assert "the gallery also cropped to 0.5, each query" in matching_in_words(config)
     for key, value in changes.items():
         config_lib.set_key(config, key, value)
     with pytest.raises(UserError, match=sentence):
@@ -218,16 +223,16 @@ def test_what_does_not_go_with_a_cropped_gallery(changes, sentence):
 
 
 def test_reranking(whole, trained, tmp_path, capsys):
-    config, variables, dataset, mesh = trained
+    describer, variables, dataset = trained
     k = ["--config.match.rerank_k1=4", "--config.match.rerank_k2=2"]
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--rerank", *k]) == 0
     assert "distances, re-ranked by k-reciprocal neighbours (k1 4, k2 2, lambda 0.3)" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["notes"] == list(dataset.notes[1:])
-    query, gallery = dataset.query, evaluate.ranked(dataset.gallery)
-    there = evaluate.extract(config, variables, gallery, mesh)
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    there = describer.split(variables, gallery)
     for gamma in (0.5, 1.0):
-        here = evaluate.extract(config, variables, query, mesh, gamma)
+        here = describer.split(variables, query, gamma)
         pairs = ((here, there), (here, here), (there, there))
         three = [region_distance(a.features, a.visibility, b.features, b.visibility) for a, b in pairs]
         distance = rerank(*three, k1=4, k2=2)
@@ -277,7 +282,7 @@ def test_an_edited_config_is_another_model(whole, tmp_path):
 
 
 def test_features_that_are_not_finite_are_refused(trained):
-    config, variables, dataset, mesh = trained
+    describer, variables, dataset = trained
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
     with pytest.raises(UserError, match=r"features of 8 of 8 query images are not finite.*lower learning rate"):
-        evaluate.extract(config, broken, dataset.query, mesh)
+        describer.split(broken, dataset.query)

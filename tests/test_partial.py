@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from test_metrics import reference
 from tiny_runs import STEPS, quick_compiler, saved_state, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, metrics, paper, parallel, partial, train
+from vpm_jax import evaluate, evaluation, metrics, paper, parallel, partial, train
 from vpm_jax.data.sources import load_dataset
+from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
 
 
@@ -99,8 +101,8 @@ def test_partial_reid(whole, tmp_path, capsys):
     config.data.name, config.data.root = "partial_reid", str(root)
     dataset = load_dataset(config.data)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    mesh = parallel.data_mesh(config.eval.batch)
-    here, there = evaluate.extract_many(config, variables, [(dataset.query, 1.0), (dataset.gallery, 1.0)], mesh)
+    describer = Describer(config, parallel.data_mesh(config.eval.batch))
+    here, there = (describer.split(variables, split) for split in (dataset.query, dataset.gallery))
     local = np.linalg.norm(np.float64(here.features[:, None]) - there.features[None], axis=-1)
     weight = np.float64(here.visibility[:, None]) * there.visibility[None]
     distance = (weight * local).sum(-1) / weight.sum(-1)
@@ -134,7 +136,22 @@ def test_partial_reid(whole, tmp_path, capsys):
     assert rows["VPM (Top), Table 2"][:2] == ["64.3", "83.6"]
 
 
-def test_fewer_identities_than_ranks(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--root={}", "--config.data.root={}", "--config.data.root {}"])
+def test_another_dataset_may_lie_where_the_runs_own_does(whole, tmp_path, monkeypatch, flag):
+    """A root that the user gives counts, the run's too; without one the run's does not."""
+    make(tmp_path / "data", "original", 5, 3)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    config = config_lib.read(workdir)
+    config.data.root = str(tmp_path / "data")
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    monkeypatch.setenv("VPM_DATA", str(tmp_path / "nowhere"))
+    given = flag.format(config.data.root).split(" ")
+    assert command(workdir, tmp_path / "out", "--dataset=partial_reid", *given)["protocol"]["queries"] == 15
+    with pytest.raises(UserError, match=r"nowhere \(\$VPM_DATA\) does not exist"):
+        command(workdir, tmp_path / "out", "--dataset=partial_reid")
+
+
+def test_fewer_identities_than_ranks(tmp_path, capsys):
     make(tmp_path, "original", 3, 2)
     config = config_lib.default()
     config.data.name, config.data.root = "partial_reid", str(tmp_path)
@@ -144,8 +161,8 @@ def test_fewer_identities_than_ranks(tmp_path, monkeypatch, capsys):
         "all-shot": metrics.rank_metrics(distance, ids, ids),
         "single-shot": partial.single_shot(distance, ids, ids),
     }
-    monkeypatch.setattr(partial, "evaluate", lambda *arguments: found)
-    partial.evaluate_and_report(config, None, dataset, None, tmp_path, 7, "synthetic")
+    describer = Describer(config, parallel.data_mesh())
+    evaluation.evaluate_and_report(describer, None, dataset, tmp_path, 7, "synthetic", (found, 0.0))
     at_3 = 100 * found["single-shot"]["spread"][2]  # every gallery image is among the first three
     assert f"{at_3:.1f} at R-3, {at_3:.1f} at R-5" in capsys.readouterr().out
 

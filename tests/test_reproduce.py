@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny_runs import KEYS, quick_compiler
 
-from vpm_jax import evaluate, paper
+from vpm_jax import Description, paper
 from vpm_jax.config import flatten
 from vpm_jax.errors import UserError
+from vpm_jax.matching import pairwise_distance
 from vpm_jax.reproduce import command as reproduce
 from vpm_jax.reproduce import estimate, experiments, results, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
@@ -49,10 +50,10 @@ def test_methods_are_the_keys_of_the_readme():
 
 def test_pcb_compares_concatenated_features():
     config, random = make_run("market1501", "small", "pcb").config, np.random.default_rng(0)
-    sides = [evaluate.Features(random.normal(size=(n, 4, 8)), random.random((n, 4))) for n in (5, 7)]
+    sides = [Description(random.normal(size=(n, 4, 8)), random.random((n, 4))) for n in (5, 7)]
     query, gallery = (side.features.reshape(len(side.features), -1) for side in sides)
     expected = np.square(np.linalg.norm(query[:, None] - gallery, axis=-1)) / 4
-    np.testing.assert_allclose(evaluate.eq4(config, *sides), expected, rtol=1e-4)
+    np.testing.assert_allclose(pairwise_distance(config.match, *sides), expected, rtol=1e-4)
 
 
 def test_every_method_has_the_papers_numbers_where_it_has_any():

@@ -21,7 +21,7 @@ from test_html import Reader
 from test_store import flip
 from tiny_runs import quick_compiler
 
-from vpm_jax import VPM
+from vpm_jax import VPM, cli
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Part
@@ -147,7 +147,7 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.jpg")
-    assert index(folder, run) == search.INCOMPLETE == 3
+    assert index(folder, run) == cli.INCOMPLETE == 3
     printed = capsys.readouterr()
     assert "15 images of" in printed.out and "(15 new, 7 unreadable; " in printed.out
     said = printed.err
@@ -326,7 +326,7 @@ def test_each_query_meets_the_crop_that_shows_as_much(folder, run, model, monkey
     assert "images (top 0.5) 9/9" in said and "Also cropped: top 0.5, top 0.8." in said
     # What each query is said to show: this model is too small to know.
     seen = {(0.0, 1.0): "whole", (0.0, 0.52): "top 0.5", (0.05, 0.75): "top 0.8", (0.0, 0.6): "top 0.5"}
-    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array(list(seen)))
+    monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array(list(seen)))
     queries = [str(folder / name) for name in ("a.jpg", "b.PNG", "f.jpeg", "g.tif")]
     files = [str(tmp_path / "r.json"), str(tmp_path / "r.html")]
     command = ["query", *queries, "--index", str(tmp_path / "store"), "--json", files[0], "--html", files[1]]
@@ -390,7 +390,7 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
         index(folder, run, "--crops", "0.5,0.8")
     assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
     monkeypatch.setattr(VPM, "stream", stream)
-    monkeypatch.setattr(answers, "visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
+    monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
     assert compared() == "whole"  # which is no farther than the half
     assert index(folder, run) == 0
     assert compared() == "top 0.8"
@@ -408,7 +408,7 @@ def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, 
         return prepare(self, image, *rest, crop=crop, **more)
 
     monkeypatch.setattr(VPM, "prepare", vanishing)
-    assert index(folder, run, "--crops", "0.5") == search.INCOMPLETE
+    assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
     assert (
         "a.jpg cannot be read" in said.err and "1 of 9 images went while they were described: index again." in said.err
@@ -487,7 +487,7 @@ def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypa
     monkeypatch.setitem(model.config.match, "visibility", "binary")
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html")}
     command = ["query", str(folder / "a.jpg"), str(folder / "f.jpeg"), "--index", str(indexed)]
-    assert search.main([*command, "--json", str(files["json"]), "--html", str(files["html"])]) == search.INCOMPLETE
+    assert search.main([*command, "--json", str(files["json"]), "--html", str(files["html"])]) == cli.INCOMPLETE
     said = capsys.readouterr()
     assert re.search(r"a\.jpg shares no visible region with any image: there is nothing to rank\.", said.err)
     assert "a.jpg shows regions none of 0 to 2" in said.out

@@ -16,12 +16,15 @@ import pytest
 from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, parallel, train
+from vpm_jax import description, evaluation, parallel, train
 from vpm_jax.config import flatten, set_key
 from vpm_jax.data.sources import load_dataset
+from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
 from vpm_jax.runs import workdir as workdir_lib
+from vpm_jax.runs.logs import Status
 from vpm_jax.schedule import ends_epochs, stage_of
+from vpm_jax.step import make_feature_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,6 +103,20 @@ def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedes
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_evaluations_compile_once(pedestrians, tmp_path, monkeypatch):
+    """Three during training and the report at its end trace one feature step, once."""
+    traced = []
+
+    def counted(config, region_maps):
+        features = make_feature_step(config, region_maps)
+        return lambda *arguments: traced.append(1) or features(*arguments)
+
+    monkeypatch.setattr(description, "make_feature_step", counted)
+    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert len(records(tmp_path / "run", "evaluations.jsonl")) == 3
+    assert len(traced) == 1
+
+
 def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, monkeypatch):
     shown = []
 
@@ -108,7 +125,7 @@ def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, 
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: patch.setattr(evaluate.Status, "show", stop_at_the_first_batch))
+        at_step(patch, 7, lambda: patch.setattr(Status, "show", stop_at_the_first_batch))
         assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
     assert len(shown) == 1  # of the batches of an evaluation
     assert saved_steps(tmp_path / "run")[-1] == 7
@@ -126,7 +143,7 @@ def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: patch.setattr(evaluate.Status, "show", stop))
+        at_step(patch, 7, lambda: patch.setattr(Status, "show", stop))
         for _ in range(2):
             assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
             assert saved_steps(tmp_path / "run")[-1] == 7
@@ -348,7 +365,7 @@ def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monke
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     state, _ = saved_state(tmp_path / "run")
     config, mesh = config_lib.read(tmp_path / "run"), parallel.data_mesh(config.eval.batch)
-    results = evaluate.evaluate(config, state.ema, load_dataset(config.data), mesh)
+    results = evaluation.evaluate(Describer(config, mesh), state.ema, load_dataset(config.data))
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [g["mAP"] for g in report["gammas"].values()] == [r["mAP"] for r in results.values()]
 

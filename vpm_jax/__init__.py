@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from vpm_jax.api import VPM as VPM
-    from vpm_jax.api import Description as Description
+    from vpm_jax.description import Description as Description
     from vpm_jax.errors import UserError as UserError
     from vpm_jax.losses import identity_loss as identity_loss
     from vpm_jax.losses import region_loss as region_loss
@@ -32,7 +32,7 @@ _HOME = {
     "rank_metrics": "metrics",
     "UserError": "errors",
     "VPM": "api",
-    "Description": "api",
+    "Description": "description",
 }
 
 __all__ = sorted(_HOME)

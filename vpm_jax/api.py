@@ -17,54 +17,31 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image as Pillow
 
 from vpm_jax import config as config_lib
-from vpm_jax import parallel
+from vpm_jax import models, parallel, pretrained
 from vpm_jax.data import decode
+from vpm_jax.description import Describer, Description, check_finite, fetch
 from vpm_jax.errors import UserError
 from vpm_jax.keys import FEATURES, keys_with
+from vpm_jax.matching import pairwise_distance, pairwise_shares
+from vpm_jax.pretrained import own
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
 # A path, an encoded file's bytes, a Pillow image, or uint8 RGB (or grey, or RGBA) [H, W, 3], of any size.
 Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
 # One image, several, or uint8 [N, H, W, 3].
 Images = Image | Iterable[Image]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a model says of N images; slicing and indexing give the same of some of them."""
-
-    features: np.ndarray
-    """float32 [N, P, C]: Eq. 3, each region of unit length."""
-    visibility: np.ndarray
-    """float32 [N, P]: Eq. 2, the expected number of the feature map's cells that show the region."""
-    region_maps: np.ndarray
-    """float32 [N, h, w, P]: Eq. 1, the probability of each region in each cell; w is 1 for a row locator."""
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, which: int | slice | np.ndarray | list[int]) -> Description:
-        rows: Any = [which] if isinstance(which, int | np.integer) else which
-        return Description(self.features[rows], self.visibility[rows], self.region_maps[rows])
-
-    def __iter__(self) -> Iterator[Description]:
-        return (self[i] for i in range(len(self)))
-
-    @classmethod
-    def concatenate(cls, parts: Iterable[Description]) -> Description:
-        """The images of all parts, in order. There must be at least one part."""
-        columns = zip(*((p.features, p.visibility, p.region_maps) for p in parts), strict=True)
-        return cls(*(np.concatenate(column) for column in columns))
 
 
 class VPM:
@@ -111,21 +88,13 @@ class VPM:
           UserError: if there is no such model, or it is damaged.
         """
         parallel.prepare_backend()
-        import jax
-        import jax.numpy as jnp
-
-        from vpm_jax import models, pretrained
-        from vpm_jax.pretrained import own
-
         path = Path(path).expanduser()
         if not path.exists():
             longer = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # names that say how a network differs
             hint = f"do you mean {longer[0]}?" if longer else "give the workdir of a training run, or an exported file."
             raise UserError(f"{path} does not exist: {hint}")
         if path.suffix == ".stablehlo" and path.is_file():
-            from vpm_jax.export import load_stablehlo
-
-            return load_stablehlo(path)
+            return cls._load_stablehlo(path)
         if path.is_file() and path.suffix.lower() != ".safetensors":
             raise UserError(
                 f"{path} is no model: expected the workdir of a training run, or a .stablehlo or .safetensors that "
@@ -148,6 +117,33 @@ class VPM:
         digest = fingerprint(config, variables)
         variables = jax.tree.map(lambda x: np.asarray(x, kept_in), variables)
         return cls(config, _step(config, variables), digest, weights.source, variables)
+
+    @classmethod
+    def _load_stablehlo(cls, path: Path) -> VPM:
+        """What `vpm_jax.export` wrote. Raises UserError if the file or its .json is missing or damaged."""
+        from jax import export  # needs flatbuffers
+
+        again, beside = "export it again by python -m vpm_jax.export", sidecar(path)
+        try:
+            about = json.loads(beside.read_text())
+            digest, config = about["sha256"], json.dumps(about["config"])
+            fingerprint, source = str(about["fingerprint"]), str(about["source"])
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): a .stablehlo has a .json beside it; "
+                f"copy both or {again}."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{beside} is not what an export writes ({error!r}): {again}.") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(f"{path} is not the file that {beside.name} describes: {again}.")
+        try:
+            call = jax.jit(export.deserialize(bytearray(data)).call)
+        except Exception as error:  # of many kinds: another version of JAX, or no such file at all
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path} cannot be read by JAX {jax.__version__} ({reason}): {again}.") from None
+        return cls(config_lib.from_json(config, str(beside)), call, fingerprint, f"{source}, exported as {path.name}")
 
     # ---- Features ----
 
@@ -180,13 +176,12 @@ class VPM:
         if batch < 1:
             raise UserError(f"batch is {batch}, expected at least 1.")
 
-        def fill(out: np.ndarray, numbered: tuple[int, Image]) -> None:
-            self.prepare(numbered[1], f"image {numbered[0]}", out)
-
         numbered = enumerate(_each(images))
-        threads = min(batch, parallel.threads())
-        with ThreadPoolExecutor(threads, "vpm_jax-decode") as pool:
-            running: tuple[int, dict[str, Any]] | None = None
+
+        def fill(out: np.ndarray, image: tuple[int, Image]) -> None:
+            self.prepare(image[1], f"image {image[0]}", out)
+
+        def started() -> Iterator[tuple[dict[str, Any], int]]:
             size = 0
             while chunk := list(itertools.islice(numbered, batch)):
                 # A lone short batch is padded a little, the last one of several to the others' size: that size is
@@ -194,12 +189,14 @@ class VPM:
                 size = size or min(batch, 1 << (len(chunk) - 1).bit_length())
                 pixels = np.zeros((size, *self.image_size, 3), np.uint8)
                 list(pool.map(fill, pixels, chunk))
-                started = (len(chunk), self.step(pixels))  # computes while the batch before is handed out
-                if running is not None:
-                    yield _fetch(*running)
-                running = started
-            if running is not None:
-                yield _fetch(*running)
+                yield self.step(pixels), len(chunk)
+
+        with ThreadPoolExecutor(min(batch, parallel.threads()), "vpm_jax-decode") as pool:
+            # A batch computes while the one before is handed out.
+            for out, count in parallel.prefetch(started(), lambda pair: pair, depth=1):
+                described = fetch(out, count)
+                check_finite(described.features, "images")
+                yield described
 
     def prepare(
         self, image: Image, name: str = "the image", out: np.ndarray | None = None, crop: Crop = WHOLE
@@ -227,8 +224,6 @@ class VPM:
 
     @cached_property
     def _nothing(self) -> Description:
-        import jax
-
         shapes = jax.eval_shape(self.step, jax.ShapeDtypeStruct((1, *self.image_size, 3), np.uint8))
         return Description(**{key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()})
 
@@ -243,9 +238,7 @@ class VPM:
         Raises:
           UserError: as `features`, and for descriptions by another kind of model.
         """
-        from vpm_jax.matching import region_distance
-
-        return region_distance(*self._pair(query, gallery), self.config.match.squared)
+        return pairwise_distance(self.config.match, self._described(query), self._described(gallery))
 
     def match_regions(
         self, query: Description | Images, gallery: Description | Images
@@ -259,26 +252,17 @@ class VPM:
         Raises:
           UserError: as `match`.
         """
-        from vpm_jax.matching import local_distances
+        return pairwise_shares(self.config.match, self._described(query), self._described(gallery))
 
-        return local_distances(*self._pair(query, gallery), self.config.match.squared)
-
-    def _pair(
-        self, query: Description | Images, gallery: Description | Images
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        return *self._side(query), *self._side(gallery)
-
-    def _side(self, images: Description | Images) -> tuple[np.ndarray, np.ndarray]:
-        from vpm_jax.matching import match_visibility
-
-        one = images if isinstance(images, Description) else self.features(images)
-        found, expected = one.features.shape[1:], self._nothing.features.shape[1:]
-        if found != expected:
+    def _described(self, images: Description | Images) -> Description:
+        described = images if isinstance(images, Description) else self.features(images)
+        shape, expected = described.features.shape[1:], self._nothing.features.shape[1:]
+        if shape != expected:
             raise UserError(
-                f"These features have {found} regions and channels, this model's {expected}: they are another model's, "
+                f"These features have {shape} regions and channels, this model's {expected}: they are another model's, "
                 "describe the images again."
             )
-        return one.features, match_visibility(one.visibility, self.config.match.visibility)
+        return described
 
 
 # ---- Images ----
@@ -340,42 +324,19 @@ def _each(images: Images) -> Iterator[Image]:
 
 def _step(config: ConfigDict, variables: Any) -> Callable[[Any], dict[str, Any]]:
     """uint8 [B, H, W, 3] -> the arrays of a Description, compiled for each B, over all devices of this host."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from vpm_jax import step
-
-    devices = np.array(jax.local_devices())
-    mesh = jax.sharding.Mesh(devices, ("data",))
-    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    placed = jax.device_put(variables, everywhere)
-    compiled = jax.jit(step.make_feature_step(config, region_maps=True))
-
-    def run(pixels: Any) -> dict[str, Any]:
-        if isinstance(pixels, np.ndarray):
-            missing = -len(pixels) % len(devices)
-            pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else pixels
-            pixels = jax.device_put(pixels, split)
-        return compiled(placed, pixels)
-
-    return run
+    mesh = parallel.data_mesh(devices=jax.local_devices())
+    return partial(Describer(config, mesh, region_maps=True).step, parallel.replicate(mesh, variables))
 
 
-def _fetch(count: int, out: dict[str, Any]) -> Description:
-    import jax
-
-    arrays = {key: np.asarray(x)[:count] for key, x in jax.device_get(out).items()}
-    if not np.isfinite(arrays["features"]).all():
-        raise UserError("The features are not finite: these weights have diverged, load another checkpoint.")
-    return Description(**arrays)
+def sidecar(path: Path) -> Path:
+    """The .json beside a .stablehlo."""
+    return path.with_name(path.name + ".json")
 
 
 def fingerprint(config: ConfigDict, variables: Any) -> str:
     """A digest of what features depend on: parameters and statistics (not the identity heads'), keys of the resolved
     config, never the device or the precision.
     """
-    from flax.traverse_util import flatten_dict
-
     leaves = config_lib.flatten(config)
     digest = hashlib.sha256(json.dumps([leaves[key] for key in keys_with(FEATURES)]).encode())
     for name, x in sorted(flatten_dict(variables, sep="/").items()):

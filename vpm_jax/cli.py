@@ -21,6 +21,8 @@ from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError, disk_trouble, no_writing
 from vpm_jax.keys import LISTED, RETIRED
 
+INCOMPLETE = 3  # the exit code of a command that did what it could
+
 
 def run(main: Callable[[], Any]) -> None:
     """Runs a command: errors that the user can mend end it with one sentence on stderr and exit code 1."""
@@ -88,6 +90,14 @@ def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> N
         help="a file with get_config(); VARIANT is passed to it; --config.KEY=VALUE sets any key that "
         "python -m vpm_jax.config lists" + (f" (default: {default})" if default else ""),
     )
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Adds --workdir and --model, of which one may be given, or must be."""
+    either = parser.add_mutually_exclusive_group(required=required)
+    either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
+    default = "" if required else " (default: the store's model)"
+    either.add_argument("--model", type=Path, metavar="FILE", help=f"the model: a file{default}")
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:

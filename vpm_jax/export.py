@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vpm_jax import cli, parallel
-from vpm_jax import config as config_lib
-from vpm_jax.api import VPM
+from vpm_jax import cli, convert, models, parallel, pretrained, step
+from vpm_jax.api import VPM, sidecar
 from vpm_jax.errors import UserError
+from vpm_jax.pretrained import own
 from vpm_jax.runs.logs import replacing, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -69,8 +71,7 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     Raises:
       UserError: if it computes something else than the model (nothing is left then), or cannot be written.
     """
-    import jax
-    from jax import export
+    from jax import export  # needs flatbuffers
 
     network, images = _program(model)
     exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
@@ -79,64 +80,29 @@ def write_stablehlo(path: Path, model: VPM) -> float:
         data = temporary.read_bytes()
         error = compare(model, jax.jit(export.deserialize(bytearray(data)).call))
     more = {"sha256": hashlib.sha256(data).hexdigest(), "platforms": PLATFORMS, "jax": jax.__version__}
-    write_atomically(_sidecar(path), json.dumps(_about(model, "stablehlo", error) | more, indent=1) + "\n")
+    write_atomically(sidecar(path), json.dumps(_about(model, "stablehlo", error) | more, indent=1) + "\n")
     height, width = model.image_size
-    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {_sidecar(path).name}: {_words(error)}.")
+    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_words(error)}.")
     print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")
     print(f"  model = jax.jit(jax.export.deserialize(bytearray(open({path.name!r}, 'rb').read())).call)")
     print(f"  out = model(images)  # uint8 [b, {height}, {width}, 3] RGB -> {', '.join(OUTPUTS)}")
     return error
 
 
-def load_stablehlo(path: Path) -> VPM:
-    """The model that `write_stablehlo` wrote. Raises UserError if the file or its .json is missing or damaged."""
-    import jax
-    from jax import export
-
-    again = "export it again by python -m vpm_jax.export"
-    try:
-        sidecar = json.loads(_sidecar(path).read_text())
-        digest, config = sidecar["sha256"], json.dumps(sidecar["config"])
-        fingerprint, source = str(sidecar["fingerprint"]), str(sidecar["source"])
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}): a .stablehlo has a .json beside it; "
-            f"copy both or {again}."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{_sidecar(path)} is not what an export writes ({error!r}): {again}.") from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise UserError(f"{path} is not the file that {_sidecar(path).name} describes: {again}.")
-    try:
-        call = jax.jit(export.deserialize(bytearray(data)).call)
-    except Exception as error:  # of many kinds: another version of JAX, or no such file at all
-        reason = cli.first_line(error) or type(error).__name__
-        raise UserError(f"{path} cannot be read by JAX {jax.__version__} ({reason}): {again}.") from None
-    return VPM(
-        config_lib.from_json(config, str(_sidecar(path))), call, fingerprint, f"{source}, exported as {path.name}"
-    )
-
-
 def _program(model: VPM) -> tuple[Callable[[Any], dict[str, Any]], Any]:
     """(the network as a function of the images alone, the type of uint8 [b, H, W, 3] for any b)."""
-    import jax
     from jax import export
-
-    from vpm_jax.step import make_feature_step
 
     if model.variables is None:
         raise UserError(f"{model.source} is an export already: give the workdir that it was made from.")
     height, width = model.image_size
     shape = export.symbolic_shape(f"b, {height}, {width}, 3")
-    network = functools.partial(make_feature_step(model.config, region_maps=True), model.variables)
+    network = functools.partial(step.make_feature_step(model.config, region_maps=True), model.variables)
     return network, jax.ShapeDtypeStruct(shape, np.uint8)
 
 
 def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
     """What goes with a program: where it is from, what goes in and what comes out."""
-    from vpm_jax.pretrained import own
-
     height, width = model.image_size
     one = model.step(np.zeros((1, height, width, 3), np.uint8))
     return {
@@ -164,8 +130,6 @@ def write_safetensors(path: Path, source: Path) -> float:
     Raises:
       UserError: as `write_stablehlo`.
     """
-    from vpm_jax import convert, pretrained
-
     live, differences = VPM.load(source, "float32"), []
     weights = pretrained.load(f"vpm:{source}")
     convert.write_for_torch(
@@ -209,15 +173,9 @@ def rounding(model: VPM, images: np.ndarray) -> dict[str, np.ndarray]:
     around by the last bit. So the model itself, not a number, says what is rounding; and never less than the last bits
     of the outputs.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from vpm_jax import models
-    from vpm_jax.step import make_feature_step
-
     random = np.random.default_rng(1)
     unit = float(jnp.finfo(models.compute_dtype(model.config.model.dtype)).eps)
-    network = jax.jit(make_feature_step(model.config, region_maps=True))
+    network = jax.jit(step.make_feature_step(model.config, region_maps=True))
 
     def rounded(x: np.ndarray) -> np.ndarray:
         return (x * (1 + unit * random.uniform(-1, 1, np.shape(x)))).astype(x.dtype)
@@ -250,10 +208,6 @@ def _pictures(model: VPM) -> np.ndarray:
 
 def _words(difference: float) -> str:
     return f"at most {difference:.1e} from the live model (features, probabilities, shares of the map)"
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from vpm_jax.errors import UserError
 from vpm_jax.regions import visible_heights
 from vpm_jax.runs.logs import write_atomically
 from vpm_jax.search.answers import printable
-from vpm_jax.search.command import INCOMPLETE, add_model, describe, list_images
+from vpm_jax.search.folder import describe, list_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for pictures that cannot be read, named.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="with pictures at any depth")
-    add_model(parser, required=True)
+    cli.add_model(parser, required=True)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write what each picture shows")
     args = parser.parse_args(argv)
     if args.csv:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, row in zip(names, extents, strict=True):
             writer.writerow([printable(name), *(f"{edge:.3f}" for edge in row)])
         write_atomically(args.csv, text.getvalue())
-    return INCOMPLETE if len(names) < len(entries) else 0
+    return cli.INCOMPLETE if len(names) < len(entries) else 0
 
 
 def in_words(extents: np.ndarray) -> str:

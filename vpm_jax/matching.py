@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 # Features of either side on the device at a time, and distances: large enough for matrix products at full speed
 # (Market-1501 with 6 x 2048 floats: 2,700 by 2,700 images), small beside the features themselves.
@@ -32,14 +33,34 @@ FARTHEST = np.finfo(np.float32).max
 Features = np.ndarray | jax.Array  # or anything that has a shape and gives such rows for a slice
 
 
-class Gallery(Protocol):
-    """What `search.store.Store` is: features [G, P, C] that give rows for slices and indices, visibility [G, P]."""
+class Described(Protocol):
+    """N images, as a `Description` or a `search.store.Store`: features [N, P, C] that give rows for slices and indices,
+    and visibility [N, P]."""
 
     @property
     def features(self) -> Any: ...
 
     @property
     def visibility(self) -> np.ndarray: ...
+
+
+def pairwise_distance(match: ConfigDict, query: Described, gallery: Described) -> np.ndarray:
+    """Eq. 4 as config.match says: float32 [Q, G], see `region_distance`; neither re-ranked nor of a cropped gallery."""
+    return region_distance(*_side(match, query), *_side(match, gallery), match.squared)
+
+
+def pairwise_shares(match: ConfigDict, query: Described, gallery: Described) -> tuple[np.ndarray, np.ndarray]:
+    """What `pairwise_distance` is made of: see `local_distances`."""
+    return local_distances(*_side(match, query), *_side(match, gallery), match.squared)
+
+
+def nearest(match: ConfigDict, query: Described, gallery: Described, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k smallest of `pairwise_distance` for each query, and their gallery images: see `top_k`."""
+    return top_k(*_side(match, query), _side(match, gallery), k, match.squared)
+
+
+def _side(match: ConfigDict, images: Described) -> tuple[Any, np.ndarray]:
+    return images.features, match_visibility(images.visibility, match.visibility)
 
 
 def match_visibility(visibility: np.ndarray, mode: str, cells: float = 1.0) -> np.ndarray:
@@ -267,7 +288,7 @@ def _recompute(
 def top_k(
     query_features: Features,
     query_visibility: Features,
-    gallery: Gallery | tuple[Any, np.ndarray],
+    gallery: Described | tuple[Any, np.ndarray],
     k: int,
     squared: bool = False,
     devices: Sequence[jax.Device] | None = None,

@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from vpm_jax.metrics import rank_k
+
 Scores = Mapping[str, float]  # {"R-1": 70.9, ..., "mAP": 48.8}; what a table does not report is absent
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -145,6 +149,13 @@ def published(dataset: str, method: str = "VPM", sources: Sequence[Published] = 
     return next((p for p in sources if (p.dataset, p.method) == (dataset, method)), None)
 
 
+def method_of(config: ConfigDict) -> str:
+    """The name in Table 1 of what the config trains."""
+    if config.model.locator == "stripes":
+        return "PCB"
+    return "baseline" if tuple(config.model.grid) == (1, 1) else "VPM"
+
+
 def title(method: str) -> str:
     """What our tables and pictures call a method of the paper."""
     return method.replace("baseline", "global feature")
@@ -235,5 +246,4 @@ def beside(ours: Mapping[str, Mapping[str, Any]], dataset: str) -> str:
 def _measured(result: Mapping[str, Any], metric: str) -> float:
     if metric == "mAP":
         return float(result["mAP"])
-    rank, cmc = int(metric.removeprefix("R-")), result["cmc"]
-    return float(cmc[min(rank, len(cmc)) - 1])  # a gallery smaller than k is exhausted before rank k
+    return rank_k(result["cmc"], int(metric.removeprefix("R-")))

@@ -91,7 +91,7 @@ def shard(mesh, batch: dict) -> dict:
         value = np.asarray(value)
         # Each device's rows, told to go there: JAX's own assembling counts as a transfer that nobody asked for.
         pieces = jax.device_put(np.split(value, len(devices)), devices)
-        shape = (len(value) * jax.process_count(), *value.shape[1:])
+        shape = (len(value) * mesh.size // len(devices), *value.shape[1:])
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
     return {key: one(value) for key, value in batch.items()}
@@ -102,7 +102,7 @@ def replicate(mesh, tree):
     import jax
 
     sharding = everywhere(mesh)
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 

@@ -21,7 +21,6 @@ from vpm_jax import cli, html, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
-from vpm_jax.evaluate import compared_model
 from vpm_jax.runs.logs import duration, write_atomically
 from vpm_jax.runs.workdir import OVERRIDES, read_run
 
@@ -54,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_output("--output", output)
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
 
-    body = results(args.workdir, paper.title(compared_model(config))) + training(args.workdir)
+    body = results(args.workdir, paper.title(paper.method_of(config))) + training(args.workdir)
     if pictures:
         body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
     body += configuration(config)
-    title = f"{paper.title(compared_model(config))} on {TITLES.get(config.data.name, config.data.name)}"
+    title = f"{paper.title(paper.method_of(config))} on {TITLES.get(config.data.name, config.data.name)}"
     write_atomically(output, html.page(title[0].upper() + title[1:], summary(config) + body))
     size = output.stat().st_size / 2**20
     print(f"Wrote {output} ({size:.1f} MiB, {'with' if pictures else 'without'} pictures): open it in a browser.")
@@ -151,26 +150,28 @@ class Ranking(NamedTuple):
 def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
     """Sections with the ranked lists of the best, the worst and typical queries, and region maps at every gamma."""
     parallel.prepare_backend()
-    from vpm_jax import evaluate
+    from vpm_jax import evaluation
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops, eval_picture
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.description import CroppedSplit, Describer
 
     dataset = load_dataset(config.data)
-    evaluate.check(config, dataset)
+    evaluation.check(config, dataset)
     model = VPM.load(workdir)
     query, gallery = dataset.query, dataset.gallery  # with junk: it is shown, in grey
     if config.match.rerank:  # which depends on all that is ranked, as in an evaluation
-        gallery = evaluate.ranked(gallery)
+        gallery = evaluation.ranked(gallery)
     mesh = parallel.data_mesh(config.eval.batch)
     variables = parallel.replicate(mesh, model.variables)
-    [distance] = evaluate.distances(config, variables, [evaluate.Job(query, gamma)], gallery, mesh)
+    cropped = [CroppedSplit(query, gamma)]
+    [distance] = evaluation.distances(Describer(config, mesh), variables, cropped, gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
 
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "
     body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
     body += "Right: the same identity. Junk (the same identity and camera, or identity -1) is not ranked. "
-    body += f"Matching: {html.escape(evaluate.matching_in_words(config))}.</p>\n"
+    body += f"Matching: {html.escape(evaluation.matching_in_words(config))}.</p>\n"
     for title, chosen in choose(precision, query.identity, queries).items():
         body += f"<h3>{title}</h3>\n"
         crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))

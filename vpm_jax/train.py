@@ -57,9 +57,10 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     parallel.prepare_backend()
     import jax
 
-    from vpm_jax import evaluate, models, plots, step
+    from vpm_jax import evaluation, models, plots, step
     from vpm_jax.data.pipeline import train_batches
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.description import Describer
     from vpm_jax.runs.checkpoints import Checkpoints
 
     # ---- What the workdir holds already ----------------------------------------------------------------
@@ -76,7 +77,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             f"{dataset.name} has no training images: train on another dataset, then evaluate on this one by "
             f"python -m vpm_jax.evaluate --workdir RUN --dataset {dataset.name}."
         )
-    evaluate.check(asked, dataset)
+    evaluation.check(asked, dataset)
     config = resolve(asked, dataset.train)
     hosts.check_job(config, dataset)
     backbone = None
@@ -94,6 +95,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     batch_size, total, steps = stage.batch, stage.end_step, 0
     mesh = parallel.data_mesh(batch_size)
     place = parallel.placement(config.parallel, mesh)
+    describer = Describer(config, mesh)  # one for all evaluations: it compiles once
     # With a checkpoint shapes are enough: it is restored below.
     state = step.state_shapes(config) if has_checkpoint else step.init_state(config)
     if backbone is not None:
@@ -142,7 +144,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             with jax.transfer_guard("allow"):
                 checkpoints.save(steps, place.whole(state), meta)
 
-        def evaluate_if_due(state: step.State) -> tuple[dict[float, dict[str, Any]], float] | None:
+        def evaluate_if_due(state: step.State) -> tuple[evaluation.Results, float] | None:
             nonlocal evaluated
             if evaluated >= steps or not config.eval.every or not ends_epochs(config, steps, config.eval.every):
                 return None
@@ -150,10 +152,10 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             began, variables = time.monotonic(), step.evaluated(place.whole(state))
             try:
                 with jax.transfer_guard("allow"):
-                    results = evaluate.evaluate(config, variables, dataset, mesh, interrupts.check)
+                    results = evaluation.evaluate(describer, variables, dataset, interrupts.check)
             except Stopped:  # it is due again when training goes on
                 return None
-            evaluated, found = steps, {"step": steps} | evaluate.means(results)
+            evaluated, found = steps, {"step": steps} | evaluation.means(results)
             if meta["best"] is None or found["mAP"] > meta["best"]["mAP"]:
                 meta["best"] = found
             gammas = {str(g): {"rank1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
@@ -208,7 +210,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
     # ---- Evaluation ------------------------------------------------------------------------------------
     variables = step.evaluated(place.whole(state))
-    evaluate.evaluate_and_report(config, variables, dataset, mesh, workdir, steps, results)
+    evaluation.evaluate_and_report(describer, variables, dataset, workdir, steps, evaluated=results)
     return 0
 
 

@@ -27,9 +27,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.queries < 1 or args.gallery < 2 * args.queries:
         raise UserError("--queries and --gallery: expected at least 1 query and twice as many gallery images.")
     parallel.prepare_backend()
-    from vpm_jax import evaluate
+    from vpm_jax import evaluation
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.description import Describer
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
@@ -39,10 +40,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     else:
         dataset = generated.dataset(args.queries, args.gallery)
     variables, alone, limit, limit_is = network(config, args, mesh)
-    few = generated.dataset(2, 256)
-    evaluate.extract(config, variables, few.query, mesh)  # compiles
-    seconds = clocked(lambda: evaluate.evaluate(config, variables, dataset, mesh))[0][args.clock]
-    queries, gallery = len(dataset.query), len(evaluate.ranked(dataset.gallery))
+    describer = Describer(config, mesh)
+    describer.split(variables, generated.dataset(2, 256).query)  # compiles
+    seconds = clocked(lambda: evaluation.evaluate(describer, variables, dataset))[0][args.clock]
+    queries, gallery = len(dataset.query), len(evaluation.ranked(dataset.gallery))
     images = gallery + queries * len(config.eval.gammas)
     m = config.model
     lines = [

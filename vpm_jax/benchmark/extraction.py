@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -61,9 +60,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.images < 1:
         raise UserError(f"--images {args.images}: expected at least 1.")
     parallel.prepare_backend()
-    from vpm_jax import evaluate
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.data.sources import load_dataset
+    from vpm_jax.description import CroppedSplit, Describer
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
@@ -74,10 +73,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     else:
         parts, source = [generated.split("query", args.images)], "generated"
     variables, alone, limit, limit_is = network(config, args, mesh)
-    jobs = [(part, 1.0) for part in parts]
-    work: Callable[[], object] = partial(evaluate.extract_many, config, variables, jobs, mesh)
-    evaluate.extract(config, variables, parts[0].take(np.arange(min(len(parts[0]), 8))), mesh)  # compiles
-    seconds = clocked(work)[0][args.clock]
+    describer = Describer(config, mesh)
+    describer.split(variables, parts[0].take(np.arange(min(len(parts[0]), 8))))  # compiles
+    seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(part) for part in parts]))[0][args.clock]
     count = sum(map(len, parts))
     m = config.model
     lines = [

@@ -16,16 +16,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from vpm_jax.data.split import Dataset, Split
 from vpm_jax.errors import UserError, disk_trouble
-
-if TYPE_CHECKING:
-    from vpm_jax.data.split import Dataset, Split
 
 VERSION = "1.0.0"
 INDEX = "index.json"
@@ -123,8 +121,6 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
 
     UserError when the folder holds another dataset, or is damaged.
     """
-    from vpm_jax.data.split import Split
-
     _open.cache_clear()  # the folder may have been prepared again since this process last read it
     try:
         index = json.loads((folder / INDEX).read_text())

@@ -101,12 +101,14 @@ def _max_pool_forward(x):
 
 
 def _max_pool_gradient(inputs, g):
+    x, y = inputs
+
     def on_cpu(*values):  # XLA:CPU takes far longer to put cells of bfloat16 together
         return _spread_gradient(*(a.astype(jnp.float32) for a in values)).astype(g.dtype)
 
     if g.dtype == jnp.bfloat16:
-        return (lax.platform_dependent(*inputs, g, cpu=on_cpu, default=_spread_gradient),)
-    return (_spread_gradient(*inputs, g),)
+        return (lax.platform_dependent(x, y, g, cpu=on_cpu, default=_spread_gradient),)
+    return (_spread_gradient(x, y, g),)
 
 
 def _spread_gradient(x, y, g):

@@ -22,11 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vpm_jax import cli, paper, parallel, plots
+from vpm_jax import cli, evaluation, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
-from vpm_jax.evaluate import compared_model
 from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, figures, results, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
@@ -243,8 +242,9 @@ def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
         try:
             if results.read(folder, run) is not None:  # finished while we came here
                 return 0, ""
-            code = train(run, workdirs) if run.of is None else evaluate(run, folder, workdirs)
-            if code:
+            if run.of is not None:
+                evaluate(run, folder, workdirs)
+            elif code := train(run, workdirs):
                 return code, f"was stopped and goes on from its checkpoint in {workdirs / run.name}"
             results.write(folder, run, gather(run, workdirs))
             return 0, ""
@@ -263,10 +263,8 @@ def train(run: Run, workdirs: Path) -> int:
     return train.train(run.config, workdirs / run.name)
 
 
-def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
+def evaluate(run: Run, folder: Path, workdirs: Path) -> None:
     """Evaluates the checkpoint of the run that this one is of, with its own matching."""
-    from vpm_jax import evaluate
-
     assert run.of is not None
     parent, workdir = results.read(folder, run.of), workdirs / run.of.name
     if parent is None:
@@ -287,11 +285,9 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> int:
         raise UserError(f"{workdir} is not the run of {folder / run.of.name}.json, for {other[0]} differs: delete it")
     changes = experiments.differences(run.of.config, run.config)
     changes |= {f"data.{key}": run.config.data[key] for key in ("workers", "threads")}
-    arguments = ["--workdir", str(workdir), "--output", str(workdirs / run.name)]
-    arguments += ["--dataset", run.test] if run.test else []
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
     root = root_of(run.test, run.config.data) if run.test else run.config.data.root
-    arguments += ["--root", root] if root else []
-    return evaluate.main(arguments + [f"--config.{key}={value}" for key, value in changes.items()])
+    evaluation.evaluate_run(workdir, workdirs / run.name, overrides, run.test or None, root or None)
 
 
 def gather(run: Run, workdirs: Path) -> dict[str, Any]:
@@ -406,7 +402,7 @@ def parts(
     found, (first, one) = tables.gains(cells, done), next(iter(cells.items()))
     lines = ["## What each part gains", "", *tables.parts(found, first.method)]
     if sum("gain" in row for row in found) > 1:
-        above = f"{where(one)}: gains over {paper.title(compared_model(one.config))}, mean over gammas"
+        above = f"{where(one)}: gains over {paper.title(paper.method_of(one.config))}, mean over gammas"
         figures.gains(output / "parts.png", found, above)
         lines += ["![What each part gains](parts.png)", ""]
     return found, lines

@@ -9,6 +9,7 @@ from typing import Any
 
 from vpm_jax import paper
 from vpm_jax.data.folders import TITLES
+from vpm_jax.metrics import rank_k
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.runs.logs import duration
 
@@ -30,8 +31,7 @@ def measured(values: Mapping[str, Any], metric: str) -> float | None:
     """One number in percent, None where it was not measured."""
     if not metric.startswith("R-"):
         return 100 * values[metric] if metric in values else None
-    cmc = values["cmc"]
-    return 100 * cmc[min(int(metric.removeprefix("R-")), len(cmc)) - 1]
+    return 100 * rank_k(values["cmc"], int(metric.removeprefix("R-")))
 
 
 def summary(values: Sequence[float], published: float | None = None) -> dict[str, Any]:

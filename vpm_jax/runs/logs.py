@@ -215,6 +215,26 @@ class Status:
             self._last = now
 
 
+class Progress:
+    """A status line of images that are done, their rate and the time that is left.
+
+    Args:
+      title: how the line begins.
+      total: how many images there are; may be corrected on the way.
+    """
+
+    def __init__(self, title: str, total: int):
+        self.title, self.total, self.done = title, total, 0
+        self._status, self._started = Status(), time.monotonic()
+
+    def add(self, images: int) -> None:
+        self.done += images
+        rate = self.done / (time.monotonic() - self._started)
+        left = self.total - self.done
+        text = f"{self.title} {self.done}/{self.total}  {rate:.0f} images/s  ETA {duration(left / rate)}"
+        self._status.show(text, final=not left)
+
+
 def duration(seconds: float) -> str:
     """3725 -> "1:02:05"."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpm_jax import api, html
-from vpm_jax.api import VPM, Description
+from vpm_jax.api import VPM
+from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
-from vpm_jax.regions import UNCUT, Part, RegionGrid, nearest_part, visible_heights
+from vpm_jax.matching import nearest, pairwise_shares
+from vpm_jax.regions import UNCUT, Part, RegionGrid
 from vpm_jax.search.store import Store
 
 _LEAST_SHARE = 0.05  # a region counts where it has this share of a pair's weight
@@ -79,46 +81,29 @@ def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[A
     """
     store.check_model(model.fingerprint, model.source)
     described = model.features(list(images))
-    among = [UNCUT, *(part for part, done in parts(store).items() if done)]
-    chosen = np.zeros(len(described), int)
-    if len(among) > 1:
-        chosen = nearest_part(visible_heights(described.region_maps, model.grid), among)
+    crops = [UNCUT, *(part for part, done in parts(store).items() if done)]
     root = store.path("folder") or Path()
     answers: dict[int, Answer] = {}
-    for number, part in enumerate(among):
-        rows = [row for row, which in enumerate(chosen) if which == number]
-        if not rows:
-            continue
+    for part, rows in route(described, crops, model.grid).items():
         there = store
         if part != UNCUT:
             there = Store(part_folder(store.folder, part))
             there.check_model(model.fingerprint, model.source)
             there.verify()
         for row, results in zip(rows, _ranked(model, there, described[rows], top, root), strict=True):
-            answers[row] = Answer(images[row], described[row], results, part)
+            answers[int(row)] = Answer(images[row], described[row], results, part)
     return [answers[row] for row in range(len(images))]
 
 
 def _ranked(model: VPM, store: Store, queries: Description, top: int, root: Path) -> list[list[Result]]:
-    from vpm_jax.matching import local_distances, match_visibility, top_k
-
-    match = model.config.match
-    weight = match_visibility(queries.visibility, match.visibility)
-    gallery_weight = match_visibility(store.visibility, match.visibility)
-    distance, index = top_k(queries.features, weight, (store.features, gallery_weight), top, match.squared)
-    names, rankings = store.names, []
-    for row in range(len(queries)):
-        found = index[row][np.isfinite(distance[row])]
-        local, shares = local_distances(
-            queries.features[row : row + 1],
-            weight[row : row + 1],
-            store.features[found],
-            gallery_weight[found],
-            match.squared,
-        )
+    match, names, rankings = model.config.match, store.names, []
+    for query, distances, indices in zip(queries, *nearest(match, queries, store, top), strict=True):
+        index = indices[np.isfinite(distances)]
+        gallery = Description(store.features[index], store.visibility[index])
+        local, shares = pairwise_shares(match, query, gallery)
         results = [
-            Result(names[i], root / names[i], float(distance[row, rank]), local[0, rank], shares[0, rank], scores)
-            for rank, (i, scores) in enumerate(zip(found, store.visibility[found], strict=True))
+            Result(names[i], root / names[i], float(distances[rank]), local[0, rank], shares[0, rank], scores)
+            for rank, (i, scores) in enumerate(zip(index, gallery.visibility, strict=True))
         ]
         rankings.append(results)
     return rankings

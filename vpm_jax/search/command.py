@@ -16,33 +16,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vpm_jax import cli, parallel
+from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.api import VPM, Description
-from vpm_jax.data import decode
+from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
 from vpm_jax.regions import UNCUT, Part, gallery_parts
-from vpm_jax.runs.logs import Status, duration, write_atomically
+from vpm_jax.runs.logs import write_atomically
 from vpm_jax.search import answers as answers_lib
 from vpm_jax.search.answers import Answer, numbers, printable
+from vpm_jax.search.folder import IMAGES, describe, list_images
 from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
 
-IMAGES = decode.SUFFIXES
-INCOMPLETE = 3  # the exit code of a command that did what it could
 _COMMIT_SECONDS = 5.0  # what a kill can lose
 
 
@@ -59,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     one.add_argument("folder", type=Path, metavar="FOLDER", help=f"with images ({', '.join(IMAGES)}) at any depth")
     one.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
-    add_model(one)
+    cli.add_model(one)
     one.add_argument(
         "--crops",
         type=_gammas,
@@ -72,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     two = commands.add_parser("query", help="rank the images of a store", description="Rank the images of a store.")
     two.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture of a person, or of a part of one")
     two.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
-    add_model(two)
+    cli.add_model(two)
     two.add_argument("--top", type=_positive, default=20, help="how many images to rank (default: %(default)s)")
     two.add_argument("--json", metavar="FILE", help="write the ranking for programs; - is the standard output")
     two.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures, self-contained")
@@ -87,14 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Interrupted: run the same command to go on.") from None
     return query(args.images, args.index, model, args.top, args.json, args.html)
-
-
-def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Adds --workdir and --model, of which one may be given, or must be."""
-    either = parser.add_mutually_exclusive_group(required=required)
-    either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
-    default = "" if required else " (default: the store's model)"
-    either.add_argument("--model", type=Path, metavar="FILE", help=f"the model: a file{default}")
 
 
 def _positive(text: str) -> int:
@@ -178,7 +166,7 @@ def index(
         print(f"{unreadable} of {len(found)} images could not be read and were skipped.", file=sys.stderr)
     if most_lost:
         print(f"{most_lost} of {total} images went while they were described: index again.", file=sys.stderr)
-    return INCOMPLETE if unreadable or most_lost else 0
+    return cli.INCOMPLETE if unreadable or most_lost else 0
 
 
 def _parts(model: VPM, there: Store | None, gammas: tuple[float, ...] | None) -> list[Part]:
@@ -217,45 +205,6 @@ def _update(
     return {"new": len(fresh) - unreadable - changed, "changed": changed, "deleted": gone, "unreadable": unreadable}
 
 
-def list_images(folder: Path) -> tuple[list[Entry], int]:
-    """Every image under the folder, sorted by its path there, and the number of other files.
-
-    By their suffix (IMAGES); hidden files and folders are passed over, links are followed.
-
-    Raises:
-      UserError: if the folder or one in it cannot be read, or there is no image.
-    """
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): expected a folder of images.")
-
-    entries, others, seen = [], 0, set()
-    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
-        if real in seen:  # links may go round in circles
-            continue
-        seen.add(real)
-        for name in files:
-            if name.startswith("."):
-                continue
-            if not name.lower().endswith(IMAGES):
-                others += 1
-                continue
-            path = os.path.join(parent, name)
-            try:
-                status = os.stat(path)
-            except OSError:  # a broken link: reading it says so
-                entries.append(Entry(os.path.relpath(path, folder)))
-            else:
-                entries.append(Entry(os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
-    if not entries:
-        raise UserError(
-            f"{folder} holds no images ({others} other files): expected files that end in {', '.join(IMAGES)}."
-        )
-    return sorted(entries), others
-
-
 def _check_root(store: Store, folder: Path) -> None:
     """Refuses a store of another folder, unless that one has moved."""
     root = store.path("folder")
@@ -273,45 +222,6 @@ def _model_of(store: Store | None, folder: Path) -> Path:
 def config_digest(model: VPM) -> str:
     """16 hexadecimal digits of the model's whole config."""
     return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
-
-
-def describe(
-    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: Part = UNCUT
-) -> Iterator[tuple[list[Entry], Description]]:
-    """What the model says of a part of a folder's images, some at a time; what cannot be read is named and left out."""
-    ready: deque[Entry] = deque()
-    unreadable = 0
-
-    def prepare(entry: Entry) -> np.ndarray | UserError:
-        try:
-            return model.prepare(folder / entry.name, crop=kept.crop)
-        except UserError as error:
-            return error
-
-    def pixels() -> Iterator[np.ndarray]:
-        nonlocal unreadable
-        images = iter(entries)
-        with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
-            while some := list(itertools.islice(images, batch)):
-                for entry, image in zip(some, pool.map(prepare, some), strict=True):
-                    if isinstance(image, UserError):
-                        unreadable += 1
-                        print(f"skipped: {printable(image)}", file=sys.stderr)
-                    else:
-                        ready.append(entry)
-                        yield image
-
-    cropped = "" if kept == UNCUT else f" ({kept})"
-    status, started, done = Status(), time.monotonic(), 0
-    for part in model.stream(pixels(), batch):
-        yield [ready.popleft() for _ in range(len(part))], part
-        done += len(part)
-        rate = done / (time.monotonic() - started)
-        left = len(entries) - done - unreadable
-        status.show(
-            f"images{cropped} {done}/{len(entries) - unreadable}  {rate:.0f} images/s  ETA {duration(left / rate)}",
-            final=not left,
-        )
 
 
 # ---- Query ----
@@ -354,7 +264,7 @@ def query(
     empty = [answer for answer in answers if not answer.results]
     for answer in empty:
         print(f"{answer.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)
-    return INCOMPLETE if empty else 0
+    return cli.INCOMPLETE if empty else 0
 
 
 def _print(answers: list[Answer], numbering: str) -> None:

@@ -1,0 +1,95 @@
+"""The images of a folder, and what a model says of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vpm_jax import parallel
+from vpm_jax.api import VPM
+from vpm_jax.data import decode
+from vpm_jax.description import Description
+from vpm_jax.errors import UserError
+from vpm_jax.regions import UNCUT, Part
+from vpm_jax.runs.logs import Progress
+from vpm_jax.search.answers import printable
+from vpm_jax.search.store import Entry
+
+IMAGES = decode.SUFFIXES
+
+
+def list_images(folder: Path) -> tuple[list[Entry], int]:
+    """Every image under the folder, sorted by its path there, and the number of other files.
+
+    By their suffix (IMAGES); hidden files and folders are passed over, links are followed.
+
+    Raises:
+      UserError: if the folder or one in it cannot be read, or there is no image.
+    """
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): expected a folder of images.")
+
+    entries, others, seen = [], 0, set()
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real in seen:  # links may go round in circles
+            continue
+        seen.add(real)
+        for name in files:
+            if name.startswith("."):
+                continue
+            if not name.lower().endswith(IMAGES):
+                others += 1
+                continue
+            path = os.path.join(parent, name)
+            try:
+                status = os.stat(path)
+            except OSError:  # a broken link: reading it says so
+                entries.append(Entry(os.path.relpath(path, folder)))
+            else:
+                entries.append(Entry(os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+    if not entries:
+        raise UserError(
+            f"{folder} holds no images ({others} other files): expected files that end in {', '.join(IMAGES)}."
+        )
+    return sorted(entries), others
+
+
+def describe(
+    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: Part = UNCUT
+) -> Iterator[tuple[list[Entry], Description]]:
+    """What the model says of a part of a folder's images, some at a time; what cannot be read is named and left out."""
+    ready: deque[Entry] = deque()
+
+    def prepare(entry: Entry) -> np.ndarray | UserError:
+        try:
+            return model.prepare(folder / entry.name, crop=kept.crop)
+        except UserError as error:
+            return error
+
+    def pixels() -> Iterator[np.ndarray]:
+        images = iter(entries)
+        with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
+            while some := list(itertools.islice(images, batch)):
+                for entry, image in zip(some, pool.map(prepare, some), strict=True):
+                    if isinstance(image, UserError):
+                        progress.total -= 1
+                        print(f"skipped: {printable(image)}", file=sys.stderr)
+                    else:
+                        ready.append(entry)
+                        yield image
+
+    cropped = "" if kept == UNCUT else f" ({kept})"
+    progress = Progress(f"images{cropped}", len(entries))
+    for part in model.stream(pixels(), batch):
+        yield [ready.popleft() for _ in range(len(part))], part
+        progress.add(len(part))
