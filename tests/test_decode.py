@@ -131,7 +131,7 @@ def test_filler_before_the_frame_of_a_jpeg_is_passed_over():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
-@pytest.mark.parametrize("kept", [0.3, 0.6, 0.999])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.99])
 def test_a_truncated_jpeg_is_an_error(kept, options):
     data = encode(Image.fromarray(PICTURE), "JPEG", **options)
     with pytest.raises(UserError, match=r"query/0001\.jpg is a damaged JPEG"):
@@ -150,9 +150,32 @@ def test_what_is_no_image(data, found):
         decode(data, "a.jpg")
 
 
-def test_sixteen_bits_are_refused():
-    with pytest.raises(UserError, match="more than 8 bits"):
-        decode(encode(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "PNG"), "a.png")
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_of_sixteen_bits_the_upper_eight_are_kept(form):
+    deep = encode(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), form)
+    assert (decode(deep, "a") == 40_000 // 256).all()
+
+
+def test_deeper_images_are_refused():
+    with pytest.raises(UserError, match="more than 16 bits"):
+        decode(encode(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "a.tif")
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_jpeg_may_lack_its_end_marker(lost):
+    data = encode(Image.fromarray(PICTURE), "JPEG")
+    np.testing.assert_array_equal(decode(data[:-lost], "a"), decode(data, "a"))
+    for more in range(3, 12):
+        with pytest.raises(UserError, match="damaged JPEG"):
+            decode(data[:-more], "a")
+
+
+def test_a_progressive_jpeg_cut_between_its_scans_is_an_error():
+    data = encode(Image.fromarray(PICTURE), "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for at in [*scans[1:], len(data) - 2]:
+        with pytest.raises(UserError, match="damaged JPEG"):
+            decode(data[:at], "a")
 
 
 @pytest.mark.parametrize("filter", FILTERS)

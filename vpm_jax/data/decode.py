@@ -21,10 +21,11 @@ FILTERS = (*_OPENCV, *_PILLOW)
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _WHAT_TO_DO = "replace it by an intact copy or remove it."
-_DEEP_MODES = ("I", "F")  # Pillow's modes (and their prefixes) of more than 8 bits a channel
+_DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits a channel, whose range nobody knows
 _DAMAGED = (OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
 _SEGMENT = struct.Struct(">BBHBHH").unpack_from  # a JPEG segment's marker and length; a frame's depth, height, width
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers of JPEG segments that start a frame
+_JPEG_END, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"  # markers
 _HEADER = 2**17  # a JPEG's EXIF data lie in its first bytes
 _ORIENTATION = 0x0112  # EXIF's tag, and what undoes its values
 _TURNS = {
@@ -44,9 +45,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
     """The encoded image as uint8 [H, W, 3], RGB; the first one of an animation.
 
-    JPEG (grey and CMYK too) goes through libjpeg-turbo, anything else through Pillow. By default transparency is
-    dropped and an EXIF orientation ignored: datasets store their images upright, and their published numbers come
-    from readers that ignore both.
+    JPEG (grey and CMYK too) goes through libjpeg-turbo, anything else through Pillow. A JPEG may lack its end marker,
+    and of 16 bits a channel the upper 8 are kept. By default transparency is dropped and an EXIF orientation ignored:
+    datasets store their images upright, and their published numbers come from readers that ignore both.
 
     Args:
       data: the bytes of the file.
@@ -54,14 +55,13 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
       upright: as a viewer shows people's own pictures: turned by the EXIF orientation, transparency on white.
 
     Raises:
-      UserError: if the data are no image, are cut short or damaged, have more than 8 bits a channel, or more pixels
+      UserError: if the data are no image, are cut short or damaged, have more than 16 bits a channel, or more pixels
         than Pillow's Image.MAX_IMAGE_PIXELS (89 million unless changed).
     """
     if data[:2] == b"\xff\xd8":  # the start of every JPEG
         try:
             _check_size(_jpeg_size(data), name)
-            # Strict: otherwise the missing part of a truncated file is silently grey.
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            pixels = _decode_jpeg(data)
         except ValueError as error:
             raise UserError(f"{name} is a damaged JPEG ({error}, {len(data)} bytes): {_WHAT_TO_DO}") from None
         if upright and b"Exif" in data[:_HEADER]:
@@ -81,6 +81,17 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
     return from_pillow(picture, name, upright)
 
 
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    # Strict: otherwise the missing part of a truncated file is silently grey.
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+        # All may be there but the end. With several scans, as a progressive one has, whole ones may be missing.
+        if data.endswith(_JPEG_END) or _PROGRESSIVE in data or data.count(_SCAN) != 1:
+            raise
+        return simplejpeg.decode_jpeg(data + _JPEG_END, colorspace="RGB", strict=True)
+
+
 def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.ndarray:
     """A Pillow image of any mode as uint8 [H, W, 3], RGB. Arguments and errors as those of `decode`."""
     _check_size(picture.size[::-1], name)
@@ -88,9 +99,11 @@ def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.nda
         raise UserError(f"{name} has {picture.height} x {picture.width} pixels, expected at least one: {_WHAT_TO_DO}")
     try:
         picture.load()
-        if picture.mode.startswith(_DEEP_MODES):  # Pillow would clip them to white
-            raise UserError(f"{name} has more than 8 bits a channel (mode {picture.mode}): convert it to 8 bits.")
         turn = _turn(picture) if upright else None
+        if picture.mode in _DEEP_MODES:  # Pillow would clip them to white
+            raise UserError(f"{name} has more than 16 bits a channel (mode {picture.mode}): convert it to 8 bits.")
+        if picture.mode.startswith("I;16"):  # as Pillow itself does with 16 bits a color
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             if upright:
