@@ -16,7 +16,7 @@ from PIL import Image
 
 from vpm_jax.config import default
 from vpm_jax.data.sources import load_dataset
-from vpm_jax.data.split import Dataset, Split
+from vpm_jax.data.split import Dataset, Split, boxes
 from vpm_jax.errors import UserError
 
 FILES = {
@@ -137,7 +137,10 @@ def test_training_images_of_nobody_are_left_out(folder):
         (folder / "bounding_box_train" / name).write_bytes(jpeg(99))
     data = load_dataset(config(folder))
     assert data.train.names == tuple(f"bounding_box_train/{name}" for name in TRAIN)
-    assert "Left out 2 training images of identity -1 or 0, which stand for nobody." in data.notes
+    left_out = "Left out 1 training image of identity"
+    assert f"{left_out} -1, which stands for nobody." in data.notes
+    person = "where it is a person, set config.data.identity_zero=person."
+    assert f"{left_out} 0, which stands for nobody: {person}" in data.notes
     assert data.train.read(0) == (folder / data.train.names[0]).read_bytes()
 
 
@@ -345,6 +348,16 @@ def test_synthetic_is_rendered_and_read(tmp_path):
     assert Image.open(BytesIO(loaded.query.read(0))).size == (64, 128)
 
 
+@pytest.mark.parametrize("name", ["partial_reid", "partial_reid_occluded", "partial_ilids", "partial_ilids_nocrop"])
+def test_real_zip_of_zips(name):
+    path = Path(os.environ.get("VPM_DATA") or "data") / "dataset2.zip"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    dataset = load_dataset(config(path, name))
+    assert not any("official" in note for note in dataset.notes)
+    assert all(Image.open(BytesIO(split.read(len(split) - 1))).size for split in (dataset.query, dataset.gallery))
+
+
 def test_real_market():
     root = Path(os.environ.get("VPM_DATA") or "data")
     try:
@@ -357,6 +370,11 @@ def test_real_market():
     assert data.train.num_identities == 751 and data.train.labels().max() == 750
     assert (data.gallery.identity != -1).sum() == 15913 and (data.gallery.identity == 0).sum() == 2798
     assert set(data.train.camera) == set(data.query.camera) == {1, 2, 3, 4, 5, 6}
+    if data.multi_query is not None:  # Market-1501-v15.09.15 has gt_bbox
+        assert len(data.multi_query) == 12688
+        names = [name.partition("/")[2] for name in data.multi_query.names]
+        for name, group in zip(data.query.names, boxes(data.query, data.multi_query), strict=True):
+            assert name.partition("/")[2] in [names[i] for i in group]
     held = load_dataset(config(root, holdout=100))
     assert held.train.num_identities == 651 and len(np.unique(held.query.identity)) == 100
     assert len(held.train) + len(held.query) + len(held.gallery) == 12936

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpm_jax import cli
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.runs import hosts
 from vpm_jax.runs.workdir import OVERRIDES
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax import metrics, paper, parallel, partial, plots, step
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, Description, route

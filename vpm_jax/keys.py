@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from vpm_jax.data.datasets import NAMES
 from vpm_jax.geometry import PLACES
 from vpm_jax.regions import CROPS
 
@@ -107,8 +108,6 @@ def _stage(name: str, **defaults: Any) -> tuple[Key, ...]:
     return tuple(key._replace(name=f"{name}.{key.name}", default=defaults.get(key.name, key.default)) for key in STAGE)
 
 
-DATASETS = ("market1501", "dukemtmc", "synthetic", "csv", "partial_reid", "partial_ilids")
-
 KEYS = (
     # ---- The run ----
     Key("recipe", "paper", "name of the recipe in reports; nothing branches on it", flags=RECORD),
@@ -130,8 +129,8 @@ KEYS = (
     Key(
         "data.name",
         "market1501",
-        "the dataset; csv: your own images; partial_*: for evaluation alone",
-        one_of(*DATASETS),
+        "the dataset, of vpm_jax.data.datasets; csv, identity_folders: your own images",
+        one_of(*NAMES),
         PROTOCOL,
     ),
     Key(
@@ -174,16 +173,32 @@ KEYS = (
     Key("data.erasing", 0.0, "probability that a rectangle becomes the mean color", between(0, 1)),
     Key("data.erasing_area", (0.02, 0.4), "share of the image that the rectangle covers", AREA),
     Key("data.erasing_hides", 1.0, "a region that loses a larger share is invisible; 1: never", between(0, 1)),
+    # Identities of a further set are others than the dataset's, whatever their numbers.
+    Key("data.also_train", "", "further training sets, NAME or NAME:PATH, separated by commas", flags=EVALUATE),
+    Key(
+        "data.distractors",
+        "",
+        "folder or zip of images of nobody that join the gallery; it may lie beside the splits",
+        flags=EVALUATION | PROTOCOL,
+    ),
+    Key(
+        "data.identity_zero",
+        "distractor",
+        "identity 0 where images are named as Market-1501's: distractor (nobody) or person",
+        one_of("distractor", "person"),
+        PROTOCOL,
+    ),
     Key("data.holdout_identities", 0, "training identities held out, to choose by", flags=PROTOCOL),
     Key("data.workers", 0, "loader processes; 0: threads of the run's own", flags=MACHINE),
     Key("data.threads", 2, "loader threads of each process", at_least(1), MACHINE),
-    # An evaluation always stops: its numbers would be of another protocol.
+    # Images that cannot be decoded always stop an evaluation: its numbers would be of another protocol. Links that lead
+    # nowhere and other files that cannot be used are left out of the test set too by "skip".
     Key(
         "data.corrupt",
         "error",
         "a training image that cannot be read: error stops; skip takes another of its identity",
         one_of("error", "skip"),
-        RECORD,
+        RECORD | EVALUATE,
     ),
     Key("data.synthetic.seed", 0, "seed of the synthetic pedestrians, which are rendered on first use", flags=PROTOCOL),
     Key("data.synthetic.train_identities", 200, "synthetic identities to train on", flags=PROTOCOL),
@@ -315,6 +330,13 @@ KEYS = (
     # ---- Evaluation ----
     Key("eval.gammas", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "area ratios that queries keep", RATIOS, EVALUATION | PROTOCOL),
     Key("eval.crop", "top", "what query crops keep", one_of(*CROPS), EVALUATION | PROTOCOL),
+    Key(
+        "eval.same_camera",
+        "drop",
+        "gallery images of a query's identity and camera: drop: not ranked for it; keep: ranked",
+        one_of("drop", "keep"),
+        EVALUATION | PROTOCOL,
+    ),
     Key("eval.flip", False, "features and visibility are means over mirror images too", flags=EVALUATION | FEATURES),
     Key("eval.batch", 128, "images in a batch", at_least(1), EVALUATION | NO_RESULT),
     # The best is remembered, and the checkpoint that is reported stays the last. Only with data.holdout_identities:

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; yellow left out, too faint for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -18,7 +18,7 @@ import numpy as np
 
 from vpm_jax import cli
 from vpm_jax.config import default
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.sources import data_root, load_dataset
 from vpm_jax.data.split import Dataset
 from vpm_jax.errors import UserError
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"), look)
     print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
     if len(dataset.train):
-        print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}")
+        held = "" if len(dataset.query) else " --config.data.holdout_identities=N"
+        print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}{held}")
     else:
         print(f"Evaluate on it with python -m vpm_jax.evaluate --workdir RUN --dataset {args.dataset} --root {folder}")
     for sentence in damaged[:10]:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _load(name: str, root: str) -> Dataset:
     config = default().data
     config.name, config.root = name, root
-    return load_dataset(config)
+    return load_dataset(config, preparing=True)
 
 
 def _same(prepared: Dataset, source: Dataset) -> bool:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli, html, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.runs.logs import duration, write_atomically
 from vpm_jax.runs.workdir import OVERRIDES, read_run

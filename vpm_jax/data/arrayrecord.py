@@ -22,12 +22,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.errors import UserError, disk_trouble
 
 VERSION = "1.0.0"
 INDEX = "index.json"
-SPLITS = ("train", "query", "gallery")
+SPLITS = ("train", "query", "gallery", "multi_query")
 Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps the loop over one split's images, named
 Look = Callable[[bytes, str], object]  # is shown every encoded image, and its name
 
@@ -64,12 +65,14 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     def _split_generators(self, dl_manager: Any) -> dict:
         # TFDS fills a temporary folder and renames it at the end: the index appears with the images or not at all.
         index: dict[str, Any] = {"notes": list(self._dataset.notes[1:])}  # the first tells the path of the source
-        for name in SPLITS:
-            split: Split = getattr(self._dataset, name)
+        splits: dict[str, Split] = {
+            name: split for name in SPLITS if (split := getattr(self._dataset, name)) is not None
+        }
+        for name, split in splits.items():
             camera = None if split.camera is None else split.camera.tolist()
             index[name] = dict(names=split.names, identity=split.identity.tolist(), camera=camera)
         (Path(self.data_dir) / INDEX).write_text(json.dumps(index))
-        return {name: self._generate_examples(getattr(self._dataset, name)) for name in SPLITS if index[name]["names"]}
+        return {name: self._generate_examples(split) for name, split in splits.items() if len(split)}
 
     def _generate_examples(self, split: Split):
         for i in self._progress(range(len(split)), split.name):
@@ -81,7 +84,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                     "image": image,
                     "identity": split.identity[i],
                     "camera": -1 if split.camera is None else split.camera[i],
-                    "name": split.names[i],
+                    "name": split.names[i].encode("utf-8", "surrogateescape"),
                 },
             )
 
@@ -97,7 +100,7 @@ def write(
     progress: Progress = lambda images, name: images,
     look: Look = lambda image, name: None,
 ) -> Path:
-    """Writes all three splits under `output`; returns the prepared folder, which appears whole or not at all.
+    """Writes all splits under `output`; returns the prepared folder, which appears whole or not at all.
 
     UserError for an image that cannot be read, and for an output that cannot be written.
     """
@@ -126,10 +129,12 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         index = json.loads((folder / INDEX).read_text())
         splits = {}
         for split in SPLITS:
+            if split == "multi_query" and split not in index:
+                continue
             listed, reader = index[split], Reader(folder, split)
             identity = np.array(listed["identity"], np.int32)
             camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
-            splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=name == "csv")
+            splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=DATASETS[name].own)
             lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
             if listed["names"]:  # TFDS has no split without images
                 lengths.add(len(_open(str(folder), split, os.getpid())))
@@ -162,7 +167,7 @@ class Reader:
             record = _open(str(self.folder), self.split, os.getpid())[position]
             # TFDS's own parsing handles every kind of feature, and takes longer than the reading.
             features = tf_example_pb2.Example.FromString(record).features.feature
-            held = features["name"].bytes_list.value[0].decode()
+            held = features["name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
             if held != name:
                 raise ValueError(f"the record is that of {held}")
             return features["image"].bytes_list.value[0]

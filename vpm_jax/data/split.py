@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +22,7 @@ class Reader(Protocol):
 class Split:
     """N images of one split; picklable."""
 
-    name: str  # "train" | "query" | "gallery"
+    name: str  # "train" | "query" | "gallery" | "multi_query"
     names: tuple[str, ...]  # an image's path inside the dataset
     identity: np.ndarray  # int32 [N], as in the dataset: -1 junk, 0 distractor
     camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras, so metrics drop nothing by camera
@@ -62,3 +66,78 @@ class Dataset:
     query: Split
     gallery: Split
     notes: tuple[str, ...]  # plain sentences: where it was found, what is missing or unexpected
+    multi_query: Split | None = None  # more boxes of the query identities, for multi-query evaluation: see `boxes`
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of one split, sorted by file name so that every file system and form gives the same order."""
+
+    names: tuple[str, ...]  # "bounding_box_train/0002_c1s1_000451_03.jpg"
+    identity: np.ndarray  # int32 [N]
+    camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras
+    ignored: tuple[str, ...] = ()  # names of files that are no images of a person
+    unusable: tuple[str, ...] = ()  # names of images that cannot be read, such as links that lead nowhere
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """Reads images of several splits, by their position in all of them."""
+
+    splits: tuple[Split, ...]
+    first: tuple[int, ...]  # the position of each split's first image
+
+    def read(self, name: str, position: int) -> bytes:
+        part = bisect.bisect_right(self.first, position) - 1
+        return self.splits[part].read(position - self.first[part])
+
+
+def join(*splits: Split) -> Split:
+    """One split of all images, named as the first; without cameras if any split has none."""
+    name = splits[0].name
+    splits = tuple(filter(len, splits)) or splits[:1]
+    cameras = [split.camera for split in splits if split.camera is not None]
+    first = tuple(itertools.accumulate((len(split) for split in splits[:-1]), initial=0))
+    return Split(
+        name,
+        tuple(itertools.chain.from_iterable(split.names for split in splits)),
+        np.concatenate([split.identity for split in splits]),
+        np.concatenate(cameras) if len(cameras) == len(splits) else None,
+        _Joined(splits, first),
+        upright=any(split.upright for split in splits),
+    )
+
+
+def boxes(query: Split, multi_query: Split) -> list[np.ndarray]:
+    """For each query, the images of `multi_query` of its identity and camera: int arrays of indices."""
+    assert query.camera is not None and multi_query.camera is not None
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, key in enumerate(zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)):
+        groups.setdefault(key, []).append(i)
+    keys = zip(query.identity.tolist(), query.camera.tolist(), strict=True)
+    return [np.array(groups.get(key, ()), np.int64) for key in keys]
+
+
+def number(texts: Collection[str], start: int) -> dict[str, int]:
+    """A number from `start` on for each text: whole numbers first and in their order, then the rest by name."""
+
+    def order(text: str) -> tuple[bool, int, str]:
+        whole = re.fullmatch(r"-?[0-9]{1,18}", text)
+        return not whole, int(text) if whole else 0, text
+
+    return {text: i for i, text in enumerate(sorted(set(texts), key=order), start)}
+
+
+def number_identities(texts: Collection[str]) -> dict[str, int]:
+    """A number from 1 on for each identity, as `number`, and -1 for "-1", which is junk."""
+    return number(set(texts) - {"-1"}, 1) | {"-1": -1}
+
+
+def printable(text: str) -> str:
+    """The text with bytes that are not UTF-8, as file names may hold them, written as backslash escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, for messages."""
+    return printable(", ".join(names[:3])) + ", ..." * (len(names) > 3)

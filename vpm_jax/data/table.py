@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpm_jax.data.folders import Listing
+from vpm_jax.data.split import Listing
 from vpm_jax.errors import UserError
 
 COLUMNS = ("path", "identity", "camera", "split")

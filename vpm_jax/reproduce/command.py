@@ -24,7 +24,7 @@ from typing import Any
 
 from vpm_jax import cli, evaluation, paper, parallel, plots
 from vpm_jax import config as config_lib
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, figures, results, tables

@@ -24,13 +24,13 @@ PARTIAL = 0.05  # of an evaluation's time, of one on partial images: hundreds in
 
 def size(config: ConfigDict) -> tuple[int, int]:
     """(images, identities) of the training set, as its authors give them: no data are needed."""
-    from vpm_jax.data.sources import OFFICIAL
+    from vpm_jax.data.datasets import DATASETS
 
     if config.data.name == "synthetic":
         own = config.data.synthetic
         images, identities = own.train_identities * own.images_per_camera * own.cameras, own.train_identities
     else:
-        images, identities = OFFICIAL[config.data.name]["train"]
+        images, identities = DATASETS[config.data.name].official("train")[0]
     kept = identities - config.data.holdout_identities
     return images * kept // identities, kept
 

@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from vpm_jax import paper
-from vpm_jax.data.folders import TITLES
+from vpm_jax.data.datasets import TITLES
 from vpm_jax.metrics import rank_k
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.runs.logs import duration
