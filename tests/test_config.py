@@ -130,11 +130,14 @@ def test_what_may_differ():
     evaluation = {key.name for key in keys.KEYS if key.name.startswith(("match.", "eval."))}
     run = {"recipe", "data.corrupt", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "parallel"}
     assert set(keys.keys_with(keys.PROCESS)) == machine
-    assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation
-    assert set(RESUMABLE) == machine | evaluation | run
+    test_set = {"data.also_train", "data.distractors", "data.corrupt"}
+    assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation | test_set
+    assert set(RESUMABLE) == machine | evaluation | run | {"data.distractors"}
     assert set(keys.keys_with(keys.NO_RESULT)) == machine | run | {"eval.batch", "eval.every"}
     assert keys.keys_with(keys.WEIGHTS) == ("data.mean", "data.std", "model.stride_on", "model.bn_epsilon")
-    assert keys.in_words(keys.keys_with(keys.EVALUATE)) == "data.root, data.workers, data.threads, match.*, eval.*"
+    assert keys.in_words(keys.keys_with(keys.EVALUATE)) == (
+        "data.root, data.also_train, data.distractors, data.workers, data.threads, data.corrupt, match.*, eval.*"
+    )
 
 
 def test_what_weights_presuppose_is_set_in_a_copy():
