@@ -71,6 +71,7 @@ def evaluate_run(
         config.data.name, config.data.holdout_identities = dataset_name, 0
     if root is not None:
         config.data.root = root
+    config.data.also_train = ""  # which need not be at hand
 
     dataset = hosts.in_turn(lambda: load_dataset(config.data))
     if dataset_name:
