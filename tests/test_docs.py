@@ -67,7 +67,7 @@ def test_commands_have_their_options_and_keys(page):
         assert key in (*keys, "KEY"), key
 
 
-LINKING = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [ROOT / "README.md", *sorted((ROOT / "launch").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
