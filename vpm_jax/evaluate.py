@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, metrics, paper, parallel, plots
+from vpm_jax import cli, comparison, metrics, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
@@ -361,7 +361,7 @@ def evaluate_and_report(
     suffix = f"-{dataset.name}" if trained_on else ""
     own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
-        published = paper.comparison(results, dataset.name, compared_model(config))
+        published = comparison.sweep(results, dataset.name, compared_model(config))
         if published and config.match.gallery_gammas:
             published = published.rstrip() + "\n\nOurs meet a gallery that is cropped too."
         text = text.rstrip() + "\n\n" + published

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from vpm_jax import metrics, paper
+from vpm_jax import comparison, metrics
 from vpm_jax.data.folders import TITLES
 from vpm_jax.evaluate import Job, distances, headline, matching_in_words, remarks, write
 from vpm_jax.runs import hosts
@@ -101,7 +101,7 @@ def evaluate_and_report(
         q, g = single["groups"]
         people = f"{len(np.unique(query.identity))} x {len(np.unique(gallery.identity))}"
         named[f"single-shot ({q} x {g} groups of {people})"] = single
-        # As `paper.beside`: a gallery smaller than k is exhausted before rank k.
+        # As `comparison.measured`: a gallery smaller than k is exhausted before rank k.
         spread = ", ".join(f"{100 * single['spread'][:k][-1]:.1f} at R-{k}" for k in (1, 3, 5))
         lines.insert(
             2,
@@ -109,7 +109,7 @@ def evaluate_and_report(
             f"against every group of the gallery (standard deviation {spread}). The paper does not say which of the "
             "two it measured.",
         )
-    table = paper.beside(named, dataset.name)
+    table = comparison.partial(named, dataset.name)
     remark = "Published numbers are of training on Market-1501."
     if trained_on != "market1501":
         remark += f" This run was trained on {trained_on}: the differences say nothing of the method."
