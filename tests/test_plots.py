@@ -6,23 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vpm_jax import plots
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is saved, to look inside."""
-    saved, save = [], Figure.savefig
-
-    def record(self, *arguments, **options):
-        saved.append(self)
-        return save(self, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return saved
 
 
 def panel(figure, title):
@@ -68,7 +54,7 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
     band = axes.collections[0].get_datalim(axes.transData)
     assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
     assert own["p = 2"].get_ydata() == pytest.approx([0.4, 0.6])
-    assert legend(figures[0])[-2:] == ["± standard deviation over seeds", "Sun et al. (2019), in the same colour"]
+    assert legend(figures[0])[-2:] == ["± standard deviation over seeds", "Sun et al. (2019), in the same color"]
     # One published number makes no line, and the legend none.
     plots.gamma_curves(tmp_path / "gamma.png", {"p = 8": values}, "title", published={"p = 8": {1.0: {"rank-1": 0.9}}})
     assert legend(figures[1]) == ["p = 8"]
@@ -175,41 +161,9 @@ def test_running_mean():
     np.testing.assert_allclose(plots._running_mean(values, 5), expected)
 
 
-@pytest.mark.parametrize(("count", "grid"), [(1, (3, 1)), (6, (4, 1)), (2, (14, 1)), (3, (3, 2))])
-def test_region_maps(tmp_path, figures, count, grid):
-    regions = grid[0] * grid[1]
-    prob = np.random.default_rng(0).dirichlet(np.ones(regions), (count, 8, 2))
-    images = np.full((count, 32, 16, 3), 128, np.uint8)
-    captions = [f"picture {i}" for i in range(count)]
-    plots.region_maps(tmp_path / "regions.png", images, prob, prob.sum((1, 2)), grid, captions)
-    *bars, key = [axes for axes in figures[0].axes if axes.axison]
-    assert len(bars) == count
-    np.testing.assert_allclose([bar.get_width() for bar in bars[-1].patches], prob[-1].sum((0, 1)))
-    assert [text.get_text() for text in bars[-1].texts] == [f"{score:.0f}" for score in prob[-1].sum((0, 1))]
-    # The overlay shows each cell in the colour of its most probable region's bar, and so does the key.
-    overlays = [axes for axes in figures[0].axes if len(axes.images) == 2]
-    colours = np.array([bar.get_facecolor()[:3] for bar in bars[0].patches])
-    assert len({tuple(colour) for colour in colours}) == regions
-    best = prob[0].argmax(-1)
-    np.testing.assert_allclose(overlays[0].images[1].get_array()[..., :3], colours[best])
-    np.testing.assert_allclose(key.images[0].get_array(), colours.reshape(*grid, 3))
-    assert [text.get_text() for text in key.texts] == [str(i) for i in range(regions)]
-    # A line between each two neighbouring cells of different regions, one cell (4 or 8 pixels) long.
-    lines = [np.array(line) for line in overlays[0].collections[0].get_segments()]
-    assert len(lines) == (best[1:] != best[:-1]).sum() + (best[:, 1:] != best[:, :-1]).sum()
-    assert {tuple(np.ptp(line, axis=0)) for line in lines} <= {(8.0, 0.0), (0.0, 4.0)}
-    assert {axes.get_title(loc="left") for axes in figures[0].axes} >= set(captions)
-    assert Image.open(tmp_path / "regions.png").size[0] == 444 * min(count, 4) + 192
-
-
-def test_region_maps_names_the_shapes():
-    with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
-        plots.region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))
-
-
 def test_pyplot_stays_out():
     """Drawing must not choose a backend for the program that imports this."""
-    check = "import sys, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    check = "import sys, vpm_jax.overlay, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
 

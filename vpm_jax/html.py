@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from vpm_jax.plots import region_colours
+from vpm_jax.overlay import overlay, region_colors
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
@@ -129,7 +129,7 @@ def card(body: str, caption: str = "", kind: str = "", mark: str = "") -> str:
     Args:
       body: HTML.
       caption: plain text.
-      kind: "right", "wrong", "junk", "query", or "" for none: the frame. Colour never says it alone: give a mark too.
+      kind: "right", "wrong", "junk", "query", or "" for none: the frame. Color never says it alone: give a mark too.
       mark: a word or sign above the caption, such as "\\u2713 right".
     """
     words = "<br>".join(escape(line) for line in caption.split("\n"))
@@ -166,28 +166,6 @@ def _uri(data: bytes, kind: str) -> str:
 # ---- What the model sees ----
 
 
-def overlay(pixels: np.ndarray, region_map: np.ndarray, height: int = 256, columns: int = 1) -> np.ndarray:
-    """The picture under its region map: each cell in the colour of its most probable region, stronger where surer.
-
-    Args:
-      pixels: uint8 [H, W, 3].
-      region_map: the probabilities of Eq. 1, [h, w, P]; w is 1 for a row locator.
-      height: of the result, in pixels, its width in proportion.
-      columns: of the region grid.
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    size = (max(round(pixels.shape[1] * height / len(pixels)), 1), height)
-    best, strength = region_map.argmax(axis=-1), 0.25 + 0.4 * region_map.max(axis=-1, keepdims=True)
-    colours = 255 * region_colours(region_map.shape[-1], columns)
-    colours = np.concatenate([colours[best], strength], axis=-1).astype(np.float32)
-    layer: np.ndarray = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
-    below = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
-    share = layer[..., 3:]
-    return (below * (1 - share) + layer[..., :3] * share).round().astype(np.uint8)
-
-
 def bars(
     values: np.ndarray,
     label: str,
@@ -197,7 +175,7 @@ def bars(
     notes: Sequence[str] | None = None,
     columns: int = 1,
 ) -> str:
-    """A bar for each region, in its colour and with its number, from region 0 downwards.
+    """A bar for each region, in its color and with its number, from region 0 downwards.
 
     Args:
       values: [P]; not finite: no bar.
@@ -208,16 +186,16 @@ def bars(
       notes: [P], what is written after each value.
       columns: of the region grid.
     """
-    colours = (255 * region_colours(len(values), columns)).round().astype(int)
+    colors = (255 * region_colors(len(values), columns)).round().astype(int)
     texts = [form.format(float(value)) for value in values]
     if notes is not None:
         texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
     said = "; ".join(f"region {i}: {text}" for i, text in enumerate(texts))
     lines = []
-    for i, (value, text, colour) in enumerate(zip(values, texts, colours, strict=True)):
+    for i, (value, text, color) in enumerate(zip(values, texts, colors, strict=True)):
         share = min(max(float(value) / longest, 0), 1) if np.isfinite(value) and longest > 0 else 0
         off = ' class="off"' if counted is not None and not counted[i] else ""
-        style = f"width:{100 * share:.1f}%;background:rgb({colour[0]},{colour[1]},{colour[2]})"
+        style = f"width:{100 * share:.1f}%;background:rgb({color[0]},{color[1]},{color[2]})"
         lines.append(f'<span{off}>{i}</span><i{off} style="{style}"></i><span{off}>{escape(text)}</span>')
     return f'<div class="bars" role="img" aria-label="{escape(f"{label}: {said}")}">{"".join(lines)}</div>'
 
@@ -227,13 +205,13 @@ def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, 
 
     Args:
       pixels: uint8 [H, W, 3].
-      region_map: [h, w, P], Eq. 1.
+      region_map: [h, w, P], Eq. 1; 0 in cells that the picture does not cover.
       visibility: [P], Eq. 2.
       name: what the picture is called.
       columns: of the region grid.
     """
     cells = region_map.shape[0] * region_map.shape[1]
-    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns=columns), f"region map of {name}")
+    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns, 256), f"region map of {name}")
     # A whole person fills every region alike: a bar of twice that share is full.
     full = 2 * cells / len(visibility)
     return f'<div class="pair">{"".join(shown)}</div>' + bars(visibility, "visibility in cells", full, columns=columns)
