@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vpm_jax import plots
+from vpm_jax.config import default
 
 
 def panel(figure, title):
@@ -88,8 +89,9 @@ def test_differences(tmp_path, figures):
     assert [bar.get_height() for bar in below.patches] == pytest.approx([-2.0, 0.5, 0.3])
     centres = [bar.get_x() + bar.get_width() / 2 for bar in above.patches]
     assert centres[0] < 0 < centres[1] < 1 < centres[2]  # at 0.5, then side by side around 1.0
-    expected = ["VPM (zero)", "MVPM-1", "MVPM-2", "each seed (bar: mean)", "Sun et al. (2019)"]
+    expected = ["VPM (zero)", "MVPM-1", "MVPM-2", "pale: one seed", "each seed (bar: mean)", "Sun et al. (2019)"]
     assert legend(figures[0]) == expected
+    assert [bar.get_facecolor()[3] for bar in above.patches] == [0.3, 0.3, 1.0]
 
 
 def test_a_pdf_has_no_date(tmp_path):
@@ -109,7 +111,7 @@ def test_training_curves(tmp_path, figures):
     path = tmp_path / "metrics.jsonl"
     # A run that resumed at step 2 and was killed while writing step 4.
     path.write_text(line(1) + line(2, loss=99.0) + line(2) + line(3, stage=2, loss_triplet=0.4) + line(4)[:30])
-    plots.training_curves(tmp_path / "training.png", path)
+    plots.training_curves(tmp_path / "training.png", path, "a run")
     loss = curves(panel(figures[0], "loss"))
     np.testing.assert_allclose(loss["total (weighted)"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
@@ -119,7 +121,7 @@ def test_training_curves(tmp_path, figures):
     assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
     assert "comparable" not in curves(accuracy)
     assert list(figures[0].axes[2].get_xticks()) == [0, 1, 2, 3]
-    assert "3 steps, 40 images/s (median)" in figures[0].get_suptitle()
+    assert figures[0].get_suptitle().startswith("a run\n3 steps, 40 images/s (median)")
     assert Image.open(tmp_path / "training.png").size == (1400, 896)
 
 
@@ -168,11 +170,34 @@ def test_pyplot_stays_out():
 
 
 def test_gains(tmp_path, figures):
-    gained = {"flip": {"rank-1": [1.0, 3.0], "mAP": [2.0, 2.5]}, "ema": {"rank-1": [-1.0, 0.5], "mAP": [0.1, -0.4]}}
+    gained = {
+        "flip": {"rank-1": [1.0, 3.0], "mAP": [2.0, 2.5]},
+        "ema": {"rank-1": [-1.0, 0.5, 0.2], "mAP": [0.1, -0.4, 0.0]},
+        "neck": {"rank-1": [-2.0], "mAP": [-3.0]},
+    }
     plots.gains(tmp_path / "gains.png", gained, "a title")
     for metric in ("rank-1", "mAP"):
         axes = panel(figures[0], f"gain in {metric}, points")
-        dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
-        assert dots == [gain[metric] for gain in gained.values()]
-        assert [bar.get_width() for bar in axes.patches] == pytest.approx([np.mean(g[metric]) for g in gained.values()])
-    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["flip", "ema"]
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [list(line.get_xdata()) for line in dots] == [gain[metric] for gain in gained.values()]
+        assert [line.get_markerfacecolor() == "white" for line in dots] == [False, False, True]
+        several = [gained[part][metric] for part in ("flip", "ema")]
+        ranges = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+        np.testing.assert_allclose(ranges, [(min(seeds), max(seeds)) for seeds in several])
+        means = [lines.get_segments()[0][0][0] for lines in axes.collections]
+        assert means == pytest.approx([np.mean(seeds) for seeds in several])
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["flip", "ema", "neck"]
+    assert legend(figures[0]) == ["a seed", "one seed only", "range of the seeds", "their mean"]
+    plots.gains(tmp_path / "gains.png", {"neck": gained["neck"]}, "a title")
+    assert legend(figures[1]) == ["one seed only"]
+
+
+def test_titles_name_the_network_and_the_seeds():
+    config = default()
+    assert plots.network(config) == "ResNet-50, 384x128 input"
+    config.model.depth, config.model.width, config.data.height, config.data.width, config.seed = 18, 24, 128, 64, 3
+    assert plots.run_title("VPM", config) == "VPM on Market-1501; ResNet-18 of width 24, 128x64 input; seed 3"
+    title = plots.gamma_title("synthetic", "top", plots.network(config), [1, 1])
+    assert title.startswith("Synthetic pedestrians, queries cropped to their top gamma\nResNet-18")
+    assert title.endswith("128x64 input; one seed")
+    assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]

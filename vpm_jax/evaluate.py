@@ -388,7 +388,7 @@ def evaluate_and_report(
     write(output, f"evaluation{suffix}", record, text + (remarks(dataset) if trained_on else ""))
     curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
     with replacing(output / f"gamma{suffix}.png") as path:
-        title = plots.gamma_title(dataset.name, config.eval.crop)
+        title = plots.gamma_title(dataset.name, config.eval.crop, plots.network(config), seeds=[1])
         plots.gamma_curves(path, {paper.title(compared_model(config)): curve}, title, chance)
     return results
 

@@ -1,4 +1,4 @@
-"""The pictures that people look at: gamma curves, training curves, region maps.
+"""Curves and bars: rank-1 and mAP over gamma, differences and gains between methods, training runs.
 
 Everything draws on a `matplotlib.figure.Figure` of its own: no window, no pyplot state, safe in threads. The file's
 suffix chooses the format (.png, .pdf, .svg).
@@ -15,10 +15,12 @@ from typing import IO, Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from ml_collections import ConfigDict
 
 from vpm_jax.data.folders import TITLES
 
@@ -35,10 +37,36 @@ _FEW = 3  # seeds; of fewer a standard deviation says little, and each is shown
 Curves = Mapping[str, Mapping[float, Mapping[str, float | Sequence[float]]]]
 
 
-def gamma_title(dataset: str, crop: str) -> str:
-    """What pictures over gamma are of: a dataset, by its title if it has one, and what queries keep."""
+def network(config: ConfigDict) -> str:
+    """The backbone and its input, such as "ResNet-18 of width 24, 128x64 input"."""
+    width = f" of width {config.model.width}" if config.model.width != 64 else ""
+    return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
+
+
+def run_title(model: str, config: ConfigDict) -> str:
+    """What training curves are of."""
+    return f"{model} on {TITLES.get(config.data.name, config.data.name)}; {network(config)}; seed {config.seed}"
+
+
+def gamma_title(dataset: str, crop: str, network: str, seeds: Sequence[int]) -> str:
+    """What figures over gamma are of: a dataset, by its title if it has one, and what queries keep; then the network.
+
+    Args:
+      dataset: name or title.
+      crop: which side queries keep.
+      network: of `network`, or other words.
+      seeds: how many each method has.
+    """
     name = TITLES.get(dataset, dataset)
-    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma"
+    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma\n{network}; {count_seeds(seeds)}"
+
+
+def count_seeds(seeds: Sequence[int]) -> str:
+    """How many seeds each method has, in words."""
+    low, high = min(seeds), max(seeds)
+    if high == 1:
+        return "one seed"
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 def gamma_curves(
@@ -125,7 +153,8 @@ def differences(
 
     Args:
       path: the picture to write.
-      found: in points, a method's number less the reference's. Of several seeds the bar is the mean, and each a dot.
+      found: in points, a method's number less the reference's. Of several seeds the bar is their mean, a line their
+        range and each a dot; of one alone the bar is pale.
       title: dataset and protocol.
       reference: its name.
       published: the paper's differences, marked on the bars.
@@ -141,10 +170,14 @@ def differences(
             color = COLORS[1 + index % (len(COLORS) - 1)]  # the first is the reference's in other pictures
             for gamma, values in by_gamma.items():
                 x, seeds = gammas.index(gamma) + (index - (len(found) - 1) / 2) * width, np.atleast_1d(values[metric])
-                legend[name] = axes.bar(x, seeds.mean(), 0.86 * width, color=color, label=name)
+                legend[name] = Patch(color=color)
+                pale = to_rgba(color, 0.3 if len(seeds) == 1 else 1.0)
+                axes.bar(x, seeds.mean(), 0.86 * width, color=pale, edgecolor=color, label=name)
                 if len(seeds) > 1:
-                    [dots] = axes.plot([x] * len(seeds), seeds, ".", color="0.2", markersize=3)
+                    [dots] = axes.plot([x] * len(seeds), seeds, ".-", color="0.2", markersize=4, linewidth=0.9)
                     notes["each seed (bar: mean)"] = dots
+                else:
+                    notes["pale: one seed"] = Patch(facecolor="0.9", edgecolor="0.4")
                 theirs = (published or {}).get(name, {}).get(gamma, {}).get(metric)
                 if theirs is not None:
                     [mark] = axes.plot(x, theirs, "D", color="white", markeredgecolor="0.1", markersize=4)
@@ -161,27 +194,45 @@ def differences(
 
 
 def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
-    """What each part gains over doing without it: a row for each, a dot for each seed, a bar at their mean.
+    """What each part gains over doing without it: a row for each, a dot for each seed.
+
+    Several seeds have a bar over their range and a line at their mean; the dot of a seed alone is hollow.
 
     Args:
       path: the picture to write.
       gained: {part: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
       title: of the picture.
     """
-    figure = Figure(figsize=(7.2, 1.5 + 0.24 * len(gained)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.7 + 0.24 * len(gained)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     rows = np.arange(len(gained))
     for axes, metric, color in zip(panels, ("rank-1", "mAP"), COLORS, strict=False):
         axes.axvline(0.0, color="0.3", linewidth=0.9)
         for row, gain in zip(rows, gained.values(), strict=True):
-            axes.barh(row, np.mean(gain[metric]), height=0.62, color=color, alpha=0.3)
-            axes.plot(gain[metric], [row] * len(gain[metric]), "o", color=color, markersize=3.5)
+            seeds = gain[metric]
+            several = len(seeds) > 1
+            if several:
+                axes.barh(row, np.ptp(seeds), left=min(seeds), height=0.42, color=color, alpha=0.3)
+                axes.vlines(np.mean(seeds), row - 0.32, row + 0.32, color=color, linewidth=1.8)
+            fill = color if several else "white"
+            axes.plot(seeds, [row] * len(seeds), "o", color=color, markerfacecolor=fill, markersize=3.8)
+        axes.use_sticky_edges = False  # else the range of the outermost bar ends at the frame
+        axes.margins(x=0.05)
         axes.set_title(f"gain in {metric}, points", fontsize=9)
         _plain(axes)
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(rows, list(gained), fontsize=8)
     panels[0].set_ylim(len(gained) - 0.4, -0.6)
-    figure.supxlabel("a dot for each seed, a bar at their mean", fontsize=8)
+    dot: Any = dict(color="0.3", marker="o", markersize=3.8, linewidth=0)
+    counts = {len(gain["rank-1"]) for gain in gained.values()}
+    entries = {"a seed": Line2D([], [], **dot)} if max(counts) > 1 else {}
+    entries |= {"one seed only": Line2D([], [], markerfacecolor="white", **dot)} if 1 in counts else {}
+    if max(counts) > 1:
+        entries |= {"range of the seeds": Patch(color="0.3", alpha=0.3, linewidth=0)}
+        entries |= {
+            "their mean": Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=1.8, linewidth=0)
+        }
+    _legend_below(figure, entries)
     figure.suptitle(title, fontsize=10)
     save(figure, path, dpi=160)
 
@@ -216,7 +267,7 @@ def _method_colors(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any
     return colors
 
 
-def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path) -> None:
+def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path, title: str = "") -> None:
     """Losses, accuracies, learning rate and gradient norm over the steps of a run.
 
     Reads the JSON lines that training writes. A key that is missing leaves its curve out, so that runs of any recipe
@@ -279,7 +330,7 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     notes = [f"{max(lines):,} steps"]
     notes += [f"{speed:,.0f} images/s (median)"] if (speed := median_speed(lines)) else []
     notes += ["dotted: next stage"] if changes else []
-    figure.suptitle(", ".join(notes), fontsize=10)
+    figure.suptitle(f"{title}\n{', '.join(notes)}".strip(), fontsize=10)
     save(figure, path, dpi=140)
 
 

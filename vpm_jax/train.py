@@ -57,7 +57,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     parallel.prepare_backend()
     import jax
 
-    from vpm_jax import evaluate, models, plots, step
+    from vpm_jax import evaluate, models, paper, plots, step
     from vpm_jax.data.pipeline import train_batches
     from vpm_jax.data.sources import load_dataset
     from vpm_jax.runs.checkpoints import Checkpoints
@@ -204,7 +204,8 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     print(f"trained {total} steps in {duration(meta['seconds'])}")
     if first:
         with replacing(workdir / "training.png") as path:
-            plots.training_curves(path, workdir / "metrics.jsonl")
+            title = plots.run_title(paper.title(evaluate.compared_model(config)), config)
+            plots.training_curves(path, workdir / "metrics.jsonl", title)
 
     # ---- Evaluation ------------------------------------------------------------------------------------
     variables = step.evaluated(place.whole(state))

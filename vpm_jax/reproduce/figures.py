@@ -70,7 +70,8 @@ def differences(path: Path, found: Sequence[Row], title: str) -> None:
             theirs[row["title"]][float(gamma)] = {
                 name: a["paper"] - b["paper"] for name, (a, b) in pairs.items() if "paper" in a and "paper" in b
             }
-    above = f"{title}: differences to {first['title']}"
+    heading, *details = title.split("\n")
+    above = "\n".join([f"{heading}: differences to {first['title']}", *details])
     _draw(path, lambda file: plots.differences(file, ours, above, first["title"], theirs))
 
 
