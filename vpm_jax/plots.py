@@ -225,7 +225,7 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
     panels[0].set_ylim(len(gained) - 0.4, -0.6)
     dot: Any = dict(color="0.3", marker="o", markersize=3.8, linewidth=0)
     counts = {len(gain["rank-1"]) for gain in gained.values()}
-    entries = {"a seed": Line2D([], [], **dot)} if max(counts) > 1 else {}
+    entries: dict[str, Any] = {"a seed": Line2D([], [], **dot)} if max(counts) > 1 else {}
     entries |= {"one seed only": Line2D([], [], markerfacecolor="white", **dot)} if 1 in counts else {}
     if max(counts) > 1:
         entries |= {"range of the seeds": Patch(color="0.3", alpha=0.3, linewidth=0)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_output("--output", output)
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
 
-    body = results(args.workdir, paper.title(compared_model(config))) + training(args.workdir)
+    body = results(args.workdir, config) + training(args.workdir, config)
     if pictures:
         body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
     body += configuration(config)
@@ -72,19 +71,20 @@ def summary(config: ConfigDict) -> str:
     return f'<p class="soft">{html.escape(model)}</p>\n'
 
 
-def results(workdir: Path, model: str) -> str:
+def results(workdir: Path, config: ConfigDict) -> str:
     """The evaluations that the workdir holds, as they were printed, and the gamma curves of the model."""
     evaluations = sorted(workdir.glob("evaluation*.md"), key=lambda path: (path.name != "evaluation.md", path.name))
     if not evaluations:
-        command = shlex.join(["python", "-m", "vpm_jax.evaluate", "--workdir", str(workdir)])
-        return html.section("Results", f"<p>Not evaluated yet: {html.escape(command)} does it.</p>")
+        return html.section(
+            "Results", "<p>Not evaluated yet: python -m vpm_jax.evaluate --workdir WORKDIR does it.</p>"
+        )
     body = ""
     for path in evaluations:
-        body += gamma_plot(path.with_suffix(".json"), model) + html.markdown(path.read_text(errors="replace"))
+        body += gamma_plot(path.with_suffix(".json"), config) + html.markdown(path.read_text(errors="replace"))
     return html.section("Results", body)
 
 
-def gamma_plot(path: Path, model: str) -> str:
+def gamma_plot(path: Path, config: ConfigDict) -> str:
     """Rank-1 and mAP against gamma, of an evaluation that has gammas; else ""."""
     try:
         found = json.loads(path.read_text())
@@ -92,17 +92,19 @@ def gamma_plot(path: Path, model: str) -> str:
             float(gamma): {"rank-1": float(scores["cmc"][0]), "mAP": float(scores["mAP"])}
             for gamma, scores in found["gammas"].items()
         }
-        title = plots.gamma_title(str(found["dataset"]), str(found["protocol"]["crop"]))
+        dataset, crop = str(found["dataset"]), str(found["protocol"]["crop"])
         chance = float(found["chance_rank1"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return ""  # the numbers are in the text below it
+    title = plots.gamma_title(dataset, crop, plots.network(config), seeds=[1])
+    model = paper.title(compared_model(config))
     said = "; ".join(f"gamma {g:g}: rank-1 {s['rank-1']:.1%}, mAP {s['mAP']:.1%}" for g, s in sorted(curve.items()))
     return html.plot(
         lambda file: plots.gamma_curves(file, {model: curve}, title, chance), f"Rank-1 and mAP against gamma. {said}"
     )
 
 
-def training(workdir: Path) -> str:
+def training(workdir: Path, config: ConfigDict) -> str:
     """Curves of metrics.jsonl, and what the last record says of speed and memory."""
     path = workdir / "metrics.jsonl"
     try:
@@ -122,13 +124,17 @@ def training(workdir: Path) -> str:
     if isinstance(first.get("eta"), int | float):
         words.append(f"{duration(first['eta'])} were expected at the start")
     alt = "Training curves: losses, accuracies, learning rate and gradient norm over the steps. " + ", ".join(words)
-    plot = html.plot(lambda file: plots.training_curves(file, path), alt)
+    title = plots.run_title(paper.title(compared_model(config)), config)
+    plot = html.plot(lambda file: plots.training_curves(file, path, title), alt)
     return html.section("Training", f'<p class="soft">{html.escape(", ".join(words))}</p>\n{plot}')
 
 
 def configuration(config: ConfigDict) -> str:
-    """The keys that differ from the defaults, and behind a fold all of them."""
+    """The keys that differ from the defaults, and behind a fold all of them; no path of this machine."""
     values, default = config_lib.flatten(config), config_lib.flatten(config_lib.default())
+    del values["data.root"]
+    kind, colon, weights = values["pretrained"].rpartition(":")
+    values["pretrained"] = kind + colon + Path(weights).name
     changed = [(key, value, default[key]) for key, value in values.items() if value != default[key]]
     body = html.table(("key", "this run", "default"), changed)
     every = html.table(("key", "value"), list(values.items()))
@@ -144,7 +150,7 @@ class Ranking(NamedTuple):
     query: int
     precision: float  # AP
     order: np.ndarray  # gallery images by distance
-    right: np.ndarray  # bool, of each gallery image
+    correct: np.ndarray  # bool, of each gallery image
     junk: np.ndarray  # bool
 
 
@@ -167,9 +173,9 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
     [distance] = evaluate.distances(config, variables, [evaluate.Job(query, gamma)], gallery, mesh)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
 
-    body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the colour "
+    body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the color "
     body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
-    body += "Right: the same identity. Junk (the same identity and camera, or identity -1) is not ranked. "
+    body += "A match has the same identity. Junk (the same identity and camera, or identity -1) is not ranked. "
     body += f"Matching: {html.escape(evaluate.matching_in_words(config))}.</p>\n"
     for title, chosen in choose(precision, query.identity, queries).items():
         body += f"<h3>{title}</h3>\n"
@@ -179,7 +185,7 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
             ranking = rank(index, precision[index], distance[index], query, gallery)
             name = f"query {query.names[index]}"
             caption = f"{query.names[index]}\nidentity {query.identity[index]}{camera(query, index)}\n"
-            caption += f"AP {precision[index]:.0%}, first right at rank {first_right(ranking)}"
+            caption += f"AP {precision[index]:.0%}, first match at rank {first_match(ranking)}"
             seen = html.regions(pixels, said.region_maps[0], said.visibility[0], name, model.grid.cols)
             card = html.card(seen, caption, "query", "query")
             body += html.beside(card, html.row(cards(ranking, distance[index], gallery, top)))
@@ -232,10 +238,10 @@ def rank(index: int, precision: float, distance: np.ndarray, query: Any, gallery
     return Ranking(index, precision, np.argsort(distance, kind="stable"), same & ~junk, junk)
 
 
-def first_right(ranking: Ranking) -> int:
-    """The rank, from 1, of the first right image: junk is not counted."""
+def first_match(ranking: Ranking) -> int:
+    """The rank, from 1, of the first match: junk is not counted."""
     counted = ranking.order[~ranking.junk[ranking.order]]
-    return int(np.argmax(ranking.right[counted])) + 1
+    return int(np.argmax(ranking.correct[counted])) + 1
 
 
 def cards(ranking: Ranking, distance: np.ndarray, gallery: Any, top: int) -> list[str]:
@@ -250,7 +256,9 @@ def cards(ranking: Ranking, distance: np.ndarray, gallery: Any, top: int) -> lis
             break
         is_junk = bool(ranking.junk[i])
         place, junk = place + (not is_junk), junk + is_junk
-        kind, mark = ("junk", "junk") if is_junk else ("right", "✓ right") if ranking.right[i] else ("wrong", "✗ wrong")
+        kind, mark = (
+            ("junk", "junk") if is_junk else ("right", "✓ match") if ranking.correct[i] else ("wrong", "✗ wrong")
+        )
         caption = (
             f"{'' if is_junk else f'{place}. '}{distance[i]:.3f}\nidentity {gallery.identity[i]}{camera(gallery, i)}"
         )
