@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_convert import make_run
 from test_html import Reader
 from tiny_runs import quick_compiler
@@ -54,6 +55,32 @@ def test_pictures_have_words_and_ranks(page):
     assert kinds.count("query") == 3
     assert kinds.count("right") + kinds.count("wrong") == 3 * 3  # three ranks for each query
     assert found.words.count("✓ match") == kinds.count("right") and "first match at rank" in found.words
+
+
+def test_a_figure_of_one_ranked_list(whole, compile_cache, tmp_path, figures):
+    with quick_compiler(compile_cache):
+        run(whole, "--figure", tmp_path / "best.png", "--top", "4")
+        run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
+        with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):
+            run(whole, "--figure", tmp_path / "no.png", "--query", "none.jpg")
+    assert Image.open(tmp_path / "best.png").mode == "P" and (tmp_path / "named.pdf").read_bytes().startswith(b"%PDF")
+    pictures = [axes for axes in figures[0].axes if axes.images]
+    assert len(pictures) == 2 + 4
+    said = [text.get_text() for text in figures[0].texts]
+    assert (
+        "query: the top 50% of a picture" in said
+        and sum(bool(re.match(r"[1-4]\. \d\.\d\d [✓✗]", text)) for text in said) == 4
+    )
+    distances = [float(text.split()[1]) for text in said if re.match(r"[1-4]\. ", text)]
+    assert distances == sorted(distances)
+
+
+def test_a_figure_explains_eq_4_alone(whole, tmp_path):
+    with pytest.raises(UserError, match=r"leave match\.rerank"):
+        run(whole, "--figure", tmp_path / "a.png", "--config.match.rerank=True")
+    make_run(tmp_path / "run", "market")
+    with pytest.raises(UserError, match="say so by --pictures"):
+        run(tmp_path / "run", "--figure", tmp_path / "a.png")
 
 
 def test_without_pictures_no_dataset_is_needed(whole, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from vpm_jax.plots import save
 
@@ -133,6 +134,105 @@ def region_maps(
         _score_bars(bars, scores[index], colors, longest, height / width)
     _region_key(key, grid, colors)
     save(figure, path, dpi=240)
+
+
+class Neighbor(NamedTuple):
+    """A gallery image of a ranking."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    correct: bool  # of the query's identity
+    distance: float
+    region_distance: np.ndarray  # [P]
+    weight: np.ndarray  # [P], the share of each region in the distance
+
+
+def ranking(
+    path: str | Path | IO[bytes],
+    query: np.ndarray,
+    frame: tuple[int, int, int, int],
+    region_map: np.ndarray,
+    visibility: np.ndarray,
+    neighbors: Sequence[Neighbor],
+    columns: int = 1,
+    titles: tuple[str, str] = ("query", "nearest"),
+) -> None:
+    """One query as a figure for papers: its region map, the images nearest to it and how far each region is.
+
+    Args:
+      path: the picture to write.
+      query: uint8 [H, W, 3].
+      frame: (top, left, height, width): where the query lies in its whole picture, and the size of that, in pixels.
+      region_map: [h, w, P], Eq. 1.
+      visibility: [P], Eq. 2.
+      neighbors: nearest first; matches are marked, regions that hardly count are faint.
+      columns: of the region grid.
+      titles: above the query and above its neighbors.
+    """
+    regions, (top, left, height, width) = len(visibility), frame
+    colors = region_colors(regions, columns)
+    # All in inches: margin, gaps between pictures and after the query, bars of a region.
+    total, margin, gap, wide, bar = 10.0, 0.08, 0.1, 0.5, 0.2
+    w = (total - 2 * margin - wide - gap * len(neighbors)) / (2 + len(neighbors))
+    h, below, above = w * height / width, 0.36 + bar * regions, 0.72
+    figure = Figure(figsize=(total, margin + below + h + above))
+    lefts = [margin, margin + w + gap] + [margin + 2 * w + gap + wide + i * (w + gap) for i in range(len(neighbors))]
+    inches = np.array([*figure.get_size_inches(), *figure.get_size_inches()])
+
+    def panel(x: float, y: float, width: float, height: float) -> Axes:
+        return figure.add_axes(tuple(np.array([x, y, width, height]) / inches))
+
+    def words(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / inches[0], y / inches[1], text, **{"fontsize": 10.5, "va": "bottom", **style})
+
+    def picture(index: int, pixels: np.ndarray, color: str, style: str = "-", whole: bool = False) -> None:
+        rows, cols = query.shape[:2] if whole else pixels.shape[:2]
+        axes = panel(lefts[index], margin + below, w, h)
+        axes.set_axis_off()
+        axes.set_anchor("N")
+        edge: dict[str, Any] = dict(fill=False, clip_on=False)
+        if whole:
+            axes.add_patch(Rectangle((0, 0), width, height, edgecolor="0.6", linestyle=(0, (3, 3)), **edge))
+        y, x = (top, left) if whole else (0, 0)
+        axes.imshow(pixels, extent=(x, x + cols, y + rows, y), interpolation="bicubic")
+        axes.add_patch(Rectangle((x, y), cols, rows, edgecolor=color, linestyle=style, linewidth=2.5, **edge))
+        axes.set_xlim(0, width if whole else cols)
+        axes.set_ylim(height if whole else rows, 0)
+
+    def bars(index: int, values: np.ndarray, longest: float, form: str, counted: np.ndarray) -> None:
+        axes = panel(lefts[index], margin, w, bar * regions)
+        axes.set_axis_off()
+        axes.set_xlim(0, 1.6 * longest)
+        axes.set_ylim(regions - 0.5, -0.5)
+        for region, (value, counts) in enumerate(zip(values, counted, strict=True)):
+            axes.barh(region, value, color=colors[region], height=0.66, alpha=1.0 if counts else 0.25)
+            ink = "0.15" if counts else "0.65"
+            axes.text(value + 0.05 * longest, region, form.format(value), va="center", fontsize=9.5, color=ink)
+
+    heading, line = margin + below + h + 0.4, margin + below + h + 0.1
+    words(lefts[0], heading, titles[0], weight="bold")
+    words(lefts[2], heading, titles[1], weight="bold")
+    picture(0, query, "#0a5cad", whole=True)
+    picture(1, overlay(query, region_map, columns, 512 * len(query) // height), "#0a5cad", whole=True)
+    words(lefts[1], line, "its region map")
+    words(lefts[0], margin + bar * regions + 0.06, "visible cells of each region", color="0.35", fontsize=9.5)
+    bars(1, visibility, float(max(visibility.max(), 1e-6)), "{:.0f}", np.ones(regions, bool))
+    for region in range(regions):
+        words(lefts[1] - 0.14, margin + (regions - region - 0.5) * bar, str(region), va="center", fontsize=9.5)
+    words(
+        lefts[2],
+        margin + bar * regions + 0.06,
+        "distance in each region (faint: it hardly counts)",
+        color="0.35",
+        fontsize=9.5,
+    )
+    longest = max((float(neighbor.region_distance.max()) for neighbor in neighbors), default=1.0)
+    for index, neighbor in enumerate(neighbors, 2):
+        color = "#1a7f37" if neighbor.correct else "#b3261e"
+        picture(index, neighbor.pixels, color, "-" if neighbor.correct else "--")
+        mark = "\u2713" if neighbor.correct else "\u2717"
+        words(lefts[index], line, f"{index - 1}. {neighbor.distance:.2f} {mark}", color=color, weight="bold")
+        bars(index, neighbor.region_distance, longest, "{:.2f}", neighbor.weight >= 0.05)
+    save(figure, path, dpi=140)
 
 
 def _score_bars(axes: Axes, scores: np.ndarray, colors: np.ndarray, longest: float, aspect: float) -> None:

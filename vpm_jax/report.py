@@ -3,6 +3,10 @@
 Results beside the paper's, gamma and training curves, the configuration, and with --pictures ranked lists and region
 maps, in one HTML file that needs nothing else. Pictures of the synthetic pedestrians are in it unless --no-pictures;
 pictures of real people only with --pictures, and nobody else should get the file then.
+
+    python -m vpm_jax.report --workdir runs/synthetic --figure search.png
+
+draws one ranked list instead: a partial query, its region map, what is nearest, and how far each region is.
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, html, metrics, paper, parallel, plots
+from vpm_jax import cli, html, metrics, overlay, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.folders import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.evaluate import compared_model
-from vpm_jax.runs.logs import duration, write_atomically
+from vpm_jax.regions import WHOLE, Crop, pixel_box
+from vpm_jax.runs.logs import duration, replacing, write_atomically
 from vpm_jax.runs.workdir import OVERRIDES, read_run
 
 
@@ -41,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gamma", type=float, help="of the ranked lists' queries (default: the smallest evaluated)")
     parser.add_argument("--queries", type=int, default=3, help="best, worst and typical ones, each (default: 3)")
     parser.add_argument("--top", type=int, default=10, help="ranks shown of each query (default: 10)")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE.png", help="one ranked list as a figure, instead of a page"
+    )
+    parser.add_argument("--query", metavar="NAME", help="the query of --figure, by its file (default: the best)")
     args, overrides = parser.parse_known_args(argv)
     _, config = read_run(args.workdir, overrides)
     gamma = min(config.eval.gammas) if args.gamma is None else args.gamma
@@ -49,9 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--gamma {gamma:g}, --queries {args.queries}, --top {args.top}: expected a kept area ratio in (0, 1] and "
             "numbers from 1."
         )
+    pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
+    if args.figure:
+        cli.check_output("--figure", args.figure)
+        if not pictures:
+            raise UserError(
+                "--figure shows pictures of real people, whom nobody else should see: say so by --pictures."
+            )
+        figure(args.figure, args.workdir, config, gamma, args.query, args.top)
+        print(f"Wrote {args.figure} ({args.figure.stat().st_size / 2**10:.0f} KiB).")
+        return 0
     output = args.output or args.workdir / "report.html"
     cli.check_output("--output", output)
-    pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
 
     body = results(args.workdir, config) + training(args.workdir, config)
     if pictures:
@@ -154,32 +172,50 @@ class Ranking(NamedTuple):
     junk: np.ndarray  # bool
 
 
-def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
-    """Sections with the ranked lists of the best, the worst and typical queries, and region maps at every gamma."""
+class Rankings(NamedTuple):
+    """The gallery ranked for every query at one gamma."""
+
+    model: Any
+    query: Any
+    gallery: Any  # with junk, for pages to show in grey
+    crops: Sequence[Crop]  # of the queries
+    distance: np.ndarray  # [Q, G]
+    precision: np.ndarray  # [Q], the AP of each query; NaN for those that are not counted
+
+
+def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     parallel.prepare_backend()
     from vpm_jax import evaluate
     from vpm_jax.api import VPM
-    from vpm_jax.data.pipeline import eval_crops, eval_picture
+    from vpm_jax.data.pipeline import eval_crops
     from vpm_jax.data.sources import load_dataset
 
     dataset = load_dataset(config.data)
     evaluate.check(config, dataset)
     model = VPM.load(workdir)
-    query, gallery = dataset.query, dataset.gallery  # with junk: it is shown, in grey
+    query, gallery = dataset.query, dataset.gallery
     if config.match.rerank:  # which depends on all that is ranked, as in an evaluation
         gallery = evaluate.ranked(gallery)
     mesh = parallel.data_mesh(config.eval.batch)
     variables = parallel.replicate(mesh, model.variables)
     [distance] = evaluate.distances(config, variables, [evaluate.Job(query, gamma)], gallery, mesh)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
+    crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
+    return Rankings(model, query, gallery, crops, distance, precision)
 
+
+def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
+    """Sections with the ranked lists of the best, the worst and typical queries, and region maps at every gamma."""
+    from vpm_jax.data.pipeline import eval_crops, eval_picture
+    from vpm_jax.evaluate import matching_in_words
+
+    model, query, gallery, crops, distance, precision = rankings(workdir, config, gamma)
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}; beside it, its region map: every cell in the color "
     body += "of its most probable region, the stronger the surer. The bars are the visibility scores, in cells. "
     body += "A match has the same identity. Junk (the same identity and camera, or identity -1) is not ranked. "
-    body += f"Matching: {html.escape(evaluate.matching_in_words(config))}.</p>\n"
+    body += f"Matching: {html.escape(matching_in_words(config))}.</p>\n"
     for title, chosen in choose(precision, query.identity, queries).items():
         body += f"<h3>{title}</h3>\n"
-        crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
         shown = [eval_picture(query, i, crops[i]) for i in chosen]
         for index, pixels, said in zip(chosen, shown, model(shown), strict=True):
             ranking = rank(index, precision[index], distance[index], query, gallery)
@@ -206,6 +242,50 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
             cells.append(html.card(seen, f"gamma {g:g}"))
         body += html.row(cells, wide=True)
     return sections + html.section("What the locator sees", body)
+
+
+def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: str | None, top: int) -> None:
+    """Draws the ranked list of one query; `name` ends with its file's name, None for the one ranked best.
+
+    Raises:
+      UserError: for a name that no query has, or matching that is more than Eq. 4 with whole images.
+    """
+    if config.match.rerank or config.match.gallery_gammas:
+        raise UserError(
+            "--figure explains Eq. 4: leave match.rerank and match.gallery_gammas out of the configuration."
+        )
+    from PIL import Image
+
+    from vpm_jax.data.pipeline import eval_picture
+
+    model, query, gallery, crops, distance, precision = rankings(workdir, config, gamma)
+    named = [i for i, file in enumerate(query.names) if name is not None and file.endswith(name)]
+    if name is not None and len(named) != 1:
+        raise UserError(
+            f"--query {name}: {len(named)} of the {len(query)} queries have a name that ends so, expected 1."
+        )
+    [index] = named or choose(precision, query.identity, 1)["Best"]
+    ranking = rank(index, precision[index], distance[index], query, gallery)
+    counted = ranking.order[~ranking.junk[ranking.order]]
+    nearest = counted[:top]
+    pixels, whole = (eval_picture(query, index, crop) for crop in (crops[index], WHOLE))
+    pictures = [eval_picture(gallery, int(i), WHOLE) for i in nearest]
+    described = model([pixels])
+    local, weight = model.match_regions(described, pictures)
+    neighbors = [
+        overlay.Neighbor(shown, bool(ranking.correct[i]), float(distance[index, i]), local[0, row], weight[0, row])
+        for row, (i, shown) in enumerate(zip(nearest, pictures, strict=True))
+    ]
+    frame = (*pixel_box(crops[index], *whole.shape[:2])[:2], *whole.shape[:2])
+    kept = f"the {config.eval.crop} {gamma:.0%} of a picture" if gamma < 1 else "a whole picture"
+    titles = f"query: {kept}", f"nearest of {len(counted)} gallery images, by Eq. 4 (\u2713 same person)"
+    with replacing(path) as temporary:
+        region_map, visibility = described.region_maps[0], described.visibility[0]
+        overlay.ranking(temporary, pixels, frame, region_map, visibility, neighbors, model.grid.cols, titles)
+        if path.suffix.lower() == ".png":  # of a palette it has half the bytes
+            full = Image.open(temporary).convert("RGB")
+            palette = full.quantize(256, Image.Quantize.MAXCOVERAGE)
+            full.quantize(palette=palette).save(temporary, format="PNG", optimize=True)
 
 
 def choose(precision: np.ndarray, identity: np.ndarray, count: int) -> Mapping[str, list[int]]:
@@ -247,7 +327,6 @@ def first_match(ranking: Ranking) -> int:
 def cards(ranking: Ranking, distance: np.ndarray, gallery: Any, top: int) -> list[str]:
     """The first `top` ranks, and the junk among them, of which at most `top` is shown."""
     from vpm_jax.data.pipeline import eval_picture
-    from vpm_jax.regions import WHOLE
 
     made: list[str] = []
     place = junk = 0
