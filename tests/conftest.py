@@ -52,6 +52,21 @@ def whole(pedestrians: Path, compile_cache: Path, tmp_path_factory: pytest.TempP
     return workdir
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Every figure that a test saves, to look inside."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def record(self, *arguments, **options):
+        saved.append(self)
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved
+
+
 @pytest.fixture(scope="session")
 def market() -> Path:
     """The real Market-1501: its folder (or zip), in $VPM_DATA or ./data. Skips where it is absent."""

@@ -1,11 +1,10 @@
-"""The paper's tables against what its text says of them, and the comparison that readers see."""
-
-import re
+"""The paper's tables against what its text says of them."""
 
 import numpy as np
 import pytest
 
-from vpm_jax.paper import GAMMAS, MISPRINTS, PAPER, REPRODUCTION, comparison, published
+from vpm_jax.data.datasets import TITLES
+from vpm_jax.paper import GAMMAS, MISPRINTS, PAPER, PUBLISHED, REPRODUCTION, published
 
 
 def column(dataset, method, metric):
@@ -26,7 +25,7 @@ def test_gains_are_those_of_the_text():
 
 
 def test_tables_agree_with_each_other():
-    by_table = {(p.where, p.dataset, p.method): p.scores for p in PAPER}
+    by_table = {(p.source.name, p.dataset, p.method): p.scores for p in PAPER}
     assert len(by_table) == len(PAPER) == 2 * 3 + 2 * 7 + 2 * 6
     whole = by_table["Table 1", "market1501", "VPM"][1.0]
     assert by_table["Table 3", "market1501", "VPM"][1.0].items() <= whole.items()
@@ -42,7 +41,7 @@ def test_ranks_increase_and_only_the_misprint_stands_out():
             assert ranks == sorted(ranks) and min(scores.values()) > 0 and max(scores.values()) < 100
             # An mAP above R-1 happens only where both are close to nothing (PCB at gamma 0.5).
             if scores.get("mAP", 0) > scores["R-1"] > 5:
-                suspects.add((p.dataset, p.method, gamma, "mAP"))
+                suspects.add((p.source.name, p.dataset, p.method, gamma, "mAP"))
     assert suspects == MISPRINTS
 
 
@@ -57,43 +56,8 @@ def test_reproduction():
     assert published("partial_reid", "VPM", REPRODUCTION).scores[1.0] == {"R-1": 67.7, "R-3": 80.1}
 
 
-def cells(text):
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| [\d.]", line)]
-    return {row[0]: row[1:] for row in rows}
-
-
-def result(rank1, mean):
-    return {"cmc": np.linspace(rank1, 1, 50), "mAP": mean}
-
-
-def test_comparison():
-    text = comparison({0.5: result(0.7123, 0.5), 0.55: result(0.75, 0.52), 1.0: result(0.93, 0.8)}, "market1501")
-    assert text.endswith("\n") and "Table 1" in text and "top gamma, gallery whole" in text
-    assert cells(text) == {
-        "0.5": ["71.2", "70.9", "+0.3", "73.3", "50.0", "48.8", "+1.2", "48.7"],
-        "0.55": ["75.0", "–", "–", "–", "52.0", "–", "–", "–"],
-        "1": ["93.0", "93.0", "+0.0", "93.6", "80.0", "80.8", "-0.8", "81.8"],
-    }
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {10}
-
-
-def test_comparison_of_other_ranks_and_tables():
-    ours = {1.0: {"cmc": np.array([0.5, 0.6, 0.7]), "mAP": 0.4}}  # a gallery of three
-    assert cells(comparison(ours, "market1501", "MVPM-1", ("R-5",))) == {"1": ["70.0", "96.3", "-26.3"]}
-    text = comparison(ours, "partial_reid", "VPM (Bilateral)", ("R-1", "R-3"))
-    assert cells(text) == {"1": ["50.0", "67.7", "-17.7", "70.0", "81.9", "-11.9"]} and "Table 2" in text
-
-
-def test_the_misprint_is_marked_and_gives_no_difference():
-    text = comparison({g: result(0.76, 0.57) for g in GAMMAS}, "dukemtmc", "baseline")
-    assert cells(text)["0.7"] == ["76.0", "76.3", "-0.3", "57.0", "90.6*", "–"]
-    assert "misprint" in text
-    assert "misprint" not in comparison({0.6: result(0.76, 0.57)}, "dukemtmc", "baseline")
-
-
-@pytest.mark.parametrize(
-    "dataset, method, gamma", [("synthetic", "VPM", 0.5), ("market1501", "none", 0.5), ("market1501", "VPM", 0.55)]
-)
-def test_nothing_to_compare_with(dataset, method, gamma):
-    assert comparison({gamma: result(0.5, 0.4)}, dataset, method) == ""
+def test_every_number_names_its_source():
+    for p in PUBLISHED:
+        assert p.source.name and p.source.reference and p.source.protocol
+        assert p.source.training in ("", *TITLES) and p.dataset in TITLES
+        assert p.scores.keys() <= set(GAMMAS)

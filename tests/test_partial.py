@@ -14,8 +14,8 @@ from test_folders import make, pack
 from test_metrics import reference
 from tiny_runs import STEPS, quick_compiler, saved_state, tiny_run
 
+from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, train
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, evaluation, metrics, paper, parallel, partial, train
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
@@ -73,13 +73,13 @@ def test_single_shot_is_the_mean_over_all_pairs_of_groups():
 
 def test_published_numbers_beside_ours():
     ours = {"one": {"cmc": np.array([0.5, 0.6, 0.7, 0.8, 0.9]), "mAP": 0.4}, "two": {"cmc": np.array([0.1, 0.2, 0.3])}}
-    rows = table(paper.beside(ours, "partial_reid"))
+    rows = table(comparison.partial(ours, "partial_reid"))
     assert rows["ours, one"] == ["50.0", "70.0", "90.0", "40.0", "", ""]
     assert rows["ours, two"] == ["10.0", "30.0", "30.0", "–", "", ""]  # a gallery of three
     assert rows["VPM (Bilateral), Table 2"] == ["67.7", "81.9", "–", "–", "-17.7", "-11.9"]
     assert rows["VPM, reproduction"] == ["67.7", "80.1", "–", "–", "-17.7", "-10.1"]
     assert len(rows) == 2 + 2 + 7 + 1  # header and rule, ours, Table 2, the reproduction
-    rows = table(paper.beside(ours, "partial_ilids"))
+    rows = table(comparison.partial(ours, "partial_ilids"))
     assert rows["MVPM-4, Table 3"] == ["59.7", "74.8", "78.2", "–", "-9.7", "-4.8"]
     assert rows["VPM, reproduction"][:2] == ["58.0", "71.4"] and len(rows) == 2 + 2 + 7 + 6 + 1
 

@@ -6,23 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vpm_jax import plots
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is saved, to look inside."""
-    saved, save = [], Figure.savefig
-
-    def record(self, *arguments, **options):
-        saved.append(self)
-        return save(self, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", record)
-    return saved
+from vpm_jax.config import default
 
 
 def panel(figure, title):
@@ -68,7 +55,7 @@ def test_gamma_curves_beside_the_papers(tmp_path, figures):
     band = axes.collections[0].get_datalim(axes.transData)
     assert (band.y0, band.y1) == pytest.approx((0.3, 0.65))
     assert own["p = 2"].get_ydata() == pytest.approx([0.4, 0.6])
-    assert legend(figures[0])[-2:] == ["± standard deviation over seeds", "Sun et al. (2019), in the same colour"]
+    assert legend(figures[0])[-2:] == ["± standard deviation over seeds", "Sun et al. (2019), in the same color"]
     # One published number makes no line, and the legend none.
     plots.gamma_curves(tmp_path / "gamma.png", {"p = 8": values}, "title", published={"p = 8": {1.0: {"rank-1": 0.9}}})
     assert legend(figures[1]) == ["p = 8"]
@@ -102,8 +89,9 @@ def test_differences(tmp_path, figures):
     assert [bar.get_height() for bar in below.patches] == pytest.approx([-2.0, 0.5, 0.3])
     centres = [bar.get_x() + bar.get_width() / 2 for bar in above.patches]
     assert centres[0] < 0 < centres[1] < 1 < centres[2]  # at 0.5, then side by side around 1.0
-    expected = ["VPM (zero)", "MVPM-1", "MVPM-2", "each seed (bar: mean)", "Sun et al. (2019)"]
+    expected = ["VPM (zero)", "MVPM-1", "MVPM-2", "pale: one seed", "each seed (bar: mean)", "Sun et al. (2019)"]
     assert legend(figures[0]) == expected
+    assert [bar.get_facecolor()[3] for bar in above.patches] == [0.3, 0.3, 1.0]
 
 
 def test_a_pdf_has_no_date(tmp_path):
@@ -123,7 +111,7 @@ def test_training_curves(tmp_path, figures):
     path = tmp_path / "metrics.jsonl"
     # A run that resumed at step 2 and was killed while writing step 4.
     path.write_text(line(1) + line(2, loss=99.0) + line(2) + line(3, stage=2, loss_triplet=0.4) + line(4)[:30])
-    plots.training_curves(tmp_path / "training.png", path)
+    plots.training_curves(tmp_path / "training.png", path, "a run")
     loss = curves(panel(figures[0], "loss"))
     np.testing.assert_allclose(loss["total (weighted)"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
@@ -133,7 +121,7 @@ def test_training_curves(tmp_path, figures):
     assert (band.y0, band.y1) == pytest.approx((0.1, 0.6))
     assert "comparable" not in curves(accuracy)
     assert list(figures[0].axes[2].get_xticks()) == [0, 1, 2, 3]
-    assert "3 steps, 40 images/s (median)" in figures[0].get_suptitle()
+    assert figures[0].get_suptitle().startswith("a run\n3 steps, 40 images/s (median)")
     assert Image.open(tmp_path / "training.png").size == (1400, 896)
 
 
@@ -175,50 +163,41 @@ def test_running_mean():
     np.testing.assert_allclose(plots._running_mean(values, 5), expected)
 
 
-@pytest.mark.parametrize(("count", "grid"), [(1, (3, 1)), (6, (4, 1)), (2, (14, 1)), (3, (3, 2))])
-def test_region_maps(tmp_path, figures, count, grid):
-    regions = grid[0] * grid[1]
-    prob = np.random.default_rng(0).dirichlet(np.ones(regions), (count, 8, 2))
-    images = np.full((count, 32, 16, 3), 128, np.uint8)
-    captions = [f"picture {i}" for i in range(count)]
-    plots.region_maps(tmp_path / "regions.png", images, prob, prob.sum((1, 2)), grid, captions)
-    *bars, key = [axes for axes in figures[0].axes if axes.axison]
-    assert len(bars) == count
-    np.testing.assert_allclose([bar.get_width() for bar in bars[-1].patches], prob[-1].sum((0, 1)))
-    assert [text.get_text() for text in bars[-1].texts] == [f"{score:.0f}" for score in prob[-1].sum((0, 1))]
-    # The overlay shows each cell in the colour of its most probable region's bar, and so does the key.
-    overlays = [axes for axes in figures[0].axes if len(axes.images) == 2]
-    colours = np.array([bar.get_facecolor()[:3] for bar in bars[0].patches])
-    assert len({tuple(colour) for colour in colours}) == regions
-    best = prob[0].argmax(-1)
-    np.testing.assert_allclose(overlays[0].images[1].get_array()[..., :3], colours[best])
-    np.testing.assert_allclose(key.images[0].get_array(), colours.reshape(*grid, 3))
-    assert [text.get_text() for text in key.texts] == [str(i) for i in range(regions)]
-    # A line between each two neighbouring cells of different regions, one cell (4 or 8 pixels) long.
-    lines = [np.array(line) for line in overlays[0].collections[0].get_segments()]
-    assert len(lines) == (best[1:] != best[:-1]).sum() + (best[:, 1:] != best[:, :-1]).sum()
-    assert {tuple(np.ptp(line, axis=0)) for line in lines} <= {(8.0, 0.0), (0.0, 4.0)}
-    assert {axes.get_title(loc="left") for axes in figures[0].axes} >= set(captions)
-    assert Image.open(tmp_path / "regions.png").size[0] == 444 * min(count, 4) + 192
-
-
-def test_region_maps_names_the_shapes():
-    with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
-        plots.region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))
-
-
 def test_pyplot_stays_out():
     """Drawing must not choose a backend for the program that imports this."""
-    check = "import sys, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    check = "import sys, vpm_jax.overlay, vpm_jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
 
 def test_gains(tmp_path, figures):
-    gained = {"flip": {"rank-1": [1.0, 3.0], "mAP": [2.0, 2.5]}, "ema": {"rank-1": [-1.0, 0.5], "mAP": [0.1, -0.4]}}
+    gained = {
+        "flip": {"rank-1": [1.0, 3.0], "mAP": [2.0, 2.5]},
+        "ema": {"rank-1": [-1.0, 0.5, 0.2], "mAP": [0.1, -0.4, 0.0]},
+        "neck": {"rank-1": [-2.0], "mAP": [-3.0]},
+    }
     plots.gains(tmp_path / "gains.png", gained, "a title")
     for metric in ("rank-1", "mAP"):
         axes = panel(figures[0], f"gain in {metric}, points")
-        dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
-        assert dots == [gain[metric] for gain in gained.values()]
-        assert [bar.get_width() for bar in axes.patches] == pytest.approx([np.mean(g[metric]) for g in gained.values()])
-    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["flip", "ema"]
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [list(line.get_xdata()) for line in dots] == [gain[metric] for gain in gained.values()]
+        assert [line.get_markerfacecolor() == "white" for line in dots] == [False, False, True]
+        several = [gained[part][metric] for part in ("flip", "ema")]
+        ranges = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+        np.testing.assert_allclose(ranges, [(min(seeds), max(seeds)) for seeds in several])
+        means = [lines.get_segments()[0][0][0] for lines in axes.collections]
+        assert means == pytest.approx([np.mean(seeds) for seeds in several])
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["flip", "ema", "neck"]
+    assert legend(figures[0]) == ["a seed", "one seed only", "range of the seeds", "their mean"]
+    plots.gains(tmp_path / "gains.png", {"neck": gained["neck"]}, "a title")
+    assert legend(figures[1]) == ["one seed only"]
+
+
+def test_titles_name_the_network_and_the_seeds():
+    config = default()
+    assert plots.network(config) == "ResNet-50, 384x128 input"
+    config.model.depth, config.model.width, config.data.height, config.data.width, config.seed = 18, 24, 128, 64, 3
+    assert plots.run_title("VPM", config) == "VPM on Market-1501; ResNet-18 of width 24, 128x64 input; seed 3"
+    title = plots.gamma_title("synthetic", "top", plots.network(config), [1, 1])
+    assert title.startswith("Synthetic pedestrians, queries cropped to their top gamma\nResNet-18")
+    assert title.endswith("128x64 input; one seed")
+    assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]

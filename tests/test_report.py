@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_convert import make_run
 from test_html import Reader
 from tiny_runs import quick_compiler
@@ -53,7 +54,33 @@ def test_pictures_have_words_and_ranks(page):
     kinds = [a["class"].removeprefix("card ") for tag, a in found.tags if "card" in a.get("class", "")]
     assert kinds.count("query") == 3
     assert kinds.count("right") + kinds.count("wrong") == 3 * 3  # three ranks for each query
-    assert found.words.count("✓ right") == kinds.count("right") and "first right at rank" in found.words
+    assert found.words.count("✓ match") == kinds.count("right") and "first match at rank" in found.words
+
+
+def test_a_figure_of_one_ranked_list(whole, compile_cache, tmp_path, figures):
+    with quick_compiler(compile_cache):
+        run(whole, "--figure", tmp_path / "best.png", "--top", "4")
+        run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
+        with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):
+            run(whole, "--figure", tmp_path / "no.png", "--query", "none.jpg")
+    assert Image.open(tmp_path / "best.png").mode == "P" and (tmp_path / "named.pdf").read_bytes().startswith(b"%PDF")
+    pictures = [axes for axes in figures[0].axes if axes.images]
+    assert len(pictures) == 2 + 4
+    said = [text.get_text() for text in figures[0].texts]
+    assert (
+        "query: the top 50% of a picture" in said
+        and sum(bool(re.match(r"[1-4]\. \d\.\d\d [✓✗]", text)) for text in said) == 4
+    )
+    distances = [float(text.split()[1]) for text in said if re.match(r"[1-4]\. ", text)]
+    assert distances == sorted(distances)
+
+
+def test_a_figure_explains_eq_4_alone(whole, tmp_path):
+    with pytest.raises(UserError, match=r"leave match\.rerank"):
+        run(whole, "--figure", tmp_path / "a.png", "--config.match.rerank=True")
+    make_run(tmp_path / "run", "market")
+    with pytest.raises(UserError, match="say so by --pictures"):
+        run(tmp_path / "run", "--figure", tmp_path / "a.png")
 
 
 def test_without_pictures_no_dataset_is_needed(whole, tmp_path):
@@ -69,7 +96,7 @@ def test_real_people_are_shown_on_request_alone(tmp_path):
     run(tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
     Reader(text)
-    assert f"vpm_jax.evaluate --workdir {tmp_path / 'run'} does it" in text
+    assert "vpm_jax.evaluate --workdir WORKDIR does it" in text and str(tmp_path) not in text
     assert "Not evaluated yet" in text and "no metrics.jsonl" in text and "<img" not in text
     with pytest.raises(UserError, match="nowhere"):
         run(tmp_path / "run", "--pictures")
@@ -142,10 +169,10 @@ def test_a_ranked_list_is_the_protocols(seed):
             query.camera[index : index + 1],
             gallery.camera,
         )
-        assert report.first_right(ranking) == int(np.argmax(alone["cmc"] > 0)) + 1
+        assert report.first_match(ranking) == int(np.argmax(alone["cmc"] > 0)) + 1
         counted = [i for i in ranking.order if not ranking.junk[i]]
         assert (np.diff(distance[index][counted]) >= 0).all()
-        hits = [place for place, i in enumerate(counted, 1) if ranking.right[i]]
+        hits = [place for place, i in enumerate(counted, 1) if ranking.correct[i]]
         np.testing.assert_allclose(np.mean(np.arange(1, len(hits) + 1) / hits), precision[index])
 
 
@@ -172,7 +199,10 @@ def test_best_typical_and_worst_are_of_different_identities(seed):
 
 
 def test_tables_become_tables():
-    text = html.markdown("# A & B\n\ntwo\nlines\n\n| gamma | R-1 |\n|---:|---:|\n| 0.5 | 21.7* |\n\n\\* a note\n")
+    text = html.markdown(
+        "# A & B\n\ntwo\nlines\n\n| gamma | R-1 |\n|---:|---:|\n| **ours, <1>** | 21.7* |\n\n\\* a `note`\n"
+    )
     found = Reader(text)
     assert [tag for tag, _ in found.tags].count("td") == 2
+    assert "<td><b>ours, &lt;1&gt;</b></td>" in text and "<p>* a <code>note</code></p>" in text
     assert "<p>A &amp; B</p>" in text and "two<br>lines" in text and "21.7*" in found.words

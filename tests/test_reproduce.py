@@ -58,7 +58,7 @@ def test_pcb_compares_concatenated_features():
 
 def test_every_method_has_the_papers_numbers_where_it_has_any():
     for exhibit, dataset in (("table 1", "market1501"), ("table 3", "market1501"), ("table 2", "partial_reid")):
-        known = {p.method for p in paper.PAPER if p.where.lower() == exhibit and p.dataset == dataset}
+        known = {p.method for p in paper.PAPER if p.source.name.lower() == exhibit and p.dataset == dataset}
         known -= {"MTRC", "AMC+SWM", "DSR", "SFR"}  # other people's methods
         assert {METHODS[m].published for m in EXHIBITS[exhibit].methods} >= known
     assert [m for m in METHODS if METHODS[m].published == "VPM"] == ["vpm", "vpm-p6"]  # Table 1: "p = 6 x 1"

@@ -469,7 +469,7 @@ def test_the_page_shows_what_was_found_and_asks_nobody(folder, indexed, tmp_path
     ]
     assert "This picture is not there any more" in read.words and "b.PNG" in read.words
     assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "b"}
-    assert "http" not in page.read_text().replace("http-equiv", "")
+    assert "http" not in page.read_text().replace("http-equiv", "") and str(folder.parent) not in page.read_text()
     bars = [a["aria-label"] for _, a in read.tags if a.get("class") == "bars"]
     assert len(bars) == 1 + 9 and bars[1].startswith("distance in each region, and its share")
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import comparison, metrics, paper, parallel, partial, plots, step
 from vpm_jax import config as config_lib
-from vpm_jax import metrics, paper, parallel, partial, plots, step
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
@@ -266,7 +266,7 @@ def evaluate_and_report(
     if not is_partial:
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
         with replacing(output / f"gamma{suffix}.png") as path:
-            title = plots.gamma_title(dataset.name, config.eval.crop)
+            title = plots.gamma_title(dataset.name, config.eval.crop, plots.network(config), seeds=[1])
             plots.gamma_curves(path, {paper.title(paper.method_of(config)): curve}, title, chance)
     return results
 
@@ -284,7 +284,7 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     table = metrics.gamma_table(results)
     own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
-        published = paper.comparison(results, dataset.name, paper.method_of(config))
+        published = comparison.sweep(results, dataset.name, paper.method_of(config))
         if published and config.match.gallery_gammas:
             published = published.rstrip() + "\n\nOurs meet a gallery that is cropped too."
         table += "\n" + published
@@ -325,7 +325,7 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
         lines,
         {"queries": len(query), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
         {"results": {name: {k: np.asarray(v).tolist() for k, v in r.items()} for name, r in results.items()}},
-        f"{TITLES[dataset.name]}, in percent. {remark}\n\n{paper.beside(rows, dataset.name)}",
+        f"{TITLES[dataset.name]}, in percent. {remark}\n\n{comparison.partial(rows, dataset.name)}",
         "all-shot, ",
     )
 

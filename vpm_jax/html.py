@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -16,13 +17,13 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from vpm_jax.plots import region_colours
+from vpm_jax.overlay import overlay, region_colors
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
-  --right: #1a7f37; --wrong: #b3261e; --junk: #8a929b; --accent: #0a5cad; }
+  --right: #1a7f37; --wrong: #b3261e; --junk: #8a929b; --accent: #0a5cad; --shadow: #0003; --thumb: 4.75rem; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adb8; --paper: #14171a; --card: #1f2428;
-  --line: #384048; --right: #4cc46c; --wrong: #ff8a80; --junk: #767f88; --accent: #7db8ff; } }
+  --line: #384048; --right: #4cc46c; --wrong: #ff8a80; --junk: #767f88; --accent: #7db8ff; --shadow: #fff4; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem clamp(.75rem, 3vw, 2rem) 3rem; max-width: 76rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -33,34 +34,37 @@ p, ul { margin: .5rem 0; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .85rem; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .plot { background: #fff; padding: .25rem; border: 1px solid var(--line); border-radius: 8px; width: 100%;
-  max-width: 60rem; }
-.scroll { overflow-x: auto; }
+  min-width: 36rem; max-width: 60rem; }
+/* A shadow at an edge says that there is more beyond it: covers that scroll with the content hide it at the ends. */
+.scroll { overflow-x: auto; margin: .5rem 0; background: linear-gradient(to right, var(--paper) 40%, transparent) 0 0,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0, linear-gradient(to right, var(--shadow), transparent)
+  0 0, linear-gradient(to left, var(--shadow), transparent) 100% 0; background-repeat: no-repeat;
+  background-size: 2.5rem 100%, 2.5rem 100%, .75rem 100%, .75rem 100%;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-.beside { margin: 1rem 0; display: grid; grid-template-columns: minmax(0, 1fr); gap: .6rem; }
-@media (min-width: 48rem) { .beside { grid-template-columns: 13rem minmax(0, 1fr); } }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .6rem; align-items: start;
-  margin: .6rem 0; }
-.beside > * { align-self: start; margin-top: 0; }
-.beside .row { margin-bottom: 0; } .beside > :first-child { max-width: 13rem; }
-@media (min-width: 48rem) {
-  .beside .row { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: .35rem; }
-  .beside .row .card { padding: .2rem; } .beside .row figcaption { font-size: .7rem; }
-}
-.row.wide { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-.card { margin: 0; padding: .4rem; background: var(--card); border: 2px solid var(--line); border-radius: 8px;
-  min-width: 0; }
-.card img { width: 100%; }
+.beside { margin: 1rem 0; display: grid; grid-template-columns: minmax(0, 1fr); gap: .5rem; align-items: start; }
+.row { display: flex; flex-wrap: wrap; gap: .3rem; align-items: flex-start; margin: .6rem 0; }
+.beside .row { margin: 0; } .row.wide { gap: .6rem; }
+@media (min-width: 48rem) { .beside { grid-template-columns: auto minmax(0, 1fr); } .row.wide { --thumb: 6rem; } }
+.card { margin: 0; padding: .25rem; background: var(--card); border: 2px solid var(--line); border-radius: 8px;
+  width: calc(var(--thumb) + .5rem + 4px); }
+.card img { width: var(--thumb); max-height: calc(2.5 * var(--thumb)); object-fit: contain; object-position: 0 0; }
+.card figcaption { font-size: .72rem; line-height: 1.35; margin-top: .25rem; }
+.wide .card, .beside > .card { width: calc(2 * var(--thumb) + .75rem + 4px); }
+.wide .card { display: grid; grid-template-columns: var(--thumb) minmax(0, 1fr); column-gap: .35rem; }
+.wide .card > *, .wide .pair ~ figcaption { grid-column: 1 / -1; }
+.wide .card > :first-child:not(.pair) { grid-column: 1; margin: 0; }
+.wide .card > :first-child:not(.pair) ~ figcaption { grid-area: 1 / 2; margin: 0; }
 .card.right { border-color: var(--right); } .card.wrong { border-color: var(--wrong); border-style: dashed; }
 .card.junk { opacity: .55; border-style: dotted; border-color: var(--junk); } .card.junk img { filter: grayscale(1); }
 .card.query { border-color: var(--accent); }
 .mark { font-weight: 700; } .right .mark { color: var(--right); } .wrong .mark { color: var(--wrong); }
-figcaption { line-height: 1.35; margin-top: .25rem; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem; }
+.pair { display: grid; grid-template-columns: repeat(2, var(--thumb)); gap: .25rem; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .1rem .35rem; align-items: center; margin-top: .3rem;
   font-size: .72rem; line-height: 1.2; color: var(--soft); font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: .6rem; border-radius: 2px; min-width: 1px; }
@@ -93,28 +97,43 @@ def section(title: str, body: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>\n"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of text; the first column is to the left, the others to the right. It scrolls where it is too wide."""
-    head = "".join(f'<th scope="col">{escape(str(x))}</th>' for x in header)
-    lines = "\n".join("<tr>" + "".join(f"<td>{escape(str(x))}</td>" for x in line) + "</tr>" for line in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>\n'
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], cell: Callable[[str], str] = escape) -> str:
+    """A table of text; the first column is to the left, the others to the right. It scrolls where it is too wide.
+
+    Args:
+      header: of each column.
+      rows: of as many cells.
+      cell: makes HTML of a cell's text.
+    """
+    head = "".join(f'<th scope="col">{cell(str(x))}</th>' for x in header)
+    lines = "\n".join("<tr>" + "".join(f"<td>{cell(str(x))}</td>" for x in line) + "</tr>" for line in rows)
+    return _scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}\n</tbody></table>")
+
+
+def _scrolling(body: str) -> str:
+    return f'<div class="scroll" tabindex="0">{body}</div>\n'
 
 
 def markdown(text: str) -> str:
-    """Paragraphs and pipe tables, all that our own results are written in, as HTML."""
+    """Paragraphs and pipe tables, with **bold** and `code`: all that our own results are written in, as HTML."""
     made = ""
     for block in text.strip().split("\n\n"):
         lines = block.strip().splitlines()
         if len(lines) > 1 and all(line.startswith("|") for line in lines):
             header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-            made += table(header, rows)
+            made += table(header, rows, _inline)
         elif lines:
-            made += "<p>" + "<br>".join(escape(line.lstrip("#").strip()) for line in lines) + "</p>\n"
+            made += "<p>" + "<br>".join(_inline(line.lstrip("#").strip()) for line in lines) + "</p>\n"
     return made
 
 
+def _inline(text: str) -> str:
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(text))
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text).replace("\\*", "*")
+
+
 def row(cells: Iterable[str], wide: bool = False) -> str:
-    """Cards side by side, as many as fit the screen; `wide` ones for those that `regions` fills."""
+    """Cards side by side, as many as fit the screen; `wide` ones have room for two pictures or long captions."""
     return f'<div class="row{" wide" * wide}">\n' + "\n".join(cells) + "\n</div>\n"
 
 
@@ -129,8 +148,8 @@ def card(body: str, caption: str = "", kind: str = "", mark: str = "") -> str:
     Args:
       body: HTML.
       caption: plain text.
-      kind: "right", "wrong", "junk", "query", or "" for none: the frame. Colour never says it alone: give a mark too.
-      mark: a word or sign above the caption, such as "\\u2713 right".
+      kind: "right", "wrong", "junk", "query", or "" for none: the frame. Color never says it alone: give a mark too.
+      mark: a word or sign above the caption, such as "\\u2713 match".
     """
     words = "<br>".join(escape(line) for line in caption.split("\n"))
     marked = f'<span class="mark">{escape(mark)}</span>{"<br>" * bool(caption)}' if mark else ""
@@ -153,10 +172,10 @@ def jpeg(pixels: np.ndarray, height: int = 256) -> bytes:
 
 
 def plot(draw: Callable[[Any], None], alt: str) -> str:
-    """An <img> of what `draw` writes into the file it is given, such as `partial(plots.gamma_curves, ...)`."""
+    """What `draw` writes into the file it is given, such as `partial(plots.gamma_curves, ...)`; it scrolls."""
     file = io.BytesIO()
     draw(file)
-    return f'<img class="plot" src="{_uri(file.getvalue(), "image/png")}" alt="{escape(alt)}">'
+    return _scrolling(f'<img class="plot" src="{_uri(file.getvalue(), "image/png")}" alt="{escape(alt)}">')
 
 
 def _uri(data: bytes, kind: str) -> str:
@@ -164,28 +183,6 @@ def _uri(data: bytes, kind: str) -> str:
 
 
 # ---- What the model sees ----
-
-
-def overlay(pixels: np.ndarray, region_map: np.ndarray, height: int = 256, columns: int = 1) -> np.ndarray:
-    """The picture under its region map: each cell in the colour of its most probable region, stronger where surer.
-
-    Args:
-      pixels: uint8 [H, W, 3].
-      region_map: the probabilities of Eq. 1, [h, w, P]; w is 1 for a row locator.
-      height: of the result, in pixels, its width in proportion.
-      columns: of the region grid.
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    size = (max(round(pixels.shape[1] * height / len(pixels)), 1), height)
-    best, strength = region_map.argmax(axis=-1), 0.25 + 0.4 * region_map.max(axis=-1, keepdims=True)
-    colours = 255 * region_colours(region_map.shape[-1], columns)
-    colours = np.concatenate([colours[best], strength], axis=-1).astype(np.float32)
-    layer: np.ndarray = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
-    below = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
-    share = layer[..., 3:]
-    return (below * (1 - share) + layer[..., :3] * share).round().astype(np.uint8)
 
 
 def bars(
@@ -197,7 +194,7 @@ def bars(
     notes: Sequence[str] | None = None,
     columns: int = 1,
 ) -> str:
-    """A bar for each region, in its colour and with its number, from region 0 downwards.
+    """A bar for each region, in its color and with its number, from region 0 downwards.
 
     Args:
       values: [P]; not finite: no bar.
@@ -208,16 +205,16 @@ def bars(
       notes: [P], what is written after each value.
       columns: of the region grid.
     """
-    colours = (255 * region_colours(len(values), columns)).round().astype(int)
+    colors = (255 * region_colors(len(values), columns)).round().astype(int)
     texts = [form.format(float(value)) for value in values]
     if notes is not None:
         texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
     said = "; ".join(f"region {i}: {text}" for i, text in enumerate(texts))
     lines = []
-    for i, (value, text, colour) in enumerate(zip(values, texts, colours, strict=True)):
+    for i, (value, text, color) in enumerate(zip(values, texts, colors, strict=True)):
         share = min(max(float(value) / longest, 0), 1) if np.isfinite(value) and longest > 0 else 0
         off = ' class="off"' if counted is not None and not counted[i] else ""
-        style = f"width:{100 * share:.1f}%;background:rgb({colour[0]},{colour[1]},{colour[2]})"
+        style = f"width:{100 * share:.1f}%;background:rgb({color[0]},{color[1]},{color[2]})"
         lines.append(f'<span{off}>{i}</span><i{off} style="{style}"></i><span{off}>{escape(text)}</span>')
     return f'<div class="bars" role="img" aria-label="{escape(f"{label}: {said}")}">{"".join(lines)}</div>'
 
@@ -227,13 +224,13 @@ def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, 
 
     Args:
       pixels: uint8 [H, W, 3].
-      region_map: [h, w, P], Eq. 1.
+      region_map: [h, w, P], Eq. 1; 0 in cells that the picture does not cover.
       visibility: [P], Eq. 2.
       name: what the picture is called.
       columns: of the region grid.
     """
     cells = region_map.shape[0] * region_map.shape[1]
-    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns=columns), f"region map of {name}")
+    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns, 256), f"region map of {name}")
     # A whole person fills every region alike: a bar of twice that share is full.
     full = 2 * cells / len(visibility)
     return f'<div class="pair">{"".join(shown)}</div>' + bars(visibility, "visibility in cells", full, columns=columns)

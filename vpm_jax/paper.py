@@ -1,25 +1,65 @@
-"""What the paper and an independent reproduction report, to compare our own numbers with.
+"""Published numbers, to compare our own with: the paper's tables and an independent reproduction of it.
 
-Sun et al., "Perceive Where to Focus: Learning Visibility-aware Part-level Features for Partial Person
-Re-identification", CVPR 2019, Tables 1, 2 and 3. All numbers are percentages, as printed.
+All numbers are percentages, as printed. Another publication is added as it is done here: a `Source` for each of its
+tables, its numbers as a table, and its rows in PUBLISHED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpm_jax.metrics import rank_k
-
 Scores = Mapping[str, float]  # {"R-1": 70.9, ..., "mAP": 48.8}; what a table does not report is absent
+Numbers = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published table, all of it measured alike."""
+
+    name: str  # what our tables call it
+    reference: str
+    protocol: str
+    training: str  # the training set; "": that of the dataset it is evaluated on
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a source reports of one method on one dataset."""
+
+    source: Source
+    dataset: str
+    method: str
+    scores: Mapping[float, Scores]  # {gamma: percentages}; a dataset of partial images has gamma 1.0 alone
+
+    def misprinted(self, gamma: float, metric: str) -> bool:
+        return (self.source.name, self.dataset, self.method, gamma, metric) in MISPRINTS
+
+
+_PAPER = (
+    "Sun et al., Perceive Where to Focus: Learning Visibility-aware Part-level Features for Partial Person "
+    "Re-identification, CVPR 2019"
+)
+_AGAIN = "an independent PyTorch reproduction: warm-up, label smoothing, triplet weight 3, 200 epochs"
+# The paper does not say which side its gamma sweep keeps. Its "VPM" of Tables 1 and 3 is Table 2's "VPM (Top)" (the
+# same 67.2 / 76.5 on Partial-iLIDS), trained by keeping the top: so the queries are read as keeping theirs.
+_SWEEP = "single query, each query keeping its top gamma, gallery whole"
+_WHOLE = "single query, whole images"
+_PARTIAL = "partial images as queries, whole ones as gallery"
+
+TABLE_1 = Source("Table 1", _PAPER, _SWEEP, training="")
+TABLE_2 = Source("Table 2", _PAPER, _PARTIAL, training="market1501")
+TABLE_3 = Source("Table 3", _PAPER, _WHOLE, training="market1501")
+TABLE_3_PARTIAL = Source("Table 3", _PAPER, _PARTIAL, training="market1501")
+AGAIN = Source("reproduction", _AGAIN, _SWEEP, training="market1501")
+AGAIN_PARTIAL = Source("reproduction", _AGAIN, _PARTIAL, training="market1501")
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # Table 1, in the paper's layout: for each gamma, R-1, R-5, R-10 and mAP of the global baseline, of PCB, and of VPM.
-_TABLE_1: dict[str, tuple[tuple[float, ...], ...]] = {
+_TABLE_1: dict[str, tuple[Numbers, ...]] = {
     "market1501": (
         (64.5, 82.2, 88.1, 44.4, 0.9, 3.2, 5.6, 1.7, 70.9, 86.5, 92.1, 48.8),
         (79.0, 91.4, 94.3, 57.9, 8.1, 16.5, 23.2, 6.6, 84.4, 94.3, 96.1, 62.5),
@@ -39,7 +79,7 @@ _TABLE_1: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 # Table 2: R-1 and R-3 on Partial-REID, then on Partial-iLIDS; trained on Market-1501.
-_TABLE_2: dict[str, tuple[float, ...]] = {
+_TABLE_2: dict[str, Numbers] = {
     "MTRC": (23.7, 27.3, 17.7, 26.1),
     "AMC+SWM": (37.3, 46.0, 21.0, 32.8),
     "DSR": (50.7, 70.0, 58.8, 67.2),
@@ -50,7 +90,7 @@ _TABLE_2: dict[str, tuple[float, ...]] = {
 }
 
 # Table 3, the ablations: R-1, R-3 and R-5 on Partial-iLIDS, then R-1, R-5 and mAP on whole images of Market-1501.
-_TABLE_3: dict[str, tuple[float, ...]] = {
+_TABLE_3: dict[str, Numbers] = {
     "VPM": (67.2, 76.5, 82.4, 93.0, 97.8, 80.8),
     "VPM (no triplet)": (57.1, 73.9, 79.0, 91.3, 97.0, 77.8),
     "MVPM-1": (63.0, 74.8, 82.4, 93.0, 96.3, 79.7),
@@ -59,8 +99,8 @@ _TABLE_3: dict[str, tuple[float, ...]] = {
     "MVPM-4": (59.7, 74.8, 78.2, 90.4, 96.6, 75.7),
 }
 
-# An independent PyTorch reproduction (warm-up, label smoothing, triplet weight 3, 200 epochs): R-1 and mAP by gamma.
-_REPRODUCTION: dict[str, dict[float, tuple[float, float]]] = {
+# The reproduction: R-1 and mAP by gamma, then R-1 and R-3 on Partial-REID and on Partial-iLIDS.
+_REPRODUCTION: dict[str, dict[float, Numbers]] = {
     "VPM": {
         0.5: (73.3, 48.7),
         0.6: (85.0, 63.7),
@@ -72,81 +112,64 @@ _REPRODUCTION: dict[str, dict[float, tuple[float, float]]] = {
     "VPM (no train crops)": {0.5: (8.2, 7.3), 1.0: (94.2, 81.6)},
     "VPM (one region)": {0.5: (68.2, 45.6), 1.0: (87.0, 65.3)},
 }
-_REPRODUCTION_PARTIAL: dict[str, tuple[float, float]] = {"partial_reid": (67.7, 80.1), "partial_ilids": (58.0, 71.4)}
+_REPRODUCTION_PARTIAL: dict[str, Numbers] = {"VPM": (67.7, 80.1, 58.0, 71.4)}
 
-# (dataset, method, gamma, metric) of numbers that cannot be what was measured. This one repeats the R-10 beside it;
-# the same column reads 55.4 above and 58.8 below.
-MISPRINTS = frozenset({("dukemtmc", "baseline", 0.7, "mAP")})
-
-# The paper does not say which side its gamma sweep keeps. Its "VPM" of Tables 1 and 3 is Table 2's "VPM (Top)" (the
-# same 67.2 / 76.5 on Partial-iLIDS), trained by keeping the top: so the queries are read as keeping theirs.
-_PROTOCOL = {
-    "Table 1": "single query, each query keeping its top gamma, gallery whole",
-    "Table 2": "trained on Market-1501; partial images as queries, whole ones as gallery",
-    "Table 3": "single query, whole images",
-}
+# (source, dataset, method, gamma, metric) of numbers that cannot be what was measured. This one repeats the R-10
+# beside it; the same column reads 55.4 above and 58.8 below.
+MISPRINTS = frozenset({("Table 1", "dukemtmc", "baseline", 0.7, "mAP")})
 
 
-@dataclass(frozen=True)
-class Published:
-    """What a source reports for one method on one dataset."""
-
-    where: str  # "Table 1", ..., "reproduction"
-    dataset: str
-    method: str
-    scores: Mapping[float, Scores]  # {gamma: percentages}; a dataset of partial images has gamma 1.0 alone
-    protocol: str
-
-    def misprinted(self, gamma: float, metric: str) -> bool:
-        return (self.dataset, self.method, gamma, metric) in MISPRINTS and self.where != "reproduction"
+def _scores(names: str, numbers: Numbers) -> Scores:
+    return dict(zip(names.split(), numbers, strict=True))
 
 
-def _scores(names: str, values: Sequence[float]) -> Scores:
-    return dict(zip(names.split(), values, strict=True))
+def _sweeps(source: Source, dataset: str, names: str, table: Mapping[str, Mapping[float, Numbers]]) -> list[Published]:
+    """The rows of {method: {gamma: numbers}}, whose columns are `names`."""
+    return [
+        Published(source, dataset, method, {gamma: _scores(names, numbers) for gamma, numbers in rows.items()})
+        for method, rows in table.items()
+    ]
+
+
+def _rows(columns: Iterable[tuple[Source, str, str]], table: Mapping[str, Numbers]) -> list[Published]:
+    """The rows of {method: numbers}, whose columns are several (source, dataset, names) side by side."""
+    rows = []
+    for method, numbers in table.items():
+        begin = 0
+        for source, dataset, names in columns:
+            end = begin + len(names.split())
+            rows.append(Published(source, dataset, method, {1.0: _scores(names, numbers[begin:end])}))
+            begin = end
+    return rows
 
 
 def _table_1() -> list[Published]:
-    published = []
-    for dataset, rows in _TABLE_1.items():
+    rows = []
+    for dataset, table in _TABLE_1.items():
         for column, method in enumerate(("baseline", "PCB", "VPM")):
-            part = slice(4 * column, 4 * column + 4)
-            scores = {g: _scores("R-1 R-5 R-10 mAP", row[part]) for g, row in zip(GAMMAS, rows, strict=True)}
-            published.append(Published("Table 1", dataset, method, scores, _PROTOCOL["Table 1"]))
-    return published
+            by_gamma = {g: numbers[4 * column : 4 * column + 4] for g, numbers in zip(GAMMAS, table, strict=True)}
+            rows += _sweeps(TABLE_1, dataset, "R-1 R-5 R-10 mAP", {method: by_gamma})
+    return rows
 
 
-def _other_tables() -> list[Published]:
-    published = []
-    for method, row in _TABLE_2.items():
-        for dataset, values in (("partial_reid", row[:2]), ("partial_ilids", row[2:])):
-            scores = {1.0: _scores("R-1 R-3", values)}
-            published.append(Published("Table 2", dataset, method, scores, _PROTOCOL["Table 2"]))
-    for method, row in _TABLE_3.items():
-        scores = {1.0: _scores("R-1 R-3 R-5", row[:3])}
-        published.append(Published("Table 3", "partial_ilids", method, scores, _PROTOCOL["Table 2"]))
-        scores = {1.0: _scores("R-1 R-5 mAP", row[3:])}
-        published.append(Published("Table 3", "market1501", method, scores, _PROTOCOL["Table 3"]))
-    return published
+PAPER: tuple[Published, ...] = (
+    *_table_1(),
+    *_rows([(TABLE_2, "partial_reid", "R-1 R-3"), (TABLE_2, "partial_ilids", "R-1 R-3")], _TABLE_2),
+    *_rows([(TABLE_3_PARTIAL, "partial_ilids", "R-1 R-3 R-5"), (TABLE_3, "market1501", "R-1 R-5 mAP")], _TABLE_3),
+)
+REPRODUCTION: tuple[Published, ...] = (
+    *_sweeps(AGAIN, "market1501", "R-1 mAP", _REPRODUCTION),
+    *_rows(
+        [(AGAIN_PARTIAL, "partial_reid", "R-1 R-3"), (AGAIN_PARTIAL, "partial_ilids", "R-1 R-3")],
+        _REPRODUCTION_PARTIAL,
+    ),
+)
+PUBLISHED = PAPER + REPRODUCTION
 
 
-def _reproduction() -> list[Published]:
-    published = []
-    for method, rows in _REPRODUCTION.items():
-        scores = {gamma: _scores("R-1 mAP", row) for gamma, row in rows.items()}
-        published.append(Published("reproduction", "market1501", method, scores, _PROTOCOL["Table 1"]))
-    for dataset, row in _REPRODUCTION_PARTIAL.items():
-        scores = {1.0: _scores("R-1 R-3", row)}
-        published.append(Published("reproduction", dataset, "VPM", scores, _PROTOCOL["Table 2"]))
-    return published
-
-
-PAPER: tuple[Published, ...] = (*_table_1(), *_other_tables())
-REPRODUCTION: tuple[Published, ...] = tuple(_reproduction())
-
-
-def published(dataset: str, method: str = "VPM", sources: Sequence[Published] = PAPER) -> Published | None:
-    """What `sources` report of a method on a dataset, None without anything; the first table that does."""
-    return next((p for p in sources if (p.dataset, p.method) == (dataset, method)), None)
+def published(dataset: str, method: str = "VPM", rows: Sequence[Published] = PAPER) -> Published | None:
+    """The first of `rows` for a method on a dataset, None if there is none."""
+    return next((row for row in rows if (row.dataset, row.method) == (dataset, method)), None)
 
 
 def method_of(config: ConfigDict) -> str:
@@ -157,93 +180,5 @@ def method_of(config: ConfigDict) -> str:
 
 
 def title(method: str) -> str:
-    """What our tables and pictures call a method of the paper."""
+    """What our tables and figures call a method of the paper."""
     return method.replace("baseline", "global feature")
-
-
-def comparison(
-    results: Mapping[float, Mapping[str, Any]],
-    dataset: str,
-    method: str = "VPM",
-    metrics: Sequence[str] = ("R-1", "mAP"),
-) -> str:
-    """Our numbers, the paper's, and the difference (ours less the paper's), side by side in percent, as Markdown.
-
-    It compares numbers of one protocol only if ours are measured by the one it names: on the test set, queries
-    keeping their top gamma. The reproduction's numbers stand beside the paper's where it has any.
-
-    Args:
-      results: {gamma: {"cmc": [ranks], entry k - 1 the rank-k accuracy, "mAP": float}} in [0, 1], as
-        `vpm_jax.metrics.rank_metrics` returns them.
-      dataset: "market1501", "dukemtmc", "partial_reid" or "partial_ilids".
-      method: a row of a table: "VPM", "baseline", "PCB", "MVPM-1", "VPM (Top)", ...
-      metrics: "R-k" and "mAP".
-
-    Returns:
-      A heading line, the table and its notes, ending in a newline; "" where the paper reports nothing of this method
-      on this dataset (so for the synthetic pedestrians), or at none of these gammas.
-    """
-    paper = published(dataset, method)
-    if paper is None or not any(gamma in paper.scores for gamma in results):
-        return ""
-    again = published(dataset, method, REPRODUCTION)
-
-    header = ["gamma"]
-    for metric in metrics:
-        header += [f"{metric} ours", "paper", "difference"] + ["reproduction"] * (again is not None)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---:|" * len(header)]
-    misprints = []
-    for gamma in sorted(results):
-        cells = [f"{gamma:g}"]
-        for metric in metrics:
-            ours = 100 * _measured(results[gamma], metric)
-            theirs = paper.scores.get(gamma, {}).get(metric)
-            if theirs is None:
-                cells += [f"{ours:.1f}", "–", "–"]
-            elif paper.misprinted(gamma, metric):
-                cells += [f"{ours:.1f}", f"{theirs:.1f}*", "–"]
-                misprints.append(f"{theirs:.1f}")
-            else:
-                # Of the rounded number, so that a reader who subtracts finds the same.
-                cells += [f"{ours:.1f}", f"{theirs:.1f}", f"{round(ours, 1) - theirs:+.1f}"]
-            if again is not None:
-                other = again.scores.get(gamma, {}).get(metric)
-                cells.append("–" if other is None else f"{other:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    text = f"{title(method)} on {dataset} beside the paper's {paper.where}, in percent. "
-    text += f"Its protocol: {paper.protocol}.\n\n"
-    text += "\n".join(lines) + "\n"
-    if misprints:
-        text += f"\n\\* {', '.join(misprints)} is a misprint in the paper (it repeats the R-10 beside it).\n"
-    if again is not None:
-        text += "\nThe reproduction is an independent one in PyTorch: warm-up, label smoothing, triplet weight 3, "
-        text += "200 epochs.\n"
-    return text
-
-
-def beside(ours: Mapping[str, Mapping[str, Any]], dataset: str) -> str:
-    """Our numbers on a dataset of partial images above all that is published of it, in percent, as a Markdown table.
-
-    Args:
-      ours: {protocol: {"cmc": [ranks] in [0, 1], optionally "mAP": float}}; differences are those of the first.
-      dataset: "partial_reid" or "partial_ilids".
-    """
-    names = ("R-1", "R-3", "R-5", "mAP")
-    lines = ["| | " + " | ".join(names) + " | ours less theirs: R-1 | R-3 |", "|---|" + "---:|" * (len(names) + 2)]
-    for protocol, result in ours.items():
-        have = [f"{100 * _measured(result, n):.1f}" if n != "mAP" or n in result else "–" for n in names]
-        lines.append(f"| **ours, {protocol}** | " + " | ".join([*have, "", ""]) + " |")
-    first = next(iter(ours.values()))
-    for row in PAPER + REPRODUCTION:
-        if row.dataset == dataset:
-            scores = row.scores[1.0]
-            theirs = [f"{scores[n]:.1f}" if n in scores else "–" for n in names]
-            theirs += [f"{round(100 * _measured(first, n), 1) - scores[n]:+.1f}" for n in ("R-1", "R-3")]
-            lines.append(f"| {row.method}, {row.where} | " + " | ".join(theirs) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _measured(result: Mapping[str, Any], metric: str) -> float:
-    if metric == "mAP":
-        return float(result["mAP"])
-    return rank_k(result["cmc"], int(metric.removeprefix("R-")))

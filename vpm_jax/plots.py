@@ -1,4 +1,4 @@
-"""The pictures that people look at: gamma curves, training curves, region maps.
+"""Curves and bars: rank-1 and mAP over gamma, differences and gains between methods, training runs.
 
 Everything draws on a `matplotlib.figure.Figure` of its own: no window, no pyplot state, safe in threads. The file's
 suffix chooses the format (.png, .pdf, .svg).
@@ -15,16 +15,17 @@ from typing import IO, Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from ml_collections import ConfigDict
 
 from vpm_jax.data.datasets import TITLES
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; yellow left out, too faint for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, told apart with every kind of color vision; yellow left out, too faint for lines.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 _LEGEND: Any = dict(frameon=False, fontsize=8, borderpad=0.2, handlelength=1.4, columnspacing=1.0, handletextpad=0.5)
 
@@ -36,10 +37,36 @@ _FEW = 3  # seeds; of fewer a standard deviation says little, and each is shown
 Curves = Mapping[str, Mapping[float, Mapping[str, float | Sequence[float]]]]
 
 
-def gamma_title(dataset: str, crop: str) -> str:
-    """What pictures over gamma are of: a dataset, by its title if it has one, and what queries keep."""
+def network(config: ConfigDict) -> str:
+    """The backbone and its input, such as "ResNet-18 of width 24, 128x64 input"."""
+    width = f" of width {config.model.width}" if config.model.width != 64 else ""
+    return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
+
+
+def run_title(model: str, config: ConfigDict) -> str:
+    """What training curves are of."""
+    return f"{model} on {TITLES.get(config.data.name, config.data.name)}; {network(config)}; seed {config.seed}"
+
+
+def gamma_title(dataset: str, crop: str, network: str, seeds: Sequence[int]) -> str:
+    """What figures over gamma are of: a dataset, by its title if it has one, and what queries keep; then the network.
+
+    Args:
+      dataset: name or title.
+      crop: which side queries keep.
+      network: of `network`, or other words.
+      seeds: how many each method has.
+    """
     name = TITLES.get(dataset, dataset)
-    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma"
+    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma\n{network}; {count_seeds(seeds)}"
+
+
+def count_seeds(seeds: Sequence[int]) -> str:
+    """How many seeds each method has, in words."""
+    low, high = min(seeds), max(seeds)
+    if high == 1:
+        return "one seed"
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 def gamma_curves(
@@ -61,22 +88,22 @@ def gamma_curves(
       results: as fractions in [0, 1].
       title: dataset and protocol.
       chance: the rank-1 of random rankings, drawn as a line.
-      published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's colour.
-      shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colours.
+      published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's color.
+      shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colors.
     """
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
-    colours = _method_colours(list(results), shades)
+    colors = _method_colors(list(results), shades)
     legend: dict[str, Any] = {}
     notes: dict[str, Any] = {}  # what the legend says last
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
         for index, (name, by_gamma) in enumerate(results.items()):
-            style: Any = dict(color=colours[name], marker=MARKERS[index % len(MARKERS)])
+            style: Any = dict(color=colors[name], marker=MARKERS[index % len(MARKERS)])
             legend[name] = Line2D([], [], markersize=5, linewidth=1.8, **style)
             gammas = sorted(by_gamma)
             seeds = np.array([np.atleast_1d(by_gamma[gamma][metric]) for gamma in gammas])  # [G, seeds]
             means = seeds.mean(axis=1)
-            axes.plot(gammas, means, color=colours[name], linewidth=1.8, label=name)
+            axes.plot(gammas, means, color=colors[name], linewidth=1.8, label=name)
             if 1 < seeds.shape[1] < _FEW:
                 axes.plot(gammas, seeds, linestyle="none", markersize=3, **style)
                 notes["each seed (line: mean)"] = Line2D([], [], color="0.3", marker="o", markersize=3, linewidth=0)
@@ -84,12 +111,12 @@ def gamma_curves(
                 axes.plot(gammas, means, linestyle="none", markersize=5, **style)
             if seeds.shape[1] >= _FEW:
                 width = seeds.std(axis=1, ddof=1)
-                axes.fill_between(gammas, means - width, means + width, color=colours[name], alpha=0.18, linewidth=0)
+                axes.fill_between(gammas, means - width, means + width, color=colors[name], alpha=0.18, linewidth=0)
                 notes["± standard deviation over seeds"] = Patch(color="0.3", alpha=0.18, linewidth=0)
             theirs = [(g, v[metric]) for g, v in sorted((published or {}).get(name, {}).items()) if metric in v]
             if len(theirs) > 1:
-                axes.plot(*zip(*theirs, strict=True), color=colours[name], **_DASHED)
-                notes[f"{_PAPER}, in the same colour"] = Line2D([], [], color="0.3", **_DASHED)
+                axes.plot(*zip(*theirs, strict=True), color=colors[name], **_DASHED)
+                notes[f"{_PAPER}, in the same color"] = Line2D([], [], color="0.3", **_DASHED)
         if chance is not None and metric == "rank-1":
             label = f"chance ({100 * chance:.2g}%)"
             legend[label] = axes.axhline(chance, color="0.45", linestyle=":", linewidth=1.2, label=label)
@@ -102,7 +129,7 @@ def gamma_curves(
         _plain(axes)
     _legend_below(figure, legend | notes)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path, dpi=160)
+    save(figure, path, dpi=160)
 
 
 def _apart(gammas: Iterable[float]) -> list[float]:
@@ -126,7 +153,8 @@ def differences(
 
     Args:
       path: the picture to write.
-      found: in points, a method's number less the reference's. Of several seeds the bar is the mean, and each a dot.
+      found: in points, a method's number less the reference's. Of several seeds the bar is their mean, a line their
+        range and each a dot; of one alone the bar is pale.
       title: dataset and protocol.
       reference: its name.
       published: the paper's differences, marked on the bars.
@@ -139,18 +167,22 @@ def differences(
     panels = figure.subplots(2, 1, sharex=True)
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
         for index, (name, by_gamma) in enumerate(found.items()):
-            colour = COLOURS[1 + index % (len(COLOURS) - 1)]  # the first is the reference's in other pictures
+            color = COLORS[1 + index % (len(COLORS) - 1)]  # the first is the reference's in other pictures
             for gamma, values in by_gamma.items():
                 x, seeds = gammas.index(gamma) + (index - (len(found) - 1) / 2) * width, np.atleast_1d(values[metric])
-                legend[name] = axes.bar(x, seeds.mean(), 0.86 * width, color=colour, label=name)
+                legend[name] = Patch(color=color)
+                pale = to_rgba(color, 0.3 if len(seeds) == 1 else 1.0)
+                axes.bar(x, seeds.mean(), 0.86 * width, color=pale, edgecolor=color, label=name)
                 if len(seeds) > 1:
-                    [dots] = axes.plot([x] * len(seeds), seeds, ".", color="0.2", markersize=3)
+                    [dots] = axes.plot([x] * len(seeds), seeds, ".-", color="0.2", markersize=4, linewidth=0.9)
                     notes["each seed (bar: mean)"] = dots
+                else:
+                    notes["pale: one seed"] = Patch(facecolor="0.9", edgecolor="0.4")
                 theirs = (published or {}).get(name, {}).get(gamma, {}).get(metric)
                 if theirs is not None:
                     [mark] = axes.plot(x, theirs, "D", color="white", markeredgecolor="0.1", markersize=4)
                     notes[_PAPER] = mark
-        line = axes.axhline(0.0, color=COLOURS[0], linewidth=1.0)
+        line = axes.axhline(0.0, color=COLORS[0], linewidth=1.0)
         axes.set_ylabel(f"{metric}, points")
         _plain(axes)
         axes.grid(visible=False, axis="x")
@@ -158,33 +190,51 @@ def differences(
     panels[-1].set_xlabel("gamma (kept area ratio)")
     _legend_below(figure, {f"{reference} (zero)": line} | legend | notes)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path, dpi=160)
+    save(figure, path, dpi=160)
 
 
 def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
-    """What each part gains over doing without it: a row for each, a dot for each seed, a bar at their mean.
+    """What each part gains over doing without it: a row for each, a dot for each seed.
+
+    Several seeds have a bar over their range and a line at their mean; the dot of a seed alone is hollow.
 
     Args:
       path: the picture to write.
       gained: {part: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
       title: of the picture.
     """
-    figure = Figure(figsize=(7.2, 1.5 + 0.24 * len(gained)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.7 + 0.24 * len(gained)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     rows = np.arange(len(gained))
-    for axes, metric, colour in zip(panels, ("rank-1", "mAP"), COLOURS, strict=False):
+    for axes, metric, color in zip(panels, ("rank-1", "mAP"), COLORS, strict=False):
         axes.axvline(0.0, color="0.3", linewidth=0.9)
         for row, gain in zip(rows, gained.values(), strict=True):
-            axes.barh(row, np.mean(gain[metric]), height=0.62, color=colour, alpha=0.3)
-            axes.plot(gain[metric], [row] * len(gain[metric]), "o", color=colour, markersize=3.5)
+            seeds = gain[metric]
+            several = len(seeds) > 1
+            if several:
+                axes.barh(row, np.ptp(seeds), left=min(seeds), height=0.42, color=color, alpha=0.3)
+                axes.vlines(np.mean(seeds), row - 0.32, row + 0.32, color=color, linewidth=1.8)
+            fill = color if several else "white"
+            axes.plot(seeds, [row] * len(seeds), "o", color=color, markerfacecolor=fill, markersize=3.8)
+        axes.use_sticky_edges = False  # else the range of the outermost bar ends at the frame
+        axes.margins(x=0.05)
         axes.set_title(f"gain in {metric}, points", fontsize=9)
         _plain(axes)
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(rows, list(gained), fontsize=8)
     panels[0].set_ylim(len(gained) - 0.4, -0.6)
-    figure.supxlabel("a dot for each seed, a bar at their mean", fontsize=8)
+    dot: Any = dict(color="0.3", marker="o", markersize=3.8, linewidth=0)
+    counts = {len(gain["rank-1"]) for gain in gained.values()}
+    entries: dict[str, Any] = {"a seed": Line2D([], [], **dot)} if max(counts) > 1 else {}
+    entries |= {"one seed only": Line2D([], [], markerfacecolor="white", **dot)} if 1 in counts else {}
+    if max(counts) > 1:
+        entries |= {"range of the seeds": Patch(color="0.3", alpha=0.3, linewidth=0)}
+        entries |= {
+            "their mean": Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=1.8, linewidth=0)
+        }
+    _legend_below(figure, entries)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path, dpi=160)
+    save(figure, path, dpi=160)
 
 
 def _legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
@@ -194,7 +244,7 @@ def _legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
     )
 
 
-def _save(figure: Figure, path: str | Path | IO[bytes], dpi: int) -> None:
+def save(figure: Figure, path: str | Path | IO[bytes], dpi: int) -> None:
     """Writes it; a .pdf without a date, and with the fonts that publishers take."""
     metadata = {"CreationDate": None} if str(path).endswith(".pdf") else None
     with rc_context({"pdf.fonttype": 42}):
@@ -206,18 +256,18 @@ def _percent(value: float, position: int | None = None) -> str:
     return f"{100 * value:.4g}%"
 
 
-def _method_colours(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any]:
-    """A colour for each method: unlike ones, but of `shades` from light to dark."""
+def _method_colors(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any]:
+    """A color for each method: unlike ones, but of `shades` from light to dark."""
     others = [name for name in names if name not in shades]
-    colours: dict[str, Any] = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    colors: dict[str, Any] = {name: COLORS[i % len(COLORS)] for i, name in enumerate(others)}
     if shades:
-        colours = {name: ("0.45", *COLOURS[1:])[i % len(COLOURS)] for i, name in enumerate(others)}
+        colors = {name: ("0.45", *COLORS[1:])[i % len(COLORS)] for i, name in enumerate(others)}
         scale = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(shades)))
-        colours |= dict(zip(shades, scale, strict=True))
-    return colours
+        colors |= dict(zip(shades, scale, strict=True))
+    return colors
 
 
-def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path) -> None:
+def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path, title: str = "") -> None:
     """Losses, accuracies, learning rate and gradient norm over the steps of a run.
 
     Reads the JSON lines that training writes. A key that is missing leaves its curve out, so that runs of any recipe
@@ -238,27 +288,27 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         "loss_triplet": "triplet",
     }
     trained = {key for key in names if any(np.mean(value) > 0 for _, value in _values(lines, key))}
-    for colour, (key, label) in zip((COLOURS[-1], *COLOURS), names.items(), strict=False):
+    for color, (key, label) in zip((COLORS[-1], *COLORS), names.items(), strict=False):
         if key in trained:
-            _curve(losses, lines, key, label, colour)
+            _curve(losses, lines, key, label, color)
     losses.set_title("loss", fontsize=11, loc="left", pad=20)
 
     heads = [(step, np.ravel(value)) for step, value in _values(lines, "accuracy_identity")]
     if any(len(head) > 1 for _, head in heads):
         steps = [step for step, _ in heads]
         low, high = [head.min() for _, head in heads], [head.max() for _, head in heads]
-        accuracies.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
-    _curve(accuracies, lines, "accuracy_identity", "identity (band: heads)", COLOURS[0])
+        accuracies.fill_between(steps, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
+    _curve(accuracies, lines, "accuracy_identity", "identity (band: heads)", COLORS[0])
     if "loss_region" in trained:
-        _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLOURS[1])
-    _curve(accuracies, lines, "comparable", "comparable", COLOURS[2])
+        _curve(accuracies, lines, "accuracy_locator", "locator (cells)", COLORS[1])
+    _curve(accuracies, lines, "comparable", "comparable", COLORS[2])
     accuracies.set_title("accuracy and shares", fontsize=11, loc="left", pad=20)
     accuracies.set_ylim(0, 1.02)
     accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
-    _curve(rate, lines, "learning_rate", None, COLOURS[0], smooth=False)
+    _curve(rate, lines, "learning_rate", None, COLORS[0], smooth=False)
     rate.set_title("learning rate", fontsize=11, loc="left")
-    _curve(gradient, lines, "grad_norm", None, COLOURS[0])
+    _curve(gradient, lines, "grad_norm", None, COLORS[0])
     gradient.set_title("gradient norm", fontsize=11, loc="left")
     for axes in (losses, gradient):
         _log_scale(axes)
@@ -280,126 +330,8 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
     notes = [f"{max(lines):,} steps"]
     notes += [f"{speed:,.0f} images/s (median)"] if (speed := median_speed(lines)) else []
     notes += ["dotted: next stage"] if changes else []
-    figure.suptitle(", ".join(notes), fontsize=10)
-    _save(figure, path, dpi=140)
-
-
-def region_maps(
-    path: str | Path | IO[bytes],
-    images: np.ndarray,
-    locator_prob: np.ndarray,
-    visibility: np.ndarray,
-    grid: tuple[int, int] | None = None,
-    captions: Sequence[str] = (),
-    across: int = 4,
-) -> None:
-    """A contact sheet of what the locator sees: each image, its region map and its visibility scores.
-
-    Every cell of the feature map takes the colour of its most probable region, the stronger the surer, with a line
-    where regions meet; the bars, in the same colours and from region 0 downwards, are the visibility scores C in
-    cells. A legend shows where the regions lie on a whole person.
-
-    Args:
-      path: the picture to write.
-      images: uint8 [N, H, W, 3], RGB.
-      locator_prob: [N, h, w, P], the probabilities of Eq. 1 (w = 1 for a row locator).
-      visibility: [N, P], the scores of Eq. 2.
-      grid: (rows, columns) of the region grid, rows x columns = P; (P, 1) without.
-      captions: above each image, such as "gamma 0.5".
-      across: images side by side.
-
-    Raises:
-      ValueError: for shapes that do not fit.
-    """
-    images, prob, scores = np.asarray(images), np.asarray(locator_prob, np.float32), np.asarray(visibility, np.float32)
-    if (
-        images.ndim != 4
-        or images.shape[-1] != 3
-        or prob.ndim != 4
-        or scores.shape != (len(images), prob.shape[-1])
-        or len(prob) != len(images)
-        or not images.size
-    ):
-        raise ValueError(
-            f"images {images.shape}, probabilities {prob.shape} and visibility {scores.shape}, "
-            "expected [N, H, W, 3], [N, h, w, P] and [N, P]"
-        )
-    count, height, width = images.shape[:3]
-    regions = prob.shape[-1]
-    grid = grid or (regions, 1)
-    if grid[0] * grid[1] != regions:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} for {regions} regions, expected as many")
-    colours = region_colours(regions, grid[1])
-    across = min(count, across)
-    rows = -(-count // across)
-    caption = 0.22 if captions else 0.0
-    key_width = 0.8
-    size = (1.85 * across + key_width, (0.43 * height / width + 0.08 + caption) * rows + 0.1)  # a page's width
-    figure = Figure(figsize=size, layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=[size[0] - key_width, key_width])
-    sheet, key = parts
-    # Three panels for each image and an empty one that keeps the bars from the next image.
-    panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    longest = max(float(scores.max()), 1e-6)
-    for index in range(count):
-        plain, overlay, bars, _ = panels.flat[4 * index : 4 * index + 4]
-        best = prob[index].argmax(axis=-1)
-        strength = 0.25 + 0.5 * prob[index].max(axis=-1, keepdims=True)
-        for axes in (plain, overlay):
-            axes.imshow(images[index])
-        overlay.imshow(
-            np.concatenate([colours[best], strength], axis=-1),
-            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            interpolation="nearest",
-        )
-        overlay.add_collection(LineCollection(_borders(best, height, width), colors="white", linewidths=1.0))
-        if index < len(captions):
-            plain.set_title(captions[index], fontsize=8, loc="left", pad=3)
-        _score_bars(bars, scores[index], colours, longest, height / width)
-    _region_key(key, grid, colours)
-    _save(figure, path, dpi=240)
-
-
-def _borders(best: np.ndarray, height: int, width: int) -> list[list[tuple[float, float]]]:
-    """Where cells [h, w] of different regions meet, as line segments in pixels of the image."""
-    h, w = best.shape
-    x, y = np.linspace(-0.5, width - 0.5, w + 1), np.linspace(-0.5, height - 0.5, h + 1)
-    across = [[(x[j], y[i + 1]), (x[j + 1], y[i + 1])] for i, j in np.argwhere(best[1:] != best[:-1])]
-    down = [[(x[j + 1], y[i]), (x[j + 1], y[i + 1])] for i, j in np.argwhere(best[:, 1:] != best[:, :-1])]
-    return across + down
-
-
-def _score_bars(axes: Axes, scores: np.ndarray, colours: np.ndarray, longest: float, aspect: float) -> None:
-    """Visibility scores as bars with their numbers, region 0 on top."""
-    axes.set_axis_on()
-    axes.barh(range(len(scores)), scores, color=colours, height=0.72)
-    for region, score in enumerate(scores):
-        axes.text(score + 0.03 * longest, region, f"{score:.0f}", va="center", fontsize=7, color="0.25")
-    axes.set_ylim(len(scores) - 0.5, -0.5)
-    axes.set_xlim(0, 1.35 * longest)
-    axes.set_xticks([])
-    axes.set_yticks(range(len(scores)))
-    axes.tick_params(labelsize=7, length=0, pad=2)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_color("0.6")
-    axes.set_box_aspect(aspect)
-
-
-def _region_key(figure: Any, grid: tuple[int, int], colours: np.ndarray) -> None:
-    """The regions of a whole person, in their colours with their numbers."""
-    axes = figure.subplots()
-    axes.imshow(colours.reshape(*grid, 3), extent=(0, 1, 2, 0), alpha=0.75)
-    rows, columns = grid
-    for region in range(rows * columns):
-        row, column = divmod(region, columns)
-        axes.text((column + 0.5) / columns, 2 * (row + 0.5) / rows, str(region), ha="center", va="center", fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
-    axes.set_title("regions", fontsize=8)
-    axes.set_xlabel("bars: visibility\nin cells", fontsize=7)
+    figure.suptitle(f"{title}\n{', '.join(notes)}".strip(), fontsize=10)
+    save(figure, path, dpi=140)
 
 
 def _round_steps(last: int) -> list[float]:
@@ -455,7 +387,7 @@ def _curve(
     lines: Mapping[int, Mapping[str, Any]],
     key: str,
     label: str | None,
-    colour: str,
+    color: str,
     smooth: bool = True,
 ) -> None:
     """One metric over the steps: as it is where points are few, else faint under its running mean."""
@@ -465,9 +397,9 @@ def _curve(
     steps, values = zip(*[(step, np.mean(value)) for step, value in points], strict=True)
     window = len(steps) // 40 if smooth else 0
     if window > 1:
-        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
     shown = _running_mean(values, window) if window > 1 else values
-    axes.plot(steps, shown, color=colour, linewidth=1.6, label=label, marker="o" if len(steps) == 1 else None)
+    axes.plot(steps, shown, color=color, linewidth=1.6, label=label, marker="o" if len(steps) == 1 else None)
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
@@ -477,15 +409,3 @@ def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
     begin = np.maximum(centre - window // 2, 0)
     end = np.minimum(centre + window // 2 + 1, len(values))
     return (total[end] - total[begin]) / (end - begin)
-
-
-def region_colours(regions: int, columns: int = 1) -> np.ndarray:
-    """Colours [P, 3], as different as so many can be; with columns, a hue for each row of them, paler to the right."""
-    if columns > 1:
-        hues, right = region_colours(-(-regions // columns)), np.arange(regions) % columns / columns
-        return 1 - (1 - hues[np.arange(regions) // columns]) * (1 - 0.8 * right)[:, None]
-    if regions <= 10:
-        return colormaps["tab10"](np.arange(regions))[:, :3]
-    colours = colormaps["turbo"](np.linspace(0.05, 0.95, regions))[:, :3]
-    colours[1::2] *= 0.7  # neighbours differ in lightness too
-    return colours

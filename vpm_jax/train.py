@@ -57,7 +57,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     parallel.prepare_backend()
     import jax
 
-    from vpm_jax import evaluation, models, plots, step
+    from vpm_jax import evaluation, models, paper, plots, step
     from vpm_jax.data.pipeline import train_batches
     from vpm_jax.data.sources import load_dataset
     from vpm_jax.description import Describer
@@ -206,7 +206,8 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     print(f"trained {total} steps in {duration(meta['seconds'])}")
     if first:
         with replacing(workdir / "training.png") as path:
-            plots.training_curves(path, workdir / "metrics.jsonl")
+            title = plots.run_title(paper.title(paper.method_of(config)), config)
+            plots.training_curves(path, workdir / "metrics.jsonl", title)
 
     # ---- Evaluation ------------------------------------------------------------------------------------
     variables = step.evaluated(place.whole(state))

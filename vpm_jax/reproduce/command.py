@@ -380,7 +380,9 @@ def exhibit(
     data, lines = {"sweep": found}, [f"## {title}", ""]
     if found:
         lines += tables.sweep(found)
-        picture, above = output / f"{stem}.png", plots.gamma_title(where(one), one.config.eval.crop)
+        seeds = [len(row["seeds"]) for row in found]
+        above = plots.gamma_title(where(one), one.config.eval.crop, plots.network(one.config), seeds)
+        picture = output / f"{stem}.png"
         if differing and len(found) > 1:
             figures.differences(picture, found, above)
         else:
@@ -402,7 +404,9 @@ def parts(
     found, (first, one) = tables.gains(cells, done), next(iter(cells.items()))
     lines = ["## What each part gains", "", *tables.parts(found, first.method)]
     if sum("gain" in row for row in found) > 1:
-        above = f"{where(one)}: gains over {paper.title(paper.method_of(one.config))}, mean over gammas"
+        seeds = plots.count_seeds([len(row["seeds"]) for row in found if "gain" in row])
+        above = f"{where(one)}: gains over {paper.title(paper.method_of(one.config))}, mean over gammas\n"
+        above += f"{plots.network(one.config)}; {seeds}"
         figures.gains(output / "parts.png", found, above)
         lines += ["![What each part gains](parts.png)", ""]
     return found, lines
@@ -421,7 +425,7 @@ def maps(output: Path, stem: str, runs: Sequence[Run], workdirs: Path) -> list[s
         picture = f"{stem}-{run.method}.png"
         try:
             figures.region_maps(output / picture, workdirs / run.name)
-            text = "synthetic pedestrians, the cells in the colour of their most probable region"
+            text = "synthetic pedestrians, the cells in the color of their most probable region"
             lines += [f"Regions found by `{run.name}`: {text}.", "", f"![{run.name}]({picture})", ""]
         except UserError as error:
             lines += [f"Regions found by `{run.name}` are not shown: {error}", ""]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vpm_jax import plots
+from vpm_jax import overlay, plots
 from vpm_jax.reproduce.tables import Row
 from vpm_jax.runs.logs import replacing
 
@@ -70,7 +70,8 @@ def differences(path: Path, found: Sequence[Row], title: str) -> None:
             theirs[row["title"]][float(gamma)] = {
                 name: a["paper"] - b["paper"] for name, (a, b) in pairs.items() if "paper" in a and "paper" in b
             }
-    above = f"{title}: differences to {first['title']}"
+    heading, *details = title.split("\n")
+    above = "\n".join([f"{heading}: differences to {first['title']}", *details])
     _draw(path, lambda file: plots.differences(file, ours, above, first["title"], theirs))
 
 
@@ -99,11 +100,10 @@ def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
 
     model = VPM.load(workdir)
     images, captions = views(people)
-    pictures = np.stack([model.prepare(image) for image in images])
-    found = model(pictures)
+    found = model(images)
     grid = (model.grid.rows, model.grid.cols)
     maps, scores = found.region_maps, found.visibility
-    _draw(path, lambda file: plots.region_maps(file, pictures, maps, scores, grid, captions, across=len(VIEWS)))
+    _draw(path, lambda file: overlay.region_maps(file, images, maps, scores, grid, captions, across=len(VIEWS)))
 
 
 def views(people: int) -> tuple[list[np.ndarray], list[str]]:

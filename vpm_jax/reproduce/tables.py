@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from vpm_jax import paper
+from vpm_jax import comparison, paper
+from vpm_jax.comparison import measured
 from vpm_jax.data.datasets import TITLES
-from vpm_jax.metrics import rank_k
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.runs.logs import duration
 
@@ -25,13 +25,6 @@ Row = dict[str, Any]
 def numbers(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """{gamma, or protocol of a dataset of partial images: {"cmc", "mAP", ...}} of a result."""
     return result.get("gammas") or result["protocols"]
-
-
-def measured(values: Mapping[str, Any], metric: str) -> float | None:
-    """One number in percent, None where it was not measured."""
-    if not metric.startswith("R-"):
-        return 100 * values[metric] if metric in values else None
-    return 100 * rank_k(values["cmc"], int(metric.removeprefix("R-")))
 
 
 def summary(values: Sequence[float], published: float | None = None) -> dict[str, Any]:
@@ -69,10 +62,10 @@ def rows(exhibit: str, cells: Mapping[Cell, Run], results: Results, test: str = 
             continue
         one = next(iter(runs.values()))
         compared = _published(one, METHODS[method].published)
-        table: dict[str, dict[str, Any]] = {}
+        scores: dict[str, dict[str, Any]] = {}
         for key in numbers(results[one.name]):
             gamma = 1.0 if test else float(key)
-            table[key] = {}
+            scores[key] = {}
             for metric in PARTIAL_METRICS if test else METRICS:
                 values = [measured(numbers(results[run.name])[key], metric) for run in runs.values()]
                 theirs = compared.scores.get(gamma, {}).get(metric) if compared else None
@@ -80,15 +73,15 @@ def rows(exhibit: str, cells: Mapping[Cell, Run], results: Results, test: str = 
                     theirs = None
                 known = [value for value in values if value is not None]
                 if known:
-                    table[key][metric] = summary(known, theirs)
+                    scores[key][metric] = summary(known, theirs)
         found.append(
             {
                 "method": method,
                 "title": METHODS[method].title,
                 "seeds": list(runs),
                 "runs": [run.name for run in runs.values()],
-                "compared with": compared.where if compared else None,
-                "numbers": table,
+                "compared with": compared.source.name if compared else None,
+                "numbers": scores,
             }
         )
     return found
@@ -114,7 +107,7 @@ def sweep(found: Sequence[Row]) -> list[str]:
             values = row["numbers"].get(gamma)
             cells.append(" / ".join(_number(values[m]) for m in ("R-1", "mAP")) if values else "–")
         table.append(cells)
-    lines += _table(table)
+    lines += comparison.table(table)
     if len(found) > 1:
         first = found[0]
         lines += [f"Rank-1 / mAP of {first['title']} less those of the others:", ""]
@@ -126,7 +119,7 @@ def sweep(found: Sequence[Row]) -> list[str]:
                 differences = [one[m]["mean"] - two[m]["mean"] for m in ("R-1", "mAP")] if one and two else []
                 cells.append(" / ".join(f"{d:+.1f}" for d in differences) or "–")
             table.append(cells)
-        lines += _table(table)
+        lines += comparison.table(table)
     for row in found:
         lines += _beside_the_paper(row)
     return lines
@@ -211,7 +204,7 @@ def parts(found: Sequence[Row], base: str) -> list[str]:
             several = f" ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain and len(gain["values"]) > 1 else ""
             cells.append(f"{gain['mean']:+.1f}{several}" if gain else "–")
         table.append(cells)
-    return [*lines, *_table(table)]
+    return [*lines, *comparison.table(table)]
 
 
 def partial(found: Sequence[Row], test: str) -> list[str]:
@@ -231,10 +224,13 @@ def partial(found: Sequence[Row], test: str) -> list[str]:
                 continue
             cells = [row["title"], protocol, str(len(row["seeds"]))]
             for metric in metrics:
-                cells.append(_number(values[metric]) if metric in values else "–")
-                cells += _against(values.get(metric, {})) if metric in theirs else []
+                value = values.get(metric, {"mean": None, "std": None})
+                cells.append(_number(value))
+                if metric in theirs:
+                    published = value.get("paper")
+                    cells += [comparison.number(published), comparison.difference(value["mean"], published)]
             table.append(cells)
-    return [*lines, *_table(table)]
+    return [*lines, *comparison.table(table)]
 
 
 def _of_seeds(found: Sequence[Row]) -> str:
@@ -242,34 +238,23 @@ def _of_seeds(found: Sequence[Row]) -> str:
 
 
 def _beside_the_paper(row: Row) -> list[str]:
-    shown = [metric for metric in METRICS if any("paper" in values[metric] for values in row["numbers"].values())]
+    theirs = {
+        float(gamma): {metric: value["paper"] for metric, value in values.items() if "paper" in value}
+        for gamma, values in row["numbers"].items()
+    }
+    shown = [metric for metric in METRICS if any(metric in scores for scores in theirs.values())]
     if not shown:
         return []
-    table = [["gamma", *(cell for m in shown for cell in (f"{m} ours", "paper", "difference"))]]
-    for gamma, values in row["numbers"].items():
-        if any("paper" in values[metric] for metric in shown):
-            cells = [f"{float(gamma):g}"]
-            for metric in shown:
-                cells += [_number(values[metric]), *_against(values[metric])]
-            table.append(cells)
-    return [f"Beside the paper's {row['compared with']}: {row['title']}", "", *_table(table)]
+    ours = {
+        float(gamma): {metric: (values[metric]["mean"], values[metric]["std"]) for metric in shown}
+        for gamma, values in row["numbers"].items()
+        if theirs[float(gamma)]
+    }
+    return [f"Beside the paper's {row['compared with']}: {row['title']}", "", *comparison.by_gamma(ours, theirs, shown)]
 
 
 def _number(value: Mapping[str, Any]) -> str:
-    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:.1f}{spread}"
-
-
-def _against(value: Mapping[str, Any]) -> list[str]:
-    """The paper's number and the difference; of the rounded number, so that a reader who subtracts finds the same."""
-    if "paper" not in value:
-        return ["–", "–"]
-    return [f"{value['paper']:.1f}", f"{round(value['mean'], 1) - value['paper']:+.1f}"]
-
-
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    header, *body = ["| " + " | ".join(row) + " |" for row in cells]
-    return [header, "|---|" + "---:|" * (len(cells[0]) - 1), *body, ""]
+    return comparison.number(value["mean"], value["std"])
 
 
 def conditions(runs: Sequence[Run], results: Results) -> list[str]:

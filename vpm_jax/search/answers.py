@@ -170,7 +170,7 @@ def numbering(grid: RegionGrid) -> str:
 
 def page(model: VPM, store: Store, answers: list[Answer]) -> str:
     """One self-contained HTML file. Pictures are read from the folder that was indexed."""
-    folder = html.escape(printable(store.path("folder") or store.folder))
+    folder = html.escape(printable((store.path("folder") or store.folder).name))
     intro = (
         f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both pictures show. "
         f"Regions are numbered {numbering(model.grid)}.</p>"
