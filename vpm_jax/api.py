@@ -31,8 +31,10 @@ from PIL import Image as Pillow
 from vpm_jax import config as config_lib
 from vpm_jax import models, parallel, pretrained
 from vpm_jax.data import decode
+from vpm_jax.data.fit import Fit
 from vpm_jax.description import Describer, Description, check_finite, fetch
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import covered
 from vpm_jax.keys import FEATURES, keys_with
 from vpm_jax.matching import pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
@@ -51,7 +53,8 @@ class VPM:
       config: the run's configuration (vpm_jax.config).
       grid: the region grid; grid.count is P.
       image_size: (H, W) in pixels that every image is resized to.
-      step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices.
+      step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices. A
+        model of padded images (data.fit) takes valid bool [B, h, w] too: see `inputs`.
       source: where the model came from, in words.
       variables: the network's parameters and statistics on the host; None of an exported program.
     """
@@ -59,7 +62,7 @@ class VPM:
     def __init__(
         self,
         config: ConfigDict,
-        step: Callable[[Any], dict[str, Any]],
+        step: Callable[..., dict[str, Any]],
         fingerprint: str,
         source: str,
         variables: dict[str, Any] | None = None,
@@ -69,6 +72,8 @@ class VPM:
         """16 hexadecimal digits, the same wherever the same parameters make the same features of an image."""
         self.grid = RegionGrid(*config.model.grid)
         self.image_size = (int(config.data.height), int(config.data.width))
+        self._fit = Fit(config.data)
+        self._map_shape = models.feature_map_shape(config)
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -178,8 +183,9 @@ class VPM:
 
         numbered = enumerate(_each(images))
 
-        def fill(out: np.ndarray, image: tuple[int, Image]) -> None:
-            self.prepare(image[1], f"image {image[0]}", out)
+        def fill(out: np.ndarray, valid: np.ndarray, image: tuple[int, Image]) -> None:
+            box = self._fit(read(image[1], f"image {image[0]}"), out)
+            valid[:] = covered(box, self.image_size, self._map_shape)
 
         def started() -> Iterator[tuple[dict[str, Any], int]]:
             size = 0
@@ -188,8 +194,9 @@ class VPM:
                 # compiled already. Every image is computed for itself, so padding changes nothing.
                 size = size or min(batch, 1 << (len(chunk) - 1).bit_length())
                 pixels = np.zeros((size, *self.image_size, 3), np.uint8)
-                list(pool.map(fill, pixels, chunk))
-                yield self.step(pixels), len(chunk)
+                valid = np.zeros((size, *self._map_shape), bool)
+                list(pool.map(fill, pixels, valid, chunk))
+                yield self.step(*((pixels, valid) if self._fit.pads else (pixels,))), len(chunk)
 
         with ThreadPoolExecutor(min(batch, parallel.threads()), "vpm_jax-decode") as pool:
             # A batch computes while the one before is handed out.
@@ -201,7 +208,7 @@ class VPM:
     def prepare(
         self, image: Image, name: str = "the image", out: np.ndarray | None = None, crop: Crop = WHOLE
     ) -> np.ndarray:
-        """What the network sees of an image: uint8 [H, W, 3] of `image_size`; `features` takes it as it is.
+        """What the network sees of an image: uint8 [H, W, 3] of `image_size`.
 
         Args:
           image: as in `features`.
@@ -212,19 +219,28 @@ class VPM:
         Raises:
           UserError: as `features`.
         """
-        pixels = read(image, name)
-        top, left, bottom, right = pixel_box(crop, *pixels.shape[:2])
-        pixels = pixels[top:bottom, left:right]
-        if pixels.shape[:2] == self.image_size:
-            if out is None:
-                return pixels
-            out[:] = pixels
-            return out
-        return decode.resize(pixels, self.image_size, self.config.data.resize, out)
+        out = np.empty((*self.image_size, 3), np.uint8) if out is None else out
+        self._fit(read(image, name, crop), out)
+        return out
+
+    def inputs(self, images: Images) -> tuple[np.ndarray, ...]:
+        """What `step`, and an exported program, takes: (uint8 [N, H, W, 3],).
+
+        Of a model of padded images (uint8 [N, H, W, 3], bool [N, h, w]): the cells of T that each image covers. Raises
+        as `features`.
+        """
+        pixels, valid = [], []
+        for number, image in enumerate(_each(images)):
+            out = np.empty((*self.image_size, 3), np.uint8)
+            valid.append(covered(self._fit(read(image, f"image {number}"), out), self.image_size, self._map_shape))
+            pixels.append(out)
+        shown = np.array(pixels, np.uint8).reshape(-1, *self.image_size, 3)
+        return (shown, np.array(valid, bool).reshape(-1, *self._map_shape)) if self._fit.pads else (shown,)
 
     @cached_property
     def _nothing(self) -> Description:
-        shapes = jax.eval_shape(self.step, jax.ShapeDtypeStruct((1, *self.image_size, 3), np.uint8))
+        one = self.inputs([np.zeros((1, 1, 3), np.uint8)])
+        shapes = jax.eval_shape(self.step, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in one))
         return Description(**{key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()})
 
     # ---- Matching ----
@@ -268,12 +284,18 @@ class VPM:
 # ---- Images ----
 
 
-def read(image: Image, name: str = "the image") -> np.ndarray:
-    """An image as uint8 [H, W, 3], RGB, upright; what it may be is said in `VPM.features`.
+def read(image: Image, name: str = "the image", crop: Crop = WHOLE) -> np.ndarray:
+    """A crop of an image as uint8 [H, W, 3], RGB, upright; what it may be is said in `VPM.features`.
 
     Raises:
       UserError: if it is none, or cannot be read.
     """
+    pixels = _read(image, name)
+    top, left, bottom, right = pixel_box(crop, *pixels.shape[:2])
+    return pixels[top:bottom, left:right]
+
+
+def _read(image: Image, name: str) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         try:
@@ -338,7 +360,12 @@ def fingerprint(config: ConfigDict, variables: Any) -> str:
     config, never the device or the precision.
     """
     leaves = config_lib.flatten(config)
-    digest = hashlib.sha256(json.dumps([leaves[key] for key in keys_with(FEATURES)]).encode())
+    values = [leaves[key] for key in keys_with(FEATURES)]
+    if (
+        config.data.fit == "pad"
+    ):  # a model of stretched images keeps the fingerprint that it had before there was padding
+        values += [leaves[f"data.{key}"] for key in ("fit", "place", "aspect")]
+    digest = hashlib.sha256(json.dumps(values).encode())
     for name, x in sorted(flatten_dict(variables, sep="/").items()):
         if "/heads/" not in name:
             digest.update(f"{name} {np.shape(x)}".encode())

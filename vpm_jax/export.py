@@ -65,16 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_stablehlo(path: Path, model: VPM) -> float:
     """Writes `model` as StableHLO, and beside it `path`.json; returns its largest difference from the model.
 
-    The model's parameters are constants of the program. What it takes is `VPM.prepare`'s, uint8 [b, H, W, 3]; what it
-    returns is a dict of the arrays of a `Description`.
+    The model's parameters are constants of the program. It takes `VPM.inputs`: uint8 [b, H, W, 3], and of a
+    model of padded images bool [b, h, w]. It returns a dict of the arrays of a `Description`.
 
     Raises:
       UserError: if it computes something else than the model (nothing is left then), or cannot be written.
     """
     from jax import export  # needs flatbuffers
 
-    network, images = _program(model)
-    exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
+    network, inputs = _program(model)
+    exported = export.export(jax.jit(network), platforms=PLATFORMS)(*inputs)
     with replacing(path) as temporary:
         temporary.write_bytes(exported.serialize())
         data = temporary.read_bytes()
@@ -85,33 +85,49 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_words(error)}.")
     print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")
     print(f"  model = jax.jit(jax.export.deserialize(bytearray(open({path.name!r}, 'rb').read())).call)")
-    print(f"  out = model(images)  # uint8 [b, {height}, {width}, 3] RGB -> {', '.join(OUTPUTS)}")
+    also = ", valid" * (len(inputs) > 1)
+    print(f"  out = model(images{also})  # uint8 [b, {height}, {width}, 3] RGB{also} -> {', '.join(OUTPUTS)}")
     return error
 
 
-def _program(model: VPM) -> tuple[Callable[[Any], dict[str, Any]], Any]:
-    """(the network as a function of the images alone, the type of uint8 [b, H, W, 3] for any b)."""
+def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeDtypeStruct]]:
+    """(the network as a function of its inputs alone, their types for any batch size b)."""
     from jax import export
 
     if model.variables is None:
         raise UserError(f"{model.source} is an export already: give the workdir that it was made from.")
-    height, width = model.image_size
-    shape = export.symbolic_shape(f"b, {height}, {width}, 3")
+    (b,) = export.symbolic_shape("b")
     network = functools.partial(step.make_feature_step(model.config, region_maps=True), model.variables)
-    return network, jax.ShapeDtypeStruct(shape, np.uint8)
+    return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_pictures(model)[:1])]
 
 
 def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
     """What goes with a program: where it is from, what goes in and what comes out."""
     height, width = model.image_size
-    one = model.step(np.zeros((1, height, width, 3), np.uint8))
+    inputs = model.inputs(_pictures(model)[:1])
+    one = model.step(*inputs)
+    image: dict[str, Any] = {
+        "dtype": "uint8",
+        "shape": ["b", height, width, 3],
+        "channels": "RGB",
+        "values": "0 to 255",
+    }
+    if len(inputs) > 1:
+        image |= {
+            "fit": "the image in its proportions, as high as the input where its height is aspect times its width or "
+            "more, else as wide as the input; the rest is fill, and valid is false for the cells that the image covers "
+            "by less than half",
+            **{key: model.config.data[key] for key in ("aspect", "place")},
+            "fill": np.rint(255 * np.array(model.config.data.mean)).astype(int).tolist(),
+            "valid": {"dtype": "bool", "shape": ["b", *inputs[1].shape[1:]]},
+        }
     return {
         "format": f"vpm_jax {kind} 1",
         "fingerprint": model.fingerprint,
         "source": model.source,
         "dtype": model.config.model.dtype,
         "max_difference": error,
-        "input": {"dtype": "uint8", "shape": ["b", height, width, 3], "channels": "RGB", "values": "0 to 255"},
+        "input": image,
         "output": {name: {"dtype": "float32", "shape": ["b", *one[name].shape[1:]]} for name in OUTPUTS},
         "meaning": {
             "features": "[image, region, channel], of unit length (Eq. 3)",
@@ -139,7 +155,7 @@ def write_safetensors(path: Path, source: Path) -> float:
     return differences[0]
 
 
-def compare(model: VPM, step: Callable[[Any], dict[str, Any]]) -> float:
+def compare(model: VPM, step: Callable[..., dict[str, Any]]) -> float:
     """The largest difference between what the model and `step` say of some images, for two batch sizes.
 
     Visibility is compared as a share of the map.
@@ -147,12 +163,12 @@ def compare(model: VPM, step: Callable[[Any], dict[str, Any]]) -> float:
     Raises:
       UserError: if it is more than rounding (see `rounding`).
     """
-    images = _pictures(model)
-    ours = model.step(images)
-    moved = rounding(model, images)
+    inputs = model.inputs(_pictures(model))
+    ours = model.step(*inputs)
+    moved = rounding(model, inputs)
     worst = 0.0
-    for count in (1, len(images)):
-        for name, found in _differences(ours, step(images[:count]), count).items():
+    for count in (1, len(inputs[0])):
+        for name, found in _differences(ours, step(*(x[:count] for x in inputs)), count).items():
             allowed = MOST * moved[name][:count]
             wrong = np.flatnonzero(~(found <= allowed))  # NaN is wrong
             if len(wrong):
@@ -165,7 +181,7 @@ def compare(model: VPM, step: Callable[[Any], dict[str, Any]]) -> float:
     return worst
 
 
-def rounding(model: VPM, images: np.ndarray) -> dict[str, np.ndarray]:
+def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """How far each output of each image, [N], moves when every parameter is rounded to a neighbouring number.
 
     A program that adds in another order errs as if its parameters were a little different (backward error), and how
@@ -180,10 +196,11 @@ def rounding(model: VPM, images: np.ndarray) -> dict[str, np.ndarray]:
     def rounded(x: np.ndarray) -> np.ndarray:
         return (x * (1 + unit * random.uniform(-1, 1, np.shape(x)))).astype(x.dtype)
 
-    most = dict.fromkeys(OUTPUTS, np.full(len(images), np.finfo(np.float32).eps, np.float64))
-    exact = network(model.variables, images)
+    count = len(inputs[0])
+    most = dict.fromkeys(OUTPUTS, np.full(count, np.finfo(np.float32).eps, np.float64))
+    exact = network(model.variables, *inputs)
     for _ in range(3):
-        moved = _differences(exact, network(jax.tree.map(rounded, model.variables), images), len(images))
+        moved = _differences(exact, network(jax.tree.map(rounded, model.variables), *inputs), count)
         most = {name: np.maximum(most[name], moved[name]) for name in OUTPUTS}
     return most
 
@@ -197,13 +214,16 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], count: int) -> di
     return found
 
 
-def _pictures(model: VPM) -> np.ndarray:
-    """Three images of the model's size: coarse patterns beside noise, so that the locator has to decide."""
+def _pictures(model: VPM) -> list[np.ndarray]:
+    """Three pictures, one whole and two cut: coarse patterns beside noise, so that the locator has to decide."""
     random = np.random.default_rng(0)
     height, width = model.image_size
     coarse = random.integers(0, 256, (3, 6, 3, 3), np.uint8)
     images = coarse.repeat(-(-height // 6), 1)[:, :height].repeat(-(-width // 3), 2)[:, :, :width]
-    return images // 2 + random.integers(0, 128, images.shape, np.uint8)
+    images = images // 2 + random.integers(0, 128, images.shape, np.uint8)
+    if model.config.data.fit == "stretch":
+        return list(images)
+    return [images[0], images[1][: height // 2 + 1], images[2][:, : width // 2 + 1]]
 
 
 def _words(difference: float) -> str:

@@ -33,12 +33,12 @@ def feature_shape(
 
 
 def fit_box(
-    size: tuple[int, int], canvas: tuple[int, int], aspect: float, place: tuple[float, float] = PLACES["top"]
+    size: tuple[float, float], canvas: tuple[int, int], aspect: float, place: tuple[float, float] = PLACES["top"]
 ) -> Box:
     """Where a picture lies on the input with its proportions kept.
 
     Args:
-      size: the picture's height and width, in pixels.
+      size: the picture's height and width, in any unit.
       canvas: (H, W) of the input.
       aspect: height over width of a whole person, who fills the canvas. A relatively wider picture fills the width,
         a taller one the height.

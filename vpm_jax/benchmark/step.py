@@ -104,6 +104,7 @@ def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     """A training batch of noise; crops, labels and visible sets are drawn as training draws them."""
     from vpm_jax import models
     from vpm_jax.data.sampling import kept_ratios
+    from vpm_jax.geometry import covered, fit_box
     from vpm_jax.regions import RegionGrid, draw_crop, project_regions
 
     if count < 4:
@@ -114,12 +115,17 @@ def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     crops = [draw_crop(config.data.crop, gamma, tuple(random.uniform(size=3))) for gamma in gammas]
     labels, visible = zip(*(project_regions(crop, grid, shape, config.loss.min_cells) for crop in crops), strict=True)
     identities = min(config.stage2.identities, count // 2, config.model.num_identities)
-    return {
-        "image": random.integers(0, 256, (count, config.data.height, config.data.width, 3), np.uint8),
+    canvas = config.data.height, config.data.width
+    batch = {
+        "image": random.integers(0, 256, (count, *canvas, 3), np.uint8),
         "identity": (np.arange(count) * identities // count).astype(np.int32),
         "labels": np.stack(labels),
         "visible": np.stack(visible),
     }
+    if config.data.fit == "pad":
+        boxes = [fit_box((crop.height, crop.width), canvas, 1.0) for crop in crops]  # in heights and widths of a person
+        batch["valid"] = np.stack([covered(box, canvas, models.feature_map_shape(config)) for box in boxes])
+    return batch
 
 
 def measure_dtype(

@@ -26,11 +26,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from vpm_jax.data.decode import FILTERS, decode, resize
+from vpm_jax.data.decode import decode
+from vpm_jax.data.fit import Fit
 from vpm_jax.data.sampling import Sampler, uniform
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import PLACES, Box, covered_cells, feature_shape, fit_box
+from vpm_jax.geometry import Box, covered_cells, feature_shape
 from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 from vpm_jax.schedule import stage_at
 
@@ -87,10 +88,10 @@ def _moved(box: Box, down: float, right: float) -> Box:
     return box[0] + y, box[1] + x, box[2] + y, box[3] + x
 
 
-def _lit(image: np.ndarray, brightness: float, contrast: float) -> None:
-    """Multiplies an image's brightness, and its contrast about the middle grey, in place."""
+def _light(image: np.ndarray, brightness: float, contrast: float) -> None:
+    """Multiplies an image's brightness, and its contrast about middle grey, in place."""
     table = contrast * (brightness * np.arange(256) - 128) + 128
-    cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8), dst=image)
+    image[:] = cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8))
 
 
 class _Loader:
@@ -104,18 +105,13 @@ class _Loader:
                 f"A batch of {batch} images cannot be divided among {host_count} hosts: "
                 "use a batch that is a multiple of the hosts."
             )
-        self._split, self._names, self._filter = split, split.names, config.data.resize
+        self._split, self._names = split, split.names
         if min(config.data.height, config.data.width) < 1:
             raise UserError(
                 f"config.data is {config.data.height} x {config.data.width} pixels, expected at least 1 x 1."
             )
-        if self._filter not in FILTERS:
-            raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
-        self._pads, self._aspect = config.data.fit == "pad", float(config.data.aspect)
-        if self._pads and not self._aspect:
-            raise UserError("config.data.fit is 'pad' but data.aspect is 0, expected a whole person's height / width.")
+        self._fit = Fit(config.data)
         self._model = config.model
-        self._fill = np.rint(255 * np.array(config.data.mean)).astype(np.uint8)
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
 
@@ -132,7 +128,7 @@ class _Loader:
         out: np.ndarray,
         image: np.ndarray,
         crop: Crop,
-        place: tuple[float, float],
+        place: tuple[float, float] | None = None,
         flip: bool = False,
         shift: tuple[float, float] = (0.0, 0.0),
         jitter: Sequence[float] = (1.0, 1.0),
@@ -140,16 +136,9 @@ class _Loader:
         """Fills `out` [H, W, 3] with the image, cropped; what of the image's height and width lies where on it."""
         (height, width), canvas = image.shape[:2], (out.shape[0], out.shape[1])
         top, left, bottom, right = box = _moved(pixel_box(crop, height, width), *shift)
-        pixels = cut(image, box, flip, self._fill)
-        y, x, y_end, x_end = 0, 0, *canvas
-        if self._pads:
-            y, x, y_end, x_end = fit_box((bottom - top, right - left), canvas, self._aspect, place)
-        shown = resize(pixels, (y_end - y, x_end - x), self._filter, None if self._pads else out)
+        y, x, y_end, x_end = self._fit(cut(image, box, flip, self._fit.fill), out, place)
         if tuple(jitter) != (1, 1):
-            _lit(shown, *jitter)
-        if self._pads:
-            out[:] = self._fill
-            out[y:y_end, x:x_end] = shown
+            _light(out[y:y_end, x:x_end], *jitter)
         return Axis(top, bottom, height, y, y_end, canvas[0]), Axis(left, right, width, x, x_end, canvas[1])
 
     def _pixels(self, canvas: tuple[int, int]) -> np.ndarray:
@@ -205,7 +194,7 @@ class _TrainLoader(_Loader):
         ):
             indices[row], image = self._readable(int(planned[row]))
             down, across = self._put(out, image, crop, place, flip, shift, jitter)
-            out[y:y_end, x:x_end] = self._fill
+            out[y:y_end, x:x_end] = self._fit.fill
             rows.append(_project_axis(down, self._grid.rows, h, self._min_cells))
             columns.append(_project_axis(across, self._grid.cols, columns_of_labels, self._min_cells))
             valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
@@ -225,7 +214,7 @@ class _TrainLoader(_Loader):
             "labels": labels,
             "visible": visible,
         }
-        if self._pads:
+        if self._fit.pads:
             batch["valid"] = valid
         # What `_iterate` tells of: this may be another process.
         return batch | {"unread": np.where(planned != indices, planned, -1)} if self._skips else batch
@@ -252,7 +241,7 @@ class _EvalLoader(_Loader):
         self._identity, self._camera = np.asarray(split.identity, np.int32), _cameras(split)
         self._crops = eval_crops(crop, gamma, len(split))
         self._canvas = int(config.data.height), int(config.data.width)
-        self._shape, self._place = self._feature_shape(self._canvas), PLACES[config.data.place]
+        self._shape = self._feature_shape(self._canvas)
 
     def __call__(self, number: int) -> Batch:
         first = int(number) * self._batch + self._first
@@ -262,13 +251,13 @@ class _EvalLoader(_Loader):
         valid = np.zeros((self._count, h, w), bool)
         identity, camera = np.full(self._count, -1, np.int32), np.full(self._count, -1, np.int32)
         for row in range(count):
-            down, across = self._put(pixels[row], self.read(first + row), self._crops[first + row], self._place)
+            down, across = self._put(pixels[row], self.read(first + row), self._crops[first + row])
             valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
         pixels[count:] = 0
         identity[:count] = self._identity[first : first + count]
         camera[:count] = self._camera[first : first + count]
         batch = {"image": pixels, "identity": identity, "camera": camera, "real": np.arange(self._count) < count}
-        return batch | {"valid": valid} if self._pads else batch
+        return batch | {"valid": valid} if self._fit.pads else batch
 
 
 def eval_crops(crop: str, gamma: float, count: int) -> list[Crop]:

@@ -64,12 +64,14 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
     )
 
 
-def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(h, w) of the feature map of H x W images (default: config.data's), what region labels are projected onto.
-
-    (h, 1) for a row locator.
-    """
+def feature_map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(h, w) of T, the feature map of H x W images (default: config.data's)."""
     m = config.model
-    size = size or (config.data.height, config.data.width)
-    h, w = feature_shape(*size, m.stem, m.last_stride, tuple(m.strides))
-    return (h, 1) if m.locator == "row" else (h, w)
+    height, width = size or (config.data.height, config.data.width)
+    return feature_shape(height, width, m.stem, m.last_stride, tuple(m.strides))
+
+
+def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """What region labels are projected onto: T's shape, (h, 1) for a row locator."""
+    h, w = feature_map_shape(config, size)
+    return (h, 1) if config.model.locator == "row" else (h, w)

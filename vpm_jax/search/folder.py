@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpm_jax import parallel
+from vpm_jax import api, parallel
 from vpm_jax.api import VPM
 from vpm_jax.data import decode
 from vpm_jax.description import Description
@@ -70,9 +70,9 @@ def describe(
     """What the model says of a part of a folder's images, some at a time; what cannot be read is named and left out."""
     ready: deque[Entry] = deque()
 
-    def prepare(entry: Entry) -> np.ndarray | UserError:
+    def read(entry: Entry) -> np.ndarray | UserError:
         try:
-            return model.prepare(folder / entry.name, crop=kept.crop)
+            return api.read(folder / entry.name, crop=kept.crop)
         except UserError as error:
             return error
 
@@ -80,7 +80,7 @@ def describe(
         images = iter(entries)
         with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
             while some := list(itertools.islice(images, batch)):
-                for entry, image in zip(some, pool.map(prepare, some), strict=True):
+                for entry, image in zip(some, pool.map(read, some), strict=True):
                     if isinstance(image, UserError):
                         progress.total -= 1
                         print(f"skipped: {printable(image)}", file=sys.stderr)

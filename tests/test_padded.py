@@ -1,0 +1,122 @@
+"""A model of padded images: files, splits, exports and searches describe an image alike."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import quick_compiler, tiny_run
+
+from vpm_jax import VPM, evaluation, export, extents, parallel, train
+from vpm_jax import config as config_lib
+from vpm_jax import search as search_command
+from vpm_jax.data.decode import decode
+from vpm_jax.data.pipeline import eval_crops, eval_picture
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.description import Describer
+from vpm_jax.regions import visible_heights
+
+PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler(compile_cache):
+    with quick_compiler(compile_cache):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(pedestrians, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("padded") / "run"
+    assert train.train(tiny_run(pedestrians, **PADDED), workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return VPM.load(run)
+
+
+@pytest.fixture(scope="module")
+def query(run):
+    return load_dataset(config_lib.read(run).data).query
+
+
+def test_a_picture_is_described_as_an_evaluation_describes_it(model, query):
+    describer = Describer(model.config, parallel.data_mesh(model.config.eval.batch), region_maps=True)
+    crops = eval_crops("top", 0.5, len(query))
+    pictures = [eval_picture(query, i, crops[i]) for i in range(len(query))]
+    expected = describer.split(model.variables, query, 0.5, "top")
+    for described in (model(pictures), model(pictures, batch=3)):
+        np.testing.assert_allclose(described.features, expected.features, atol=1e-5)
+        np.testing.assert_allclose(described.visibility, expected.visibility, atol=1e-4)
+        np.testing.assert_allclose(described.region_maps, expected.region_maps, atol=1e-5)
+    covered = expected.region_maps.sum(-1)
+    h = covered.shape[1]
+    np.testing.assert_allclose(covered[:, : h // 2], 1, atol=1e-5)
+    assert not covered[:, h // 2 :].any()  # half a person covers half of the map
+    assert (visible_heights(expected.region_maps, model.grid)[:, 1] <= 1).all()
+    np.testing.assert_array_equal(model.prepare(pictures[0])[len(pictures[0]) // 4 :][-1, 0], [124, 116, 104])
+
+
+def test_extreme_pictures_are_described(model):
+    pictures = [np.full(size, 90, np.uint8) for size in [(1, 400, 3), (400, 1, 3), (1, 1, 3)]]
+    described = model(pictures)
+    assert np.isfinite(described.features).all() and (described.visibility.sum(1) >= 0.99).all()
+
+
+def test_an_export_takes_what_is_covered_too(run, model, query, tmp_path):
+    pytest.importorskip("flatbuffers", reason="jax.export writes and reads with it")
+    export.main(["--workdir", str(run), "--output", str(tmp_path / "a.stablehlo")])
+    export.main(["--workdir", str(run), "--output", str(tmp_path / "a.safetensors")])
+    pictures = [decode(query.read(i), query.names[i])[: 20 + 5 * i] for i in range(5)]
+    expected = model(pictures)
+    for path in tmp_path.glob("*.s*[osl]"):
+        if path.suffix in (".stablehlo", ".safetensors"):
+            loaded = VPM.load(path)
+            np.testing.assert_allclose(loaded(pictures).features, expected.features, atol=1e-3)
+            assert loaded.fingerprint == model.fingerprint
+    said = json.loads((tmp_path / "a.stablehlo.json").read_text())["input"]
+    assert said["aspect"] == 2.0 and said["valid"]["shape"] == ["b", *expected.region_maps.shape[1:3]]
+
+
+def test_fingerprints_know_how_pictures_are_laid(model):
+    from vpm_jax.api import fingerprint
+
+    config = model.config.copy_and_resolve_references()
+    seen = {fingerprint(config, model.variables)}
+    for key, value in (("place", "center"), ("aspect", 2.5), ("fit", "stretch")):
+        config.data[key] = value
+        seen.add(fingerprint(config, model.variables))
+    assert len(seen) == 4
+    config.data.aspect = 3.0  # which stretching does not use
+    assert fingerprint(config, model.variables) in seen
+
+
+def test_a_search_finds_padded_pictures(run, model, query, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(decode(query.read(i), query.names[i])).save(folder / f"{i}.png")
+    Image.fromarray(decode(query.read(3), query.names[3])[:32]).save(tmp_path / "half.png")
+    index = ["index", str(folder), "--workdir", str(run), "--index", str(tmp_path / "store")]
+    assert search_command.main([*index, "--crops", "0.5"]) == 0
+    arguments = ["query", str(tmp_path / "half.png"), "--index", str(tmp_path / "store"), "--top", "6"]
+    assert (
+        search_command.main([*arguments, "--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]) == 0
+    )
+    [answer] = json.loads((tmp_path / "a.json").read_text())["queries"]
+    ranked = {result["image"]: result["distance"] for result in answer["results"]}
+    crop = answer["compared_with"]
+    pictures = [decode(query.read(i), query.names[i]) for i in range(6)]
+    if crop != "whole":
+        side, gamma = crop.split()
+        pictures = [p[: round(float(gamma) * len(p))] if side == "top" else p for p in pictures]
+    expected = model.match(str(tmp_path / "half.png"), pictures)[0]
+    for i in range(6):
+        assert ranked[f"{i}.png"] == pytest.approx(expected[i], abs=2e-3)  # the store holds float16
+    assert "<svg" in (tmp_path / "a.html").read_text() or "<img" in (tmp_path / "a.html").read_text()
+    assert extents.main([str(folder), "--workdir", str(run)]) == 0
+    assert evaluation.matching_in_words(model.config)
