@@ -1,4 +1,4 @@
-"""DukeMTMC-reID, the paper's recipe. Its authors withdrew the dataset: bring your own copy.
+"""DukeMTMC-reID, the paper's recipe. The authors withdrew the dataset; bring your own copy.
 
 python -m vpm_jax.train --config configs/duke.py --config.data.root=DATA
 """

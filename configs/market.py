@@ -4,19 +4,20 @@
 
 Not yet run in full.
 
-`:small` is a small network at 128x64, from scratch, for two CPU cores in under an hour:
+`:small` is a small network at 128x64, from scratch. It takes under an hour on two CPU cores:
 
     python -m vpm_jax.train --config configs/market.py:small --config.data.root=DATA
 
-40 epochs of 93 steps of 64 images: 49 minutes at the 77 to 87 images/s of two cores, 68 at the 59 of one; rank-1 / mAP
-27.9 / 17.5 at gamma 0.5, 65.9 / 43.1 at 0.7, 75.5 / 51.7 whole (seed 0, commit d1b4c3a; docs/results).
+40 epochs of 93 steps of 64 images take 49 minutes on two cores (77 to 87 images/s) and 68 on one (59 images/s).
+Rank-1 / mAP: 27.9 / 17.5 at gamma 0.5, 65.9 / 43.1 at 0.7, 75.5 / 51.7 on whole images (seed 0, commit d1b4c3a;
+docs/results).
 
-`:pretrained` is the paper's ResNet-50 from ImageNet weights, at 128x64 and for 800 steps of 64 images alone:
+`:pretrained` is the paper's ResNet-50 from ImageNet weights, at 128x64, for only 800 steps of 64 images:
 
     python -m vpm_jax.train --config configs/market.py:pretrained --config.data.root=DATA
 
-61 minutes of two CPU cores that did other things too; rank-1 / mAP 43.4 / 27.1 at gamma 0.5, 73.0 / 50.4 at 0.7, 81.3 /
-59.9 whole (seed 0; docs/results).
+It takes 61 minutes on two shared CPU cores. Rank-1 / mAP: 43.4 / 27.1 at gamma 0.5, 73.0 / 50.4 at 0.7, 81.3 / 59.9 on
+whole images (seed 0; docs/results).
 """
 
 from vpm_jax.config import default, small

@@ -1,4 +1,4 @@
-"""Market-1501 from ImageNet weights in 92,160 images: proportions kept, small images first, one cosine.
+"""Market-1501 from ImageNet weights in 92,160 images: images keep their proportions, small ones come first, one cosine.
 
     python -m vpm_jax.train --config configs/market_fast.py --config.data.root=DATA
 

@@ -1,30 +1,29 @@
-"""Market-1501, meant to be better than the paper: ResNet-50, the same two heads, no labels beyond identities.
+"""Market-1501, meant to beat the paper's recipe: ResNet-50, the same two heads, no labels beyond identities.
 
     python -m vpm_jax.train --config configs/market_plus.py --config.data.root=DATA
 
-Not yet run in full. It holds what has been measured to gain, over three seeds on held-out identities: how the gallery
-is ranked (`match.gallery_gammas`, `match.visibility`), `eval.flip`, and batches of many identities. Of what others
-report to help whole-body re-ID nothing gained in trainings of ten epochs from scratch (docs/results), where what
-regularises hardly can: `:tricks` adds it, to be measured from ImageNet weights. `:small` has the network of
-configs/market.py:small.
+Not yet run in full. It holds what measurably improved the result, over three seeds on held-out identities: the ranking
+(`match.gallery_gammas`, `match.visibility`), `eval.flip`, and batches of many identities. Nothing that others report to
+help whole-body re-ID gained in ten epochs from scratch (docs/results), where regularizers hardly can. `:tricks` adds
+these, to be measured from ImageNet weights. `:small` has the network of configs/market.py:small.
 
-SCREEN lists what is to be compared, one part at a time, EVALUATED what needs no training of its own. This tries them,
-on training identities held out, never on the test set, and reports what each gains (--plan says what it costs,
---models NAME ... takes only some):
+SCREEN lists ingredients to train with, one at a time; EVALUATED lists evaluations of those runs. This command tries
+them on held-out training identities, never on the test set, and reports what each gains (--plan estimates the cost,
+--models NAME ... selects some):
 
     python -m vpm_jax.reproduce --parts configs/market_plus.py --seeds 3
 """
 
 from vpm_jax.config import default, set_key, small, stage
 
-# What has been measured to gain.
+# Measured gains.
 PARTS = {
     "match.visibility": "saturated",
     "match.gallery_gammas": (0.5, 0.6, 0.7, 0.8, 0.9),
     "eval.flip": True,
 }
 
-# What others report to help whole-body re-ID in long trainings from ImageNet weights.
+# Reported by others to help whole-body re-ID in long runs from ImageNet weights.
 TRICKS = {
     "data.pad": 0.05,
     "data.erasing": 0.5,
@@ -42,7 +41,7 @@ TRICKS = {
 _GALLERY = {"match.gallery_gammas": PARTS["match.gallery_gammas"]}
 _NECK = {"model.neck": "bn", "model.head_dim": 0, "model.head_bias": False}
 
-# What to train: {name: the keys that differ from --scale screen}; the first is what the others are compared with.
+# {name: keys that differ from --scale screen}; the others are compared with the first.
 SCREEN: dict[str, dict[str, object]] = {
     "base": {},
     "ema": {"optim.ema": 0.99},
@@ -73,7 +72,7 @@ SCREEN: dict[str, dict[str, object]] = {
     "all": TRICKS | PARTS,
 }
 
-# What to evaluate of the runs above: {name: (the run's, keys)}.
+# {name: (a run of SCREEN, keys to evaluate it with)}.
 EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "flip": ("base", {"eval.flip": True}),
     "saturated": ("base", {"match.visibility": "saturated"}),
@@ -102,7 +101,7 @@ def get_config(variant: str = ""):
         config.stage1 = stage()
         config.stage2 = stage(
             epochs=120,
-            identities=32,  # few images of many identities: what the small recipe gained most by
+            identities=32,  # many identities per batch: the largest gain of the small recipe
             images_per_identity=2,
             steps_per_epoch=202,  # 12,936 // 64
             triplet_weight=1.0,

@@ -1,4 +1,4 @@
-"""Market-1501, the recipe of the authors' released code (PyTorch 1.0, 2020), which differs from the paper's.
+"""Market-1501, the recipe of the authors' released code (PyTorch 1.0, 2020), which differs from the paper.
 
 python -m vpm_jax.train --config configs/market_released.py --config.data.root=DATA
 """

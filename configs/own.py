@@ -8,16 +8,16 @@
 
     python -m vpm_jax.train --config configs/own.py --config.data.root=own.csv
 
-Paths are relative to the CSV, identities any text or number (-1: nobody, left out), cameras numbers; without the
-column camera nothing is dropped by it. Training needs 8 identities or more (32 with `:small`), else lower
-`--config.stage2.identities`. With rows of `train` alone, `--config.data.holdout_identities=20` makes 20 of those
-identities query and gallery.
+Paths are relative to the CSV. Identities are any text or number (-1: nobody, left out). Cameras are numbers or text;
+without that column nothing is dropped by camera. Training needs at least 8 identities (32 with `:small`); with fewer,
+lower `--config.stage2.identities`. With `train` rows alone, `--config.data.holdout_identities=20` turns 20 of those
+identities into query and gallery.
 
-`:small` is a small network at 128x64, from scratch, for CPU cores:
+`:small` is a small network at 128x64, from scratch, for a CPU:
 
     python -m vpm_jax.train --config configs/own.py:small --config.data.root=own.csv
 
-Crops are those of the paper, which keep the top: `--config.data.crop` and `--config.eval.crop` choose others.
+Crops keep the top, as in the paper; `--config.data.crop` and `--config.eval.crop` select others.
 """
 
 from vpm_jax.config import default, small

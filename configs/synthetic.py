@@ -2,8 +2,9 @@
 
     python -m vpm_jax.train --config configs/synthetic.py
 
-Set-up included about 8 minutes on two CPU cores. Rank-1 / mAP of seed 0: 28.1 to 32.0 / 33.6 to 35.4 at gamma 0.5 and
-77.9 to 79.8 / 73.0 to 73.9 whole, by version and threads, which round differently (chance 0.34; docs/results).
+About 8 minutes on two CPU cores, set-up included. Rank-1 / mAP of seed 0: 28.1 to 32.0 / 33.6 to 35.4 at gamma 0.5 and
+77.9 to 79.8 / 73.0 to 73.9 on whole images. The range comes from versions and thread counts, which round differently.
+Chance is 0.34 (docs/results).
 """
 
 from vpm_jax.config import small

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One job of several processes on one machine, each with its share of every batch:
+# Runs one job as several processes on one machine, each with its share of every batch:
 #
 #   launch/local.sh 2 python -m vpm_jax.train --config configs/synthetic.py --workdir runs/synthetic
 #   launch/local.sh 2 python -m vpm_jax.evaluate --workdir runs/synthetic
 #
-# The number comes first, then a command that takes --coordinator, --processes and --process. With GPUs, process I gets
-# the I-th (one process alone would use them all: that is the simpler way on one machine). Ctrl-C and SIGTERM reach all
-# processes, which finish the step and save. Exits with the code of the first process that failed.
+# First the number of processes, then a command that accepts --coordinator, --processes and --process. Process I gets
+# GPU I. (A single process uses all GPUs, which is simpler on one machine.) Ctrl-C and SIGTERM reach all processes, which
+# finish the step and save. The exit code is that of the first process that failed.
 set -uo pipefail
 
 if (($# < 2)) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -34,7 +34,7 @@ if ((${#gpus[@]} && ${#gpus[@]} < count)); then
 fi
 
 pids=()
-# Processes in the background ignore Ctrl-C, so that this script hands it on.
+# Background processes ignore Ctrl-C, so this script forwards it.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 for ((i = 0; i < count; i++)); do
   CUDA_VISIBLE_DEVICES=${gpus[i]:-${CUDA_VISIBLE_DEVICES:-}} \
@@ -46,7 +46,7 @@ failed=0
 for pid in "${pids[@]}"; do
   wait "$pid"
   code=$?
-  while ((code > 128)) && kill -0 "$pid" 2>/dev/null; do # a signal to this script ended the wait, not the process
+  while ((code > 128)) && kill -0 "$pid" 2>/dev/null; do # a signal to this script ended the wait; the process is alive
     wait "$pid"
     code=$?
   done

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A Cloud TPU pod slice, one process on each of its hosts:
+# A Cloud TPU pod slice with one process per host:
 #
-#   launch/tpu_pod.sh NAME ZONE setup                                            # copy the checkout, install it
+#   launch/tpu_pod.sh NAME ZONE setup                                            # copy and install the checkout
 #   launch/tpu_pod.sh NAME ZONE train --config configs/market.py --workdir runs/market
 #   launch/tpu_pod.sh NAME ZONE evaluate --workdir runs/market
-#   launch/tpu_pod.sh NAME ZONE stop                                             # SIGTERM: save and end
+#   launch/tpu_pod.sh NAME ZONE stop                                             # SIGTERM: save and exit
 #
-# NAME is a TPU VM as `gcloud compute tpus tpu-vm create` made it. Every host needs the dataset (~/vpm_jax/data, or
-# --config.data.root), the first one holds the workdir: copy it away before the slice is deleted, or give a --workdir
-# on a mounted disk. After a preemption the same command goes on. JAX asks the metadata server which host it is on.
+# NAME is a TPU VM created with `gcloud compute tpus tpu-vm create`. Every host needs the dataset (~/vpm_jax/data, or
+# --config.data.root). The first host holds the workdir: copy it before the slice is deleted, or use a --workdir on a
+# mounted disk. After a preemption the same command resumes. JAX gets its host number from the metadata server.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -32,7 +32,7 @@ case $what in
     ;;
   train | evaluate)
     quoted=""
-    if (($#)); then printf -v quoted ' %q' "$@"; fi # of nothing it would make ''
+    if (($#)); then printf -v quoted ' %q' "$@"; fi # without arguments printf would write ''
     on_all "cd vpm_jax && exec .venv/bin/python -m vpm_jax.$what --distributed$quoted"
     ;;
   stop)

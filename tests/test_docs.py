@@ -20,8 +20,18 @@ from tiny_runs import quick_compiler
 from vpm_jax.config import default, flatten
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "vpm_jax/README.md",
+]
+LINKING = sorted({*PAGES, *(ROOT / "launch").rglob("*.md"), *(ROOT / "docs").rglob("*.md")})
 BLOCK = re.compile(r"^```(\w+)( test)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path, language: str, marked: bool = False) -> list[str]:
@@ -47,7 +57,7 @@ def test_the_pages_are_there():
     assert {page.stem for page in PAGES} >= {"data", "paper", "recipes", "scaling", "search"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_commands_have_their_options_and_keys(page):
     keys = flatten(default())
     for module, *arguments in (c for text in blocks(page, "bash") for c in commands(text)):
@@ -67,10 +77,7 @@ def test_commands_have_their_options_and_keys(page):
         assert key in (*keys, "KEY"), key
 
 
-LINKING = [ROOT / "README.md", *sorted((ROOT / "launch").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKING, ids=title)
 def test_links_lead_somewhere(page):
     for file, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         if file.startswith("https://"):
@@ -83,7 +90,7 @@ def test_links_lead_somewhere(page):
             assert anchor in known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_files_and_names_exist(page):
     text = page.read_text()
     for file in re.findall(r"`((?:vpm_jax|configs|launch)/[\w/.]+\.\w+)", text):
@@ -93,7 +100,7 @@ def test_files_and_names_exist(page):
         key = name.removeprefix("config.")
         if any(key == k or k.startswith(f"{key}.") for k in flatten(default())):
             continue
-        if re.search(r"\.(jsonl?|jpg|md|png|html)$|^model\.(fingerprint|stablehlo)|^model\.stablehlo\.json", name):
+        if re.search(r"\.(py|jsonl?|jpg|md|png|html)$|^model\.(fingerprint|stablehlo)|^model\.stablehlo\.json", name):
             continue  # a file, or an object of an example
         parts = name.split(".")
         for n in range(len(parts), 0, -1):  # a module, then attributes of it
@@ -108,7 +115,23 @@ def test_files_and_names_exist(page):
             pytest.fail(f"there is no {name}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_map_of_the_code_is_complete():
+    package = ROOT / "vpm_jax"
+    named = set(re.findall(r"`(?:\w+/)*(\w+(?:\.py|/))`", (package / "README.md").read_text()))
+    modules = {path.name for path in package.glob("[!_]*.py")}
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert named >= modules | rooms, "missing from vpm_jax/README.md"
+    for name in named:
+        assert any(package.rglob(name.rstrip("/"))), name
+
+
+def test_tables_of_results_are_current():
+    tables = runpy.run_path(str(ROOT / "docs" / "results" / "tables.py"))
+    for page in tables["PAGES"]:
+        assert tables["rewrite"](page.read_text()) == page.read_text(), "run python docs/results/tables.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_marked_examples_run(page, whole, compile_cache, tmp_path, monkeypatch):
     """In order, on a tiny trained model and five made-up pictures."""
     marked = [(kind, text) for kind, test, text in BLOCK.findall(page.read_text()) if test]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from vpm_jax.regions import RegionGrid as RegionGrid
     from vpm_jax.regions import project_regions as project_regions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # pyproject.toml reads it
 
 _HOME = {
     "Crop": "regions",

@@ -1,0 +1,184 @@
+"""Rewrites the tables of README.md and docs/results/README.md from the results committed beside this file.
+
+    python docs/results/tables.py
+
+In both pages, the lines between <!-- table: NAME --> and <!-- end --> are the table NAME of TABLES. To add a row, add
+one entry: the name of its runs in `runs/` without their seed, or a folder here with the evaluation.json of a run.
+An entry without results is left out, so it may be listed before its run has finished.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from vpm_jax import paper
+from vpm_jax.comparison import measured, number, table
+
+RESULTS = Path(__file__).parent
+PAGES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
+# Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
+PARTIAL = {"partial_reid": "Partial-REID", "partial_ilids": "Partial-iLIDS"}
+PAPER = "the paper"
+
+
+class Row(NamedTuple):
+    title: str
+    source: str  # the name of runs without their seed, a folder here, or PAPER
+    seed: str = "*"
+
+
+class Gains(NamedTuple):
+    """Changes to a recipe by name, each trained with the seeds of the recipe's own run `base`."""
+
+    base: str
+    changes: str
+
+
+_SMALL = "market1501-small"
+_ABLATIONS = (
+    ("VPM", "vpm"),
+    ("VPM (no triplet)", "vpm-notriplet"),
+    ("MVPM-1: every region counts in matching", "mvpm-1"),
+    ("MVPM-2: no visible set in the triplet loss", "mvpm-2"),
+    ("MVPM-3: none in the identity loss", "mvpm-3"),
+    ("MVPM-4: in neither", "mvpm-4"),
+)
+
+TABLES: Mapping[str, tuple[Row, ...] | Gains] = {
+    "market": (
+        Row("VPM, small network from scratch", f"{_SMALL}-vpm"),
+        Row("same models, gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
+        Row("VPM, small network, proportions kept", f"{_SMALL}-fit_top"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py`", "market1501-fast"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market.py:pretrained`", "market1501-pretrained"),
+        Row("global feature, small network, same training crops", f"{_SMALL}-baseline"),
+        Row("PCB, small network, trained on whole images", f"{_SMALL}-pcb"),
+        Row("VPM in the paper (ResNet-50, 384x128)", PAPER),
+    ),
+    "synthetic": (
+        Row("VPM", "synthetic-vpm"),
+        Row("global feature, same training crops", "synthetic-baseline"),
+        Row("PCB, trained on whole images", "synthetic-pcb"),
+    ),
+    "small": (
+        Row("VPM", f"{_SMALL}-vpm"),
+        Row("global feature", f"{_SMALL}-baseline"),
+        Row("PCB", f"{_SMALL}-pcb"),
+    ),
+    "pretrained": (
+        Row("ResNet-50 from ImageNet weights, 800 steps", "market1501-pretrained"),
+        Row("small network from scratch, 3,720 steps", f"{_SMALL}-vpm", "0"),
+    ),
+    "tricks": Gains(
+        "market1501-screen-vpm",
+        "soft_hinge whole region_smoothing any neck_reduced pad smoothing deeper_crops locator_hidden soft_pairs "
+        "erasing_small ema unnormalised bilateral jitter neck erasing",
+    ),
+    "gallery-crops": (
+        Row("Eq. 4", f"{_SMALL}-vpm"),
+        Row("gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
+    ),
+    "ablations": tuple(Row(title, f"{_SMALL}-{method}", "0") for title, method in _ABLATIONS),
+    "synthetic-ablations": tuple(Row(title, f"synthetic-{method}", "0") for title, method in _ABLATIONS),
+}
+
+
+def read(source: str, seed: str = "*", test: str = "") -> dict[int, dict[str, Any]]:
+    """{seed: result} of a row's source, on another test set if one is named."""
+    if (RESULTS / source / "evaluation.json").exists():
+        files = [RESULTS / source / f"evaluation{f'-{test}' * bool(test)}.json"]
+    else:
+        files = sorted((RESULTS / "runs").glob(f"{source}{f'-on-{test}' * bool(test)}-seed{seed}.json"))
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    return {result["seed"]: result for result in results}
+
+
+def scores(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """{gamma, or protocol on partial images: {"cmc", "mAP", ...}}."""
+    return next(result[key] for key in ("gammas", "protocols", "results") if key in result)
+
+
+def average(results: Iterable[Mapping[str, Any]], metric: str) -> float:
+    """The mean of a metric, in percent."""
+    values = [measured(result, metric) for result in results]
+    return mean(value for value in values if value is not None)
+
+
+def pair(results: list[Mapping[str, Any]], second: str) -> str:
+    """Rank-1 / a second metric, means over the seeds."""
+    return " / ".join(number(average(results, metric)) for metric in ("R-1", second))
+
+
+def cells(row: Row) -> dict[str, str]:
+    """{column: cell}, empty without results."""
+    if row.source == PAPER:
+        sweep = paper.published("market1501")
+        assert sweep is not None
+        found = {str(gamma): f"{s['R-1']} / {s['mAP']}" for gamma, s in sweep.scores.items()}
+        for test, title in PARTIAL.items():
+            on_partial = paper.published(test, "VPM (Top)")
+            assert on_partial is not None
+            found[title] = "{R-1} / {R-3}".format_map(on_partial.scores[1.0])
+        return {"seeds": "–"} | found
+    results = [scores(result) for result in read(row.source, row.seed).values()]
+    if not results:
+        return {}
+    found = {gamma: pair([result[gamma] for result in results], "mAP") for gamma in results[0]}
+    for test, title in PARTIAL.items():
+        if partial := [scores(result)["all-shot"] for result in read(row.source, row.seed, test).values()]:
+            found[title] = pair(partial, "R-3")
+    return {"seeds": str(len(results))} | found
+
+
+def sweep(rows: tuple[Row, ...]) -> list[str]:
+    """Rank-1 / mAP by gamma, and rank-1 / rank-3 on partial images."""
+    found = {row: kept for row in rows if (kept := cells(row))}
+    columns = list(dict.fromkeys(c for row, kept in found.items() if row.source != PAPER for c in kept))
+    titles = [f"{c}, R-1 / R-3" if c in PARTIAL.values() else c for c in columns]
+    body = [[row.title, *(kept.get(column, "–") for column in columns)] for row, kept in found.items()]
+    return table([["rank-1 / mAP at gamma", *titles], *body])
+
+
+def gains(tried: Gains) -> list[str]:
+    """The mean gain over the base with the same seed, of means over the gammas; most seeds first, then by mAP."""
+
+    def level(result: Mapping[str, Any], metric: str) -> float:
+        return average(scores(result).values(), metric)
+
+    base, found = read(tried.base), []
+    for name in tried.changes.split():
+        runs = read(tried.base.replace("vpm", name))
+        if not runs:
+            continue
+        keys = ", ".join(f"`{key}={value}`" for key, value in next(iter(runs.values()))["changes"].items())
+        each = [[level(run, m) - level(base[seed], m) for seed, run in runs.items()] for m in ("R-1", "mAP")]
+        row = [f"{name}: {keys}", str(len(runs))]
+        for values in each:
+            span = f" ({min(values):+.1f} to {max(values):+.1f})" if len(values) > 1 else ""
+            row.append(f"{mean(values):+.1f}{span}")
+        found.append((-len(runs), -mean(each[1]), row))
+    header = ["change", "seeds", "gain in rank-1", "gain in mAP"]
+    return table([header, *(row for _, _, row in sorted(found))])
+
+
+def rewrite(text: str) -> str:
+    """A page with its tables as the results are now."""
+
+    def fill(match: re.Match[str]) -> str:
+        asked = TABLES[match[1]]
+        lines = gains(asked) if isinstance(asked, Gains) else sweep(asked)
+        return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
+
+    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        before = page.read_text()
+        page.write_text(after := rewrite(before))
+        print(f"{page}: {'unchanged' if after == before else 'rewritten'}")
