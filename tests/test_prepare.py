@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import PYTHON_PATH, ROOT
 from PIL import Image
 from test_sources import config, content, fails, make_folder, make_zip
 
@@ -164,7 +165,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path):
         f"try: arrayrecord.write(data, Path({str(tmp_path / 'out')!r}))\n"
         "except UserError as error: print(error)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/tests/data{os.pathsep}{PYTHON_PATH}"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert "could not be written" in out and "raise the limit" in out and "Errno" not in out and out.count("\n") == 1
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -179,7 +180,7 @@ def test_a_killed_run_leaves_nothing_to_read(folder, tmp_path, capsys):
         "    if name == 'gallery': print('stalled', flush=True), time.sleep(60)\n"
         f"arrayrecord.write(load_dataset(config({str(folder)!r})), Path({str(tmp_path / 'out')!r}), stall)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/tests/data{os.pathsep}{PYTHON_PATH}"}
     process = subprocess.Popen([sys.executable, "-c", code], env=env)
     try:
         deadline = time.monotonic() + 60

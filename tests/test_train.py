@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from paths import PYTHON_PATH
 from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
@@ -188,7 +189,6 @@ def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_p
     program = f"""
 import os, signal, time
 from pathlib import Path
-import conftest
 from tiny_runs import tiny_run
 from vpm_jax import train
 add = train.Window.add
@@ -200,7 +200,7 @@ def and_die(self, steps, metrics):
 train.Window.add = and_die
 train.train(tiny_run({str(pedestrians)!r}), Path("run"))
 """
-    variables = os.environ | environment | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
+    variables = os.environ | environment | {"PYTHONPATH": PYTHON_PATH}
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
     )

