@@ -11,10 +11,10 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from disk import largest_file
 from flax import traverse_util
-from test_api import assert_equal
-from test_convert import make_run
-from tiny_runs import largest_file, quick_compiler
+from tiny import assert_equal
+from tiny_runs import make_run, quick_compiler
 
 from vpm_jax import VPM, UserError, api, export, step
 from vpm_jax import config as config_lib

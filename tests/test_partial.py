@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_folders import make, pack
-from test_metrics import reference
+from partial_files import make, pack
+from plain_metrics import reference
 from tiny_runs import STEPS, quick_compiler, saved_state, tiny_run
 
 from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, train

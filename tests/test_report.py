@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from html_reader import Reader
 from PIL import Image
-from test_convert import make_run
-from test_html import Reader
-from tiny_runs import quick_compiler
+from tiny_runs import make_run, quick_compiler
 
 from vpm_jax import html, metrics, report
 from vpm_jax.errors import UserError

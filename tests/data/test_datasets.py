@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from market_files import FILES, config, content, fails, jpeg, make_folder
+from partial_files import picture
 from paths import ROOT
-from test_folders import picture
-from test_sources import FILES, config, content, fails, jpeg, make_folder
 
 from vpm_jax.config import default
 from vpm_jax.data import arrayrecord, datasets

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from disk import largest_file
 from tiny import fill, shrunk
-from tiny_runs import largest_file
 
 from vpm_jax.errors import UserError
 from vpm_jax.runs.checkpoints import Checkpoints

@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from partial_files import make
 from paths import LOCAL, PYTHON_PATH
-from test_folders import make
 from tiny_runs import STEPS, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import parallel

@@ -11,7 +11,7 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import largest_file
+from disk import largest_file
 
 from vpm_jax.errors import UserError
 from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny_runs import largest_file
+from disk import largest_file
 
 from vpm_jax.errors import UserError
 from vpm_jax.runs import locks

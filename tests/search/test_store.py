@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import flip
 
 from vpm_jax.errors import UserError
 from vpm_jax.search import store as store_lib
@@ -282,12 +283,6 @@ def test_a_path_that_is_none(folder):
     assert (store.path("folder"), store.path("none"), store.path("other")) == (None, None, Path("a/b"))
     with pytest.raises(UserError, match=r"store\.json is damaged \(model is 3, expected a path\)"):
         store.path("model")
-
-
-def flip(path: Path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 def test_a_full_disk_keeps_what_was_committed(folder, monkeypatch):
