@@ -11,6 +11,7 @@ import tiny
 import torch_files as files
 from flax.traverse_util import flatten_dict
 from keras_files import write_keras
+from raising import raises
 from safetensors import safe_open
 from tiny_runs import make_run
 
@@ -271,7 +272,7 @@ def test_metadata_that_do_not_fit_are_refused(tmp_path, change):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with raises("no-run"):
         load(f"vpm:{tmp_path}")
 
 

@@ -12,6 +12,7 @@ import pytest
 from market_files import config, content, fails, make_folder, make_zip
 from paths import PYTHON_PATH
 from PIL import Image
+from raising import raises
 
 from vpm_jax.data import arrayrecord
 from vpm_jax.data.sources import load_dataset
@@ -140,7 +141,7 @@ def test_wrong_command_lines(tmp_path):
         main(["market1501", "--source", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
     make_folder(tmp_path / "images")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--output .*file: .*file is a file, expected a folder"):
+    with raises("bad-output"):
         main(["market1501", "--source", str(tmp_path / "images"), "--output", str(tmp_path / "file")])
 
 
