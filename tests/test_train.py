@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from paths import PYTHON_PATH
 from raising import raises
-from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
+from tiny_runs import STEPS, assert_same_run, quick_compiler, records, rendered, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
 from vpm_jax import description, evaluation, parallel, train
@@ -323,8 +323,7 @@ def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians, tmp_path):
-    (rendered,) = pedestrians.glob("synthetic-*train8-*")
-    strangers = shutil.copytree(rendered, tmp_path / "data")
+    strangers = shutil.copytree(rendered(pedestrians), tmp_path / "data")
     for number, path in enumerate(sorted((strangers / "query").iterdir())):
         path.rename(path.with_name(f"{9000 + number}_{path.name.partition('_')[2]}"))
     config = tiny_run(strangers)

@@ -15,6 +15,7 @@ from tiny import fill, recipe, shrunk
 
 from vpm_jax import step
 from vpm_jax.config import check, read, set_key, to_json
+from vpm_jax.data import synthetic
 from vpm_jax.runs.checkpoints import Checkpoints
 
 # Stage 1 is 3 plain steps of 8 images, stage 2 is 2 epochs of 4 steps of 4 x 2: checkpoints after 3, 7 and 11,
@@ -82,6 +83,11 @@ def tiny_run(root: Path, **changes) -> ConfigDict:
         set_key(config, key, value)
     check(config)
     return config
+
+
+def rendered(root: Path) -> Path:
+    """The folder of the pedestrians that `tiny_run(root)` trains on; other runs may have rendered theirs beside it."""
+    return synthetic.ensure(root, **tiny_run(root).data.synthetic)
 
 
 def shapes(workdir: Path):
