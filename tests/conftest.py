@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from paths import REAL_DATA
 
 from vpm_jax.parallel import prepare_backend
 
@@ -70,7 +71,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list:
 @pytest.fixture(scope="session")
 def market() -> Path:
     """The real Market-1501: its folder (or zip), in $VPM_DATA or ./data. Skips where it is absent."""
-    root = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")
+    root = REAL_DATA
     candidates = [root] if root.name.startswith("Market-1501") else sorted(root.glob("Market-1501*"))
     found = sorted((path for path in candidates if path.exists()), key=lambda path: not path.is_dir())
     if not found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from images import encode
 from PIL import Image
-from test_convert import make_run
-from tiny_runs import quick_compiler
+from tiny import assert_equal
+from tiny_runs import make_run, quick_compiler
 
 import vpm_jax
 from vpm_jax import VPM, Description, UserError, api, convert, models, region_distance
@@ -43,17 +43,6 @@ def model(run) -> VPM:
 @pytest.fixture(scope="module")
 def described(model) -> Description:
     return model(PICTURES, batch=2)
-
-
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def assert_equal(a: Description, b: Description, atol: float = 0) -> None:
-    for x, y in ((a.features, b.features), (a.visibility, b.visibility), (a.region_maps, b.region_maps)):
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol, strict=True)
 
 
 # ---- What a model says ----

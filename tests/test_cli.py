@@ -10,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tiny import CONFIGS
+from paths import CONFIGS
 
 from vpm_jax import cli
 from vpm_jax.config import flatten

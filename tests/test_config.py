@@ -7,7 +7,8 @@ import runpy
 from types import SimpleNamespace
 
 import pytest
-from tiny import CONFIGS, recipe
+from paths import CONFIGS
+from tiny import recipe
 
 from vpm_jax import config as config_lib
 from vpm_jax import keys

@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch_files as files
 from flax.traverse_util import flatten_dict
+from keras_files import write_keras
+from raising import raises
 from safetensors import safe_open
-from test_pretrained_keras import write_keras
+from tiny_runs import make_run
 
 from vpm_jax import config as config_lib
 from vpm_jax import convert, models, step
@@ -33,18 +35,6 @@ def assert_same(a, b, whole: bool = True) -> None:
         jax.tree.map(np.testing.assert_array_equal, a.heads, b.heads)
     assert (a.stride_on, a.bn_epsilon, a.network) == (b.stride_on, b.bn_epsilon, b.network)
     np.testing.assert_array_equal([a.mean, a.std], [b.mean, b.std])
-
-
-def make_run(folder, file: str = "market", **changes):
-    """A workdir with random weights, as training leaves it; its config."""
-    settings = dict(stage1__steps_per_epoch=2, stage2__steps_per_epoch=2) | changes
-    config = tiny.shrunk(file, **settings)
-    state = tiny.fill(step.state_shapes(config))
-    folder.mkdir()
-    (folder / "config.json").write_text(config_lib.to_json(config))
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.save(7, state, {"seconds": 1.0, "pending": [], "best": None})
-    return config, state
 
 
 def outputs(weights, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,7 +272,7 @@ def test_metadata_that_do_not_fit_are_refused(tmp_path, change):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with raises("no-run"):
         load(f"vpm:{tmp_path}")
 
 

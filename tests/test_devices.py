@@ -1,4 +1,4 @@
-"""Eight virtual devices, in a process of their own, learn what one does (tests/devices.py)."""
+"""Eight virtual devices, in a process of their own, learn what one does (tests/helpers/devices.py)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parent
+from paths import HELPERS, PYTHON_PATH
 
 
 def compare(*arguments: str) -> list[dict]:
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": PYTHON_PATH,
         "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled in a fraction of the time
     }
-    command = [sys.executable, str(TESTS / "devices.py"), "--json", *arguments]
+    command = [sys.executable, str(HELPERS / "devices.py"), "--json", *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 from tiny_runs import quick_compiler
 
 from vpm_jax.config import default, flatten
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "README.md",

@@ -11,10 +11,11 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from disk import largest_file
 from flax import traverse_util
-from test_api import assert_equal
-from test_convert import make_run
-from tiny_runs import largest_file, quick_compiler
+from raising import raises
+from tiny import assert_equal
+from tiny_runs import make_run, quick_compiler
 
 from vpm_jax import VPM, UserError, api, export, step
 from vpm_jax import config as config_lib
@@ -117,7 +118,7 @@ def test_wrong_parameters_are_never_kept(exported, tmp_path, monkeypatch):
         return tensors | {"layer4.1.conv2.weight": tensors["layer4.1.conv2.weight"][:, ::-1].copy()}
 
     monkeypatch.setattr(own, "torch_tensors", wrong)
-    with pytest.raises(UserError, match="something else than the model"):
+    with raises("wrong-export"):
         run_main(exported[0], tmp_path / "b.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -150,10 +151,10 @@ def test_what_is_rounding_follows_the_model(exported, locator):
         return x + np.float32(1e-3) if name.endswith("/var") else x
 
     export.compare(model, with_variables(model, neighbour).step)
-    with pytest.raises(UserError, match="something else than the model"):
+    with raises("wrong-export"):
         export.compare(model, lambda images: model.step(images[..., ::-1]))
     for wrong in () if locator is undecided else (one_kernel, epsilon):  # smaller than what the last bit does there
-        with pytest.raises(UserError, match="something else than the model"):
+        with raises("wrong-export"):
             export.compare(model, with_variables(model, wrong).step)
 
 
@@ -201,7 +202,7 @@ def test_what_an_export_cannot_be(exported, tmp_path):
 
 def test_a_full_disk_leaves_nothing(exported, tmp_path):
     model = VPM.load(exported[0])
-    with largest_file(2000), pytest.raises(UserError, match="could not be written"):
+    with largest_file(2000), raises("not-written"):
         export.write_stablehlo(tmp_path / "b.stablehlo", model)
     assert not list(tmp_path.iterdir())
 

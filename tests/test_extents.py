@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_convert import make_run
-from tiny_runs import quick_compiler
+from tiny_runs import make_run, quick_compiler
 
 from vpm_jax import cli, config, extents
 from vpm_jax.data.sampling import Sampler

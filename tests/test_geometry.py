@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import small_config, split_of
+from images import small_config, split_of
 from tiny import Given
 
 from vpm_jax import losses, models

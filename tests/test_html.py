@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_reader import Reader
 from PIL import Image
 
 from vpm_jax import html
@@ -17,30 +17,6 @@ from vpm_jax.overlay import region_colors
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (40, 20, 3), dtype=np.uint8)
 HOSTILE = "<script>alert('x')</script>\"&.jpg"
-
-
-class Reader(HTMLParser):
-    """Checks that tags close in order; keeps every tag with its attributes."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.words = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words += data
 
 
 def whole_page() -> str:

@@ -1,4 +1,4 @@
-"""Parity with PyTorch: the same weights and batches through the JAX model and through tests/torch_reference.py.
+"""Parity with PyTorch: the same weights and batches through the JAX model and through tests/helpers/torch_reference.py.
 
 Every test runs against the committed golden arrays (written by that reference, in float64), and against the reference
 itself where PyTorch is installed (`pip install -e '.[parity]'`). A difference is |a - b| / |b| of one tensor, by norms.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from paths import CONFIGS
 
 from vpm_jax import losses, models
 from vpm_jax import step as step_lib
@@ -30,7 +30,6 @@ DTYPES = ["float64", "float32"]
 FORWARD = {"float64": 1e-8, "float32": 1e-5}
 GRADIENT = {"float64": 1e-8, "float32": 1e-3}
 LOSSES = ("loss", "loss_region", "loss_identity", "loss_triplet")  # metrics, in the reference's order
-CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = {"paper": CONFIGS / "market.py", "released": CONFIGS / "market_released.py"}
 FAST = {"xla_backend_optimization_level": 0}  # compiling is what these tests would spend their time on
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_folders import make, pack
-from test_metrics import reference
-from tiny_runs import STEPS, quick_compiler, saved_state, tiny_run
+from partial_files import make, pack
+from plain_metrics import reference
+from tiny_runs import STEPS, quick_compiler, rendered, saved_state, tiny_run
 
 from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, train
 from vpm_jax import config as config_lib
@@ -180,7 +180,7 @@ def test_partial_ilids_from_a_zip(whole, tmp_path):
 
 def test_another_dataset_with_cameras(whole, pedestrians, tmp_path, monkeypatch):
     """The tiny run's own images under DukeMTMC-reID's names give the numbers of its own test set."""
-    own = next(pedestrians.glob("synthetic*"))
+    own = rendered(pedestrians)
     duke = tmp_path / "data" / "DukeMTMC-reID"
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
         (duke / folder).mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_another_dataset_with_cameras(whole, pedestrians, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def own_images(pedestrians, whole, tmp_path_factory) -> Path:
     """The tiny run's pedestrians as a CSV, with their cameras."""
-    own = next(pedestrians.glob("synthetic*"))
+    own = rendered(pedestrians)
     path = tmp_path_factory.mktemp("own") / "own.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

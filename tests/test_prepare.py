@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from market_files import config, content, fails, make_folder, make_zip
+from paths import PYTHON_PATH
 from PIL import Image
-from test_sources import config, content, fails, make_folder, make_zip
+from raising import raises
 
 from vpm_jax.data import arrayrecord
 from vpm_jax.data.sources import load_dataset
@@ -139,7 +141,7 @@ def test_wrong_command_lines(tmp_path):
         main(["market1501", "--source", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
     make_folder(tmp_path / "images")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--output .*file: .*file is a file, expected a folder"):
+    with raises("bad-output"):
         main(["market1501", "--source", str(tmp_path / "images"), "--output", str(tmp_path / "file")])
 
 
@@ -157,14 +159,14 @@ def test_a_bad_image_leaves_nothing(folder, tmp_path):
 
 def test_a_full_disk_is_one_sentence(folder, tmp_path):
     code = (
-        "import resource, sys; from test_sources import config, load_dataset; from vpm_jax.data import arrayrecord\n"
+        "import resource, sys; from market_files import config, load_dataset; from vpm_jax.data import arrayrecord\n"
         f"data = load_dataset(config({str(folder)!r}))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "from pathlib import Path; from vpm_jax.errors import UserError\n"
         f"try: arrayrecord.write(data, Path({str(tmp_path / 'out')!r}))\n"
         "except UserError as error: print(error)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert "could not be written" in out and "raise the limit" in out and "Errno" not in out and out.count("\n") == 1
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -172,14 +174,14 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path):
 
 def test_a_killed_run_leaves_nothing_to_read(folder, tmp_path, capsys):
     code = (
-        "import time; from pathlib import Path; from test_sources import config, load_dataset\n"
+        "import time; from pathlib import Path; from market_files import config, load_dataset\n"
         "from vpm_jax.data import arrayrecord\n"
         "def stall(images, name):\n"
         "    yield from images\n"
         "    if name == 'gallery': print('stalled', flush=True), time.sleep(60)\n"
         f"arrayrecord.write(load_dataset(config({str(folder)!r})), Path({str(tmp_path / 'out')!r}), stall)\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"}
+    env = {**os.environ, "PYTHONPATH": PYTHON_PATH}
     process = subprocess.Popen([sys.executable, "-c", code], env=env)
     try:
         deadline = time.monotonic() + 60

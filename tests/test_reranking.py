@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_matching import example
+from plain_matching import example
 from tiny_runs import quick_compiler
 
 from vpm_jax import reranking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from test_matching import example, reference
+from plain_matching import example, reference
 from tiny_runs import quick_compiler
 
 from vpm_jax import matching

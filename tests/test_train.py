@@ -13,7 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_runs import STEPS, assert_same_run, quick_compiler, records, saved_state, saved_steps, tiny_run
+from paths import PYTHON_PATH
+from raising import raises
+from tiny_runs import STEPS, assert_same_run, quick_compiler, records, rendered, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
 from vpm_jax import description, evaluation, parallel, train
@@ -188,7 +190,6 @@ def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_p
     program = f"""
 import os, signal, time
 from pathlib import Path
-import conftest
 from tiny_runs import tiny_run
 from vpm_jax import train
 add = train.Window.add
@@ -200,7 +201,7 @@ def and_die(self, steps, metrics):
 train.Window.add = and_die
 train.train(tiny_run({str(pedestrians)!r}), Path("run"))
 """
-    variables = os.environ | environment | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
+    variables = os.environ | environment | {"PYTHONPATH": PYTHON_PATH}
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
     )
@@ -316,14 +317,13 @@ def test_nothing_moves_to_the_devices_unasked(pedestrians, tmp_path, monkeypatch
 
 def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match="is a file, expected a folder"):
+    with raises("bad-output"):
         train.train(tiny_run(pedestrians), tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians, tmp_path):
-    (rendered,) = pedestrians.glob("synthetic-*train8-*")
-    strangers = shutil.copytree(rendered, tmp_path / "data")
+    strangers = shutil.copytree(rendered(pedestrians), tmp_path / "data")
     for number, path in enumerate(sorted((strangers / "query").iterdir())):
         path.rename(path.with_name(f"{9000 + number}_{path.name.partition('_')[2]}"))
     config = tiny_run(strangers)
@@ -333,7 +333,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians,
 
 def test_the_batch_is_that_of_the_stage_that_is_trained(pedestrians, tmp_path):
     config = tiny_run(pedestrians, stage1__identities=3, stage1__images_per_identity=1, stage2__epochs=0)
-    with pytest.raises(UserError, match=r"A batch of 3 images does not divide over \d+ devices"):
+    with raises("indivisible-batch"):
         train.train(config, tmp_path)
 
 

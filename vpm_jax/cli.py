@@ -135,13 +135,13 @@ def check_output(flag: str, path: Path) -> None:
     if not (found or path.parent.is_dir()):
         found = f"there is no folder {path.parent}, choose another name"
     if found:
-        raise UserError(f"{flag} {path}: {found}.")
+        raise UserError(f"{flag} {path}: {found}.", code="bad-output")
 
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raises UserError, before any work is done, unless `folder` can be written, or made; it makes nothing itself."""
     if found := no_writing(folder):
-        raise UserError(f"{flag} {folder}: {found}.")
+        raise UserError(f"{flag} {folder}: {found}.", code="bad-output")
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> None:

@@ -15,6 +15,10 @@ class UserError(Exception):
     The commands print it as it is and exit with code 1.
     """
 
+    def __init__(self, sentence: str = "", *, code: str = "user-error"):
+        super().__init__(sentence)
+        self.code = code  # names the problem for programs, which should not depend on the wording
+
 
 _DISK = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -54,4 +58,4 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         trouble = disk_trouble(error) or f"{error.strerror or error}: choose another folder"
-        raise UserError(f"{path} could not be written: {trouble}.") from error
+        raise UserError(f"{path} could not be written: {trouble}.", code="not-written") from error

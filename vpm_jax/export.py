@@ -175,7 +175,8 @@ def compare(model: VPM, step: Callable[..., dict[str, Any]]) -> float:
                 raise UserError(
                     f"The export computes something else than the model ({name} are {found[wrong[0]]:.1e} apart, "
                     f"expected at most {allowed[wrong[0]]:.1e}, which is rounding): it was not kept; try another "
-                    "version of JAX, and please report this."
+                    "version of JAX, and please report this.",
+                    code="wrong-export",
                 )
             worst = max(worst, float(found.max()))
     return worst

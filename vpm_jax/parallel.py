@@ -76,7 +76,8 @@ def data_mesh(batch: int | None = None, devices: Sequence | None = None):
     if batch is not None and batch % count:
         raise UserError(
             f"A batch of {batch} images does not divide over {count} devices: "
-            "choose a multiple (stage identities x images_per_identity, or eval.batch) or fewer devices."
+            "choose a multiple (stage identities x images_per_identity, or eval.batch) or fewer devices.",
+            code="indivisible-batch",
         )
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 

@@ -1,7 +1,8 @@
 """The same training step in PyTorch, written to run fast there: what `benchmark step --against torch` compares with.
 
 The module that imports PyTorch; nothing imports it unless asked. Its arithmetic is that of `vpm_jax.models` and
-`vpm_jax.losses`, so that both sides do the same work: tests/test_torch_step.py loads the same weights into both.
+`vpm_jax.losses`, so that both sides do the same work: tests/benchmark/test_torch_step.py loads the same weights into
+both.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
             _check_size(_jpeg_size(data), name)
             pixels = _decode_jpeg(data)
         except ValueError as error:
-            raise UserError(f"{name} is a damaged JPEG ({error}, {len(data)} bytes): {_WHAT_TO_DO}") from None
+            raise UserError(
+                f"{name} is a damaged JPEG ({error}, {len(data)} bytes): {_WHAT_TO_DO}", code="damaged-image"
+            ) from None
         if upright and b"Exif" in data[:_HEADER]:
             turn = _turn(Image.open(io.BytesIO(data)))
             return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
@@ -77,7 +79,7 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(_too_large("far too many", name)) from None
     except _DAMAGED as error:
-        raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}") from None
+        raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}", code="damaged-image") from None
     return from_pillow(picture, name, upright)
 
 
@@ -110,7 +112,7 @@ def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.nda
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return np.array((picture if turn is None else picture.transpose(turn)).convert("RGB"))
     except _DAMAGED as error:
-        raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}") from None
+        raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}", code="damaged-image") from None
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -156,7 +158,7 @@ def resize(
       size: the height and width of the result.
       filter: one of FILTERS. OpenCV's do not smooth before they shrink (except "area"); Pillow's do. Enlarging Market
         images to 384 x 128, "linear" is within 1 grey level of Pillow's bilinear (mean 0.3), "cubic" within 15 of its
-        bicubic (mean 0.8), and the "pil_" ones are Pillow's own: see tests/test_preprocessing.py.
+        bicubic (mean 0.8), and the "pil_" ones are Pillow's own: see tests/data/test_preprocessing.py.
       out: an array of the result's shape to write into; it must be contiguous.
 
     Raises:

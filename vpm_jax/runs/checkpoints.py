@@ -163,7 +163,7 @@ class Checkpoints:
         self._remove_unfinished()
         steps = self._steps()
         kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier checkpoint"
-        return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).")
+        return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).", code="not-written")
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of `step`, or of the newest checkpoint.

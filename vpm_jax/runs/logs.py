@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def make_folder(folder: Path) -> None:
     """Makes the folder with its parents. Raises UserError if it is not one that can be written."""
     if trouble := no_writing(folder):
-        raise UserError(f"{folder} could not be written: {trouble}.")
+        raise UserError(f"{folder} could not be written: {trouble}.", code="not-written")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

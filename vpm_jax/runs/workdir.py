@@ -47,7 +47,9 @@ def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, Confi
     """
     saved = hosts.from_first(lambda: config_lib.read(workdir))
     if saved is None:
-        raise UserError(f"{workdir} holds no run (no config.json): give --workdir the folder that training wrote.")
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give --workdir the folder that training wrote.", code="no-run"
+        )
     config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
     config_lib.check(config)
@@ -97,7 +99,8 @@ class WorkdirLock(Lock):
         if holder := self.acquire():
             raise UserError(
                 f"{self._workdir} is in use by another training ({holder}): wait for its end, stop it, or choose "
-                "another --workdir."
+                "another --workdir.",
+                code="workdir-in-use",
             )
         return self
 

@@ -12,7 +12,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny_runs import largest_file
+from disk import largest_file
+from raising import raises
 
 from vpm_jax.errors import UserError
 from vpm_jax.runs import locks
@@ -197,14 +198,14 @@ def test_a_holder_that_lost_its_lock_learns_of_it(tmp_path):
 
 
 def test_a_full_disk_leaves_no_lock(tmp_path):
-    with largest_file(10), pytest.raises(UserError, match="size limit"):
+    with largest_file(10), raises("not-written"):
         WorkdirLock(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_written_no_run_begins(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--workdir .*file/run: .*file is a file, expected a folder"):
+    with raises("bad-output"):
         find_run(tmp_path / "file" / "run", resume=True)
     assert find_run(tmp_path / "new" / "run", resume=True) == (None, False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

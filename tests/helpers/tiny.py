@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from paths import CONFIGS
 
+from vpm_jax import Description
 from vpm_jax.config import flatten, set_key
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 SHRUNK = {
     "pretrained": "none",
     "data.height": 64,
@@ -74,3 +74,8 @@ def fill(shapes, seed: int = 0):
         return value.astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def assert_equal(a: Description, b: Description, atol: float = 0) -> None:
+    for x, y in ((a.features, b.features), (a.visibility, b.visibility), (a.region_maps, b.region_maps)):
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, strict=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from market_files import config, content, fails, jpeg
 from PIL import Image
-from test_sources import config, content, fails, jpeg
 
 from vpm_jax import config as config_lib
 from vpm_jax.data import arrayrecord

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from paths import ROOT
 
 from vpm_jax.data import synthetic
 from vpm_jax.data.pedestrians.canvas import Canvas
@@ -68,7 +69,7 @@ def test_images(folder: Path) -> None:
 def test_the_same_bytes_in_another_process(folder: Path, tmp_path: Path) -> None:
     code = f"import sys; from vpm_jax.data import synthetic; synthetic.ensure(sys.argv[1], **{SMALL})"
     code += "; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
     assert digest(tmp_path / folder.name) == digest(folder)
 
 

@@ -1,7 +1,7 @@
 """Whether the number of devices changes what is learnt: both recipes on one device and on several, by jit and by pmap.
 
-    python tests/devices.py                        # float64, virtual CPU devices: equal to 1e-10 with the same triplets
-    python tests/devices.py --dtype float32        # how far rounding drives them apart
+    python tests/helpers/devices.py                  # float64, virtual CPU devices: equal to 1e-10, the same triplets
+    python tests/helpers/devices.py --dtype float32  # how far rounding drives them apart
 
 Each runs the same steps on the same global batches from the same state. Prints the largest difference of any metric
 of any step and of any array of the last state, and how many anchors were mined other triplets.

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_folders import picture
-from test_sources import FILES, config, content, fails, jpeg, make_folder
+from market_files import FILES, config, content, fails, jpeg, make_folder
+from partial_files import picture
+from paths import ROOT
 
 from vpm_jax.config import default
 from vpm_jax.data import arrayrecord, datasets
@@ -222,7 +223,7 @@ def test_usual_names_tell_one_dataset():
 
 
 def test_the_documentation_has_every_dataset():
-    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    text = (ROOT / "docs" / "data.md").read_text()
     assert datasets.table() in text, "python -m vpm_jax.data.datasets prints the table"
     for name in DATASETS:
         if name != "csv":

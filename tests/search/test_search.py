@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import flip
+from html_reader import Reader
+from images import encode, oriented, with_size
 from PIL import Image
-from test_convert import make_run
-from test_decode import encode, oriented, with_size
-from test_html import Reader
-from test_store import flip
-from tiny_runs import quick_compiler
+from tiny_runs import make_run, quick_compiler
 
 from vpm_jax import VPM, cli
 from vpm_jax.data.decode import decode

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 
 from vpm_jax import train
 from vpm_jax.runs import hosts
 
-ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 

@@ -1,7 +1,7 @@
 """Kills, stops and starves trainings, and checks that each goes on to what it would have been:
 
-    python tests/soak.py                              # everything, with twenty kills
-    python tests/soak.py --only kills --kills 200 --seed 1
+    python tests/helpers/soak.py                       # everything, with twenty kills
+    python tests/helpers/soak.py --only kills --kills 200 --seed 1
 
 Trains the smallest run of tiny_runs.py in processes of their own (JAX_PLATFORMS=cuda on a GPU, then with
 XLA_FLAGS=--xla_gpu_deterministic_ops=true). A fault comes at a random moment of its kind; the same command goes on
@@ -28,7 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from paths import HELPERS, LOCAL, PYTHON_PATH
+
 # Where a fault may come: while the data are rendered or listed, while a checkpoint is restored and programs are
 # compiled, in a step, while a checkpoint is written, in an evaluation during training, and in that after it. Each lasts
 # until the next begins.
@@ -156,9 +157,8 @@ class Soak:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def environment(self) -> dict[str, str]:
-        paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         return os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONPATH": PYTHON_PATH,
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
             # Compiled once, quickly: what matters is that runs agree.
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
@@ -184,7 +184,7 @@ class Soak:
 
     def start(self, plan: dict[str, Any], **changes: Any) -> subprocess.CompletedProcess[str]:
         Path(plan["progress"]).write_text("")
-        command = [sys.executable, str(HERE / "soak.py"), "--victim", json.dumps(plan | changes)]
+        command = [sys.executable, str(HELPERS / "soak.py"), "--victim", json.dumps(plan | changes)]
         return subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=3600)
 
     def finish(self, plan: dict[str, Any], **changes: Any) -> None:
@@ -410,7 +410,7 @@ def host(soak: Soak) -> None:
             "train.Window.add = and_die\n"
             "cli.run(train.main)\n"
         )
-        command = [str(HERE.parent / "launch" / "local.sh"), "2", sys.executable, "-c", program]
+        command = [str(LOCAL), "2", sys.executable, "-c", program]
         command += ["--config", str(config), "--workdir", plan["workdir"], "--timeout", str(timeout)]
         env = soak.environment() | {"VICTIM": " ".join(more)}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600)

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import CONFIGS, SHRUNK, shrunk
+from paths import CONFIGS
+from tiny import SHRUNK, shrunk
 
 from vpm_jax import benchmark
 from vpm_jax import config as config_lib

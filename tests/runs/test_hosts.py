@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_folders import make
+from partial_files import make
+from paths import LOCAL, PYTHON_PATH
 from tiny_runs import STEPS, quick_compiler, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import parallel
@@ -22,17 +23,15 @@ from vpm_jax.errors import UserError
 from vpm_jax.runs import hosts
 from vpm_jax.train import train
 
-TESTS = Path(__file__).parent
 DOUBLE = {"model__dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
 def environment(compile_cache):
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     with quick_compiler(compile_cache) as quick:
         # One device each.
         alone = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "CUDA_VISIBLE_DEVICES": ""}
-        yield os.environ | quick | alone | {"PYTHONPATH": os.pathsep.join(paths)}
+        yield os.environ | quick | alone | {"PYTHONPATH": PYTHON_PATH}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def alone(pedestrians, tmp_path_factory, environment) -> Path:
 
 
 def start(count: int, environment: dict, *command: str) -> subprocess.Popen[str]:
-    line = [str(TESTS.parent / "launch" / "local.sh"), str(count), sys.executable, *command]
+    line = [str(LOCAL), str(count), sys.executable, *command]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -3,7 +3,7 @@
 It shares no code with the package, and prefers the obvious to the fast. Everything runs in float64. It writes the
 golden arrays, for where PyTorch is not installed:
 
-    python tests/torch_reference.py
+    python tests/helpers/torch_reference.py
 """
 
 from __future__ import annotations
