@@ -271,7 +271,7 @@ def test_what_is_no_model_is_one_sentence(run, tmp_path):
         (backbone.name, "without VPM's locator"),
         (
             "README.md",
-            r"README\.md is no model: expected the workdir of a training run, or a \.stablehlo or \.safetenso",
+            r"README\.md is not a model: expected the workdir of a training run, or a \.stablehlo or \.safetenso",
         ),
     ]:
         with pytest.raises(UserError, match=sentence) as error:

@@ -127,7 +127,7 @@ def test_a_report_says_how_features_are_made():
     config.match.feature = "after"
     assert "distances of features after the neck" in matching_in_words(config)
     config.eval.flip = True
-    assert "after the neck (means over an image and its mirror)" in matching_in_words(config)
+    assert "after the neck (mean of an image and its mirror)" in matching_in_words(config)
 
 
 def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
 
     plain = ["--workdir", str(whole), "--output", str(tmp_path)]  # of other settings: both stay
     assert evaluate.main(plain) == evaluate.main(plain) == 0
-    assert capsys.readouterr().out.count("(evaluation.md was of other settings: it is evaluation-1.md now)") == 1
+    assert capsys.readouterr().out.count("(evaluation.md had other settings: renamed to evaluation-1.md)") == 1
     assert json.loads((tmp_path / "evaluation-1.json").read_text()) == record
     assert "bottom gamma" in (tmp_path / "evaluation-1.md").read_text()
     again = json.loads((tmp_path / "evaluation.json").read_text())
@@ -176,7 +176,7 @@ def test_what_a_cropped_gallery_is_called(whole, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), gallery]) == 0
     said = capsys.readouterr().out
     assert "gallery images whole and cropped (1 of" in said
-    assert "|\n\nOurs meet" in said or "Ours" not in said  # the paper's table ends before the sentence
+    assert "|\n\nOurs are measured" in said or "Ours" not in said  # the paper's table ends before the sentence
     assert "features of queries" in said and "features of the gallery (" in said and " of 2) " in said
 
 
@@ -226,7 +226,7 @@ def test_reranking(whole, trained, tmp_path, capsys):
     describer, variables, dataset = trained
     k = ["--config.match.rerank_k1=4", "--config.match.rerank_k2=2"]
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--rerank", *k]) == 0
-    assert "distances, re-ranked by k-reciprocal neighbours (k1 4, k2 2, lambda 0.3)" in capsys.readouterr().out
+    assert "distances, re-ranked by k-reciprocal neighbors (k1 4, k2 2, lambda 0.3)" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["notes"] == list(dataset.notes[1:])
     query, gallery = dataset.query, ranked(dataset.gallery)

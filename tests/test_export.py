@@ -216,7 +216,7 @@ def test_damage_is_noticed(exported, tmp_path):
     data, text = exported[1].read_bytes(), exported[1].with_name("a.stablehlo.json").read_text()
     for change, sentence in [
         (lambda: path.write_bytes(data), "a.stablehlo.json cannot be read"),
-        (lambda: path.with_name("a.stablehlo.json").write_text("{}"), "is not what an export writes"),
+        (lambda: path.with_name("a.stablehlo.json").write_text("{}"), "was not written by an export"),
         (lambda: path.with_name("a.stablehlo.json").write_text(text.replace('"depth": 18', '"depth": 17')), "depth"),
         (lambda: path.with_name("a.stablehlo.json").write_text(text), ""),
         (lambda: path.write_bytes(data[:99]), "is not the file that a.stablehlo.json describes"),

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from vpm_jax import config as config_lib
 from vpm_jax import models, parallel, pretrained
 from vpm_jax.data import decode
 from vpm_jax.data.fit import Fit
-from vpm_jax.description import Describer, Description, check_finite, fetch
+from vpm_jax.description import Describer, Description, Variables, check_finite, fetch
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import covered
 from vpm_jax.keys import FEATURES, keys_with
@@ -40,14 +39,15 @@ from vpm_jax.matching import pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
-# A path, an encoded file's bytes, a Pillow image, or uint8 RGB (or grey, or RGBA) [H, W, 3], of any size.
+# A path, an encoded file's bytes, a Pillow image, or a uint8 array, of any size; see `VPM.features`.
 Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
 # One image, several, or uint8 [N, H, W, 3].
 Images = Image | Iterable[Image]
+Step = Callable[..., dict[str, jax.Array]]
 
 
 class VPM:
-    """A trained model; `VPM.load` makes one.
+    """A trained model, loaded by `VPM.load`.
 
     Attributes:
       config: the run's configuration (vpm_jax.config).
@@ -56,20 +56,20 @@ class VPM:
       step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices. A
         model of padded images (data.fit) takes valid bool [B, h, w] too: see `inputs`.
       source: where the model came from, in words.
-      variables: the network's parameters and statistics on the host; None of an exported program.
+      variables: {"params", "batch_stats"} on the host; None for an exported program.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        step: Callable[..., dict[str, Any]],
+        step: Step,
         fingerprint: str,
         source: str,
-        variables: dict[str, Any] | None = None,
+        variables: Variables | None = None,
     ):
         self.config, self.step, self.source, self.variables = config, step, source, variables
         self.fingerprint: str = fingerprint
-        """16 hexadecimal digits, the same wherever the same parameters make the same features of an image."""
+        """16 hexadecimal digits that are equal for models with equal features."""
         self.grid = RegionGrid(*config.model.grid)
         self.image_size = (int(config.data.height), int(config.data.width))
         self._fit = Fit(config.data)
@@ -82,53 +82,55 @@ class VPM:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: str | None = None) -> VPM:
-        """The model of a training run's workdir (its newest checkpoint), or of a file that `vpm_jax.export` wrote.
+        """Loads a training run's newest checkpoint, or a file that `vpm_jax.export` wrote.
 
         Args:
           path: a workdir, .stablehlo (with its .json beside it) or .safetensors.
-          dtype: "float32" or "bfloat16" to compute in; default: as the run was configured, "auto" for most, which is
-            bfloat16 on GPU and TPU. An exported program computes as it was exported.
+          dtype: "float32" or "bfloat16" to compute in; default: the run's, usually "auto", which is bfloat16 on GPU
+            and TPU. Has no effect on an exported program.
 
         Raises:
-          UserError: if there is no such model, or it is damaged.
+          UserError: if the model is missing or damaged.
         """
         parallel.prepare_backend()
         path = Path(path).expanduser()
         if not path.exists():
-            longer = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # names that say how a network differs
-            hint = f"do you mean {longer[0]}?" if longer else "give the workdir of a training run, or an exported file."
+            similar = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # with the name of a network variant
+            hint = (
+                f"do you mean {similar[0]}?" if similar else "give the workdir of a training run or an exported file."
+            )
             raise UserError(f"{path} does not exist: {hint}")
         if path.suffix == ".stablehlo" and path.is_file():
             return cls._load_stablehlo(path)
         if path.is_file() and path.suffix.lower() != ".safetensors":
             raise UserError(
-                f"{path} is no model: expected the workdir of a training run, or a .stablehlo or .safetensors that "
+                f"{path} is not a model: expected the workdir of a training run, or a .stablehlo or .safetensors that "
                 "python -m vpm_jax.export wrote."
             )
         weights = own.read_workdir(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
         if weights.heads is None or weights.config is None:
             raise UserError(
-                f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or the "
-                ".safetensors that python -m vpm_jax.convert wrote of one."
+                f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or a "
+                ".safetensors that python -m vpm_jax.convert wrote."
             )
         config = config_lib.for_weights(weights.config, weights)
         config.model.dtype = dtype or config.model.dtype
         config_lib.check(config)
-        kept_in = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
+        variables_dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
         variables = {
             "params": {"backbone": weights.params, **weights.heads["params"]},
             "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
         }
         digest = fingerprint(config, variables)
-        variables = jax.tree.map(lambda x: np.asarray(x, kept_in), variables)
+        variables = jax.tree.map(lambda x: np.asarray(x, variables_dtype), variables)
         return cls(config, _step(config, variables), digest, weights.source, variables)
 
     @classmethod
     def _load_stablehlo(cls, path: Path) -> VPM:
-        """What `vpm_jax.export` wrote. Raises UserError if the file or its .json is missing or damaged."""
+        """Loads an exported program. Raises UserError if the file or its .json is missing or damaged."""
         from jax import export  # needs flatbuffers
 
-        again, beside = "export it again by python -m vpm_jax.export", sidecar(path)
+        again, beside = "export it again with python -m vpm_jax.export", sidecar(path)
         try:
             about = json.loads(beside.read_text())
             digest, config = about["sha256"], json.dumps(about["config"])
@@ -140,12 +142,12 @@ class VPM:
                 f"copy both or {again}."
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{beside} is not what an export writes ({error!r}): {again}.") from None
+            raise UserError(f"{beside} was not written by an export ({error!r}): {again}.") from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{path} is not the file that {beside.name} describes: {again}.")
         try:
             call = jax.jit(export.deserialize(bytearray(data)).call)
-        except Exception as error:  # of many kinds: another version of JAX, or no such file at all
+        except Exception as error:  # depends on the version of JAX
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} cannot be read by JAX {jax.__version__} ({reason}): {again}.") from None
         return cls(config_lib.from_json(config, str(beside)), call, fingerprint, f"{source}, exported as {path.name}")
@@ -153,30 +155,30 @@ class VPM:
     # ---- Features ----
 
     def __call__(self, images: Images, batch: int = 64) -> Description:
-        """The same as `features`."""
+        """Same as `features`."""
         return self.features(images, batch)
 
     def features(self, images: Images, batch: int = 64) -> Description:
-        """Describes images: one (N = 1), a list or generator of them, or an array uint8 [N, H, W, 3].
+        """Describes an image (N = 1), an iterable of images, or an array uint8 [N, H, W, 3].
 
-        An image is a path, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB [H, W, 3], grey [H, W]
-        or [H, W, 1], or RGBA [H, W, 4]. Any size is resized to `image_size`. Files and Pillow images are turned
-        upright by their EXIF orientation; transparency is shown on white; of an animation the first frame counts.
+        An image is a path, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB [H, W, 3], gray [H, W]
+        or [H, W, 1], or RGBA [H, W, 4]. It is resized to `image_size`. The EXIF orientation of files and Pillow images
+        is applied; transparent pixels are blended with white; of an animation, the first frame is used.
 
         Args:
-          images: of an iterator, `batch` images are held at a time.
-          batch: images computed together. It changes speed and memory, not results.
+          images: iterators are read one batch at a time.
+          batch: images per batch; affects speed and memory only.
 
         Raises:
-          UserError: for what is no image, with its name or its place among the images (from 0).
+          UserError: for an invalid image, with its name or index.
         """
-        parts = list(self.stream(images, batch))
-        return Description.concatenate(parts) if parts else self._nothing
+        batches = list(self.stream(images, batch))
+        return Description.concatenate(batches) if batches else self._nothing
 
     def stream(self, images: Images, batch: int = 64) -> Iterator[Description]:
-        """`features` as they come: one Description for every `batch` images, the last one shorter.
+        """Yields a Description of every `batch` images; the last one may be shorter.
 
-        Reads no further ahead of what was taken than one batch, so that endless generators do.
+        Reads at most one batch ahead, so generators may be endless.
         """
         if batch < 1:
             raise UserError(f"batch is {batch}, expected at least 1.")
@@ -184,14 +186,12 @@ class VPM:
         numbered = enumerate(_each(images))
 
         def fill(out: np.ndarray, valid: np.ndarray, image: tuple[int, Image]) -> None:
-            box = self._fit(read(image[1], f"image {image[0]}"), out)
-            valid[:] = covered(box, self.image_size, self._map_shape)
+            valid[:] = self._fill(image[1], f"image {image[0]}", out)
 
-        def started() -> Iterator[tuple[dict[str, Any], int]]:
+        def started() -> Iterator[tuple[dict[str, jax.Array], int]]:
             size = 0
             while chunk := list(itertools.islice(numbered, batch)):
-                # A lone short batch is padded a little, the last one of several to the others' size: that size is
-                # compiled already. Every image is computed for itself, so padding changes nothing.
+                # Padded to a power of two, or to the size of the previous batches, to compile few sizes.
                 size = size or min(batch, 1 << (len(chunk) - 1).bit_length())
                 pixels = np.zeros((size, *self.image_size, 3), np.uint8)
                 valid = np.zeros((size, *self._map_shape), bool)
@@ -199,71 +199,75 @@ class VPM:
                 yield self.step(*((pixels, valid) if self._fit.pads else (pixels,))), len(chunk)
 
         with ThreadPoolExecutor(min(batch, parallel.threads()), "vpm_jax-decode") as pool:
-            # A batch computes while the one before is handed out.
-            for out, count in parallel.prefetch(started(), lambda pair: pair, depth=1):
-                described = fetch(out, count)
-                check_finite(described.features, "images")
-                yield described
+            # Computes the next batch while the caller uses this one.
+            for outputs, count in parallel.prefetch(started(), lambda pair: pair, depth=1):
+                description = fetch(outputs, count)
+                check_finite(description.features, "images")
+                yield description
 
     def prepare(
         self, image: Image, name: str = "the image", out: np.ndarray | None = None, crop: Crop = WHOLE
     ) -> np.ndarray:
-        """What the network sees of an image: uint8 [H, W, 3] of `image_size`.
+        """Decodes, crops and resizes an image to the network's input, uint8 [H, W, 3].
 
         Args:
           image: as in `features`.
-          name: how errors call an image that is not a file.
+          name: in error messages, for an image that is not a file.
           out: an array uint8 [H, W, 3] to write into.
-          crop: the box of the image to look at, as fractions of it (`regions.draw_crop`).
+          crop: the box to use, as fractions of the image (`regions.draw_crop`).
 
         Raises:
           UserError: as `features`.
         """
         out = np.empty((*self.image_size, 3), np.uint8) if out is None else out
-        self._fit(read(image, name, crop), out)
+        self._fill(image, name, out, crop)
         return out
 
     def inputs(self, images: Images) -> tuple[np.ndarray, ...]:
-        """What `step`, and an exported program, takes: (uint8 [N, H, W, 3],).
+        """The inputs of `step` and of an exported program: (uint8 [N, H, W, 3],).
 
-        Of a model of padded images (uint8 [N, H, W, 3], bool [N, h, w]): the cells of T that each image covers. Raises
-        as `features`.
+        A model of padded images (data.fit) also takes bool [N, h, w]: the cells of T that each image covers. Raises as
+        `features`.
         """
         pixels, valid = [], []
         for number, image in enumerate(_each(images)):
             out = np.empty((*self.image_size, 3), np.uint8)
-            valid.append(covered(self._fit(read(image, f"image {number}"), out), self.image_size, self._map_shape))
+            valid.append(self._fill(image, f"image {number}", out))
             pixels.append(out)
-        shown = np.array(pixels, np.uint8).reshape(-1, *self.image_size, 3)
-        return (shown, np.array(valid, bool).reshape(-1, *self._map_shape)) if self._fit.pads else (shown,)
+        array = np.array(pixels, np.uint8).reshape(-1, *self.image_size, 3)
+        return (array, np.array(valid, bool).reshape(-1, *self._map_shape)) if self._fit.pads else (array,)
+
+    def _fill(self, image: Image, name: str, out: np.ndarray, crop: Crop = WHOLE) -> np.ndarray:
+        """Writes an image into `out`; returns the cells of T that it covers, bool [h, w]."""
+        return covered(self._fit(read(image, name, crop), out), self.image_size, self._map_shape)
 
     @cached_property
     def _nothing(self) -> Description:
-        one = self.inputs([np.zeros((1, 1, 3), np.uint8)])
-        shapes = jax.eval_shape(self.step, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in one))
+        inputs = self.inputs([np.zeros((1, 1, 3), np.uint8)])
+        shapes = jax.eval_shape(self.step, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
         return Description(**{key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()})
 
     # ---- Matching ----
 
     def match(self, query: Description | Images, gallery: Description | Images) -> np.ndarray:
-        """The distance of every query to every gallery image by Eq. 4, as config.match says: float32 [Q, G].
+        """The distance of every query to every gallery image by Eq. 4 and config.match: float32 [Q, G].
 
-        Never re-ranked, which would make a distance depend on the whole gallery, nor by match.gallery_gammas: pictures
-        count as they are. The smaller, the more alike; +inf where the two share no region. Images are described first.
+        Smaller is more similar; +inf for pairs that share no region. Ignores match.rerank and match.gallery_gammas, so
+        that a distance depends on its pair only. Images are described first.
 
         Raises:
-          UserError: as `features`, and for descriptions by another kind of model.
+          UserError: as `features`, and for a Description by a model of other shapes.
         """
         return pairwise_distance(self.config.match, self._described(query), self._described(gallery))
 
     def match_regions(
         self, query: Description | Images, gallery: Description | Images
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What `match` is made of, for explaining a few pairs: everything here is of size [Q, G, P].
+        """The per-region terms of `match`, to explain a few pairs; takes memory for [Q, G, P].
 
         Returns:
-          (distance, weight), float32 [Q, G, P] each: the distance of each region's features, and its share in the
-          overall distance, sum(weight * distance). The weights of a pair sum to 1, or to 0 if it shares no region.
+          (distance, weight), float32 [Q, G, P] each: the distance of each region's features and its weight. `match` is
+          sum(weight * distance). The weights of a pair sum to 1, or to 0 if it shares no region.
 
         Raises:
           UserError: as `match`.
@@ -271,24 +275,24 @@ class VPM:
         return pairwise_shares(self.config.match, self._described(query), self._described(gallery))
 
     def _described(self, images: Description | Images) -> Description:
-        described = images if isinstance(images, Description) else self.features(images)
-        shape, expected = described.features.shape[1:], self._nothing.features.shape[1:]
+        description = images if isinstance(images, Description) else self.features(images)
+        shape, expected = description.features.shape[1:], self._nothing.features.shape[1:]
         if shape != expected:
             raise UserError(
-                f"These features have {shape} regions and channels, this model's {expected}: they are another model's, "
-                "describe the images again."
+                f"These features have {shape} regions and channels, this model's {expected}: they are another model's. "
+                "Describe the images again."
             )
-        return described
+        return description
 
 
 # ---- Images ----
 
 
 def read(image: Image, name: str = "the image", crop: Crop = WHOLE) -> np.ndarray:
-    """A crop of an image as uint8 [H, W, 3], RGB, upright; what it may be is said in `VPM.features`.
+    """Decodes a crop of an image (see `VPM.features`) to uint8 [H, W, 3], RGB, with its EXIF orientation applied.
 
     Raises:
-      UserError: if it is none, or cannot be read.
+      UserError: if it is invalid or cannot be read.
     """
     pixels = _read(image, name)
     top, left, bottom, right = pixel_box(crop, *pixels.shape[:2])
@@ -300,8 +304,8 @@ def _read(image: Image, name: str) -> np.ndarray:
         path = Path(image)
         try:
             if path.is_dir():
-                raise UserError(f"{path} is a folder, expected an image: give the images that are in it.")
-            if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
+                raise UserError(f"{path} is a folder, expected an image: give the images in it.")
+            if path.exists() and not path.is_file():  # opening a pipe would block
                 raise UserError(f"{path} is a pipe or a device, expected an image file.")
             data = path.read_bytes()
         except (OSError, ValueError) as error:
@@ -327,25 +331,25 @@ def _read(image: Image, name: str) -> np.ndarray:
 
 
 def _each(images: Images) -> Iterator[Image]:
-    one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Pillow.Image)
-    if not one and hasattr(images, "__array__"):
+    single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Pillow.Image)
+    if not single and hasattr(images, "__array__"):
         ndim = np.ndim(images)  # type: ignore[arg-type]
         if ndim not in (2, 3, 4):
             raise UserError(f"images is an array of {ndim} axes, expected uint8 [H, W, 3] or [N, H, W, 3].")
-        one = ndim < 4
-    if one:
+        single = ndim < 4
+    if single:
         return iter([images])  # type: ignore[list-item]
     try:
         return iter(images)  # type: ignore[arg-type]
     except TypeError:
-        return iter([images])  # type: ignore[list-item]  # `read` says what is wrong with it
+        return iter([images])  # type: ignore[list-item]  # `read` reports the type
 
 
 # ---- The network ----
 
 
-def _step(config: ConfigDict, variables: Any) -> Callable[[Any], dict[str, Any]]:
-    """uint8 [B, H, W, 3] -> the arrays of a Description, compiled for each B, over all devices of this host."""
+def _step(config: ConfigDict, variables: Variables) -> Step:
+    """The compiled feature step with region maps, on all devices of this host."""
     mesh = parallel.data_mesh(devices=jax.local_devices())
     return partial(Describer(config, mesh, region_maps=True).step, parallel.replicate(mesh, variables))
 
@@ -355,15 +359,13 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def fingerprint(config: ConfigDict, variables: Any) -> str:
-    """A digest of what features depend on: parameters and statistics (not the identity heads'), keys of the resolved
-    config, never the device or the precision.
+def fingerprint(config: ConfigDict, variables: Variables) -> str:
+    """A digest of what features depend on: variables (without the identity heads) and keys of the resolved config, but
+    not the device or the precision.
     """
     leaves = config_lib.flatten(config)
     values = [leaves[key] for key in keys_with(FEATURES)]
-    if (
-        config.data.fit == "pad"
-    ):  # a model of stretched images keeps the fingerprint that it had before there was padding
+    if config.data.fit == "pad":  # keeps the fingerprints of models without padding
         values += [leaves[f"data.{key}"] for key in ("fit", "place", "aspect")]
     digest = hashlib.sha256(json.dumps(values).encode())
     for name, x in sorted(flatten_dict(variables, sep="/").items()):

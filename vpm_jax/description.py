@@ -1,16 +1,17 @@
-"""Describing images: the feature step compiled once, over splits of a dataset or streams of pictures.
+"""Feature extraction: one compiled feature step, applied to dataset splits or to batches of images.
 
 Shapes: N images, B of a batch, H W pixels, h w cells of the feature map, P regions, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vpm_jax import parallel
@@ -21,44 +22,45 @@ from vpm_jax.regions import Part, RegionGrid, nearest_part, visible_heights
 from vpm_jax.runs.logs import Progress
 from vpm_jax.step import make_feature_step
 
-_ROUTED = 1024  # images whose region maps are read at a time
+Variables = Mapping[str, Any]  # {"params", "batch_stats"}
+_ROUTE_BATCH = 1024  # queries whose region maps are read at a time
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a model says of N images; slicing and indexing select images."""
+    """A model's outputs for N images. Indexing and slicing select images."""
 
     features: np.ndarray
-    """float32 [N, P, C]: Eq. 3, each region of unit length."""
+    """float32 [N, P, C]: region features (Eq. 3), L2-normalized."""
     visibility: np.ndarray
-    """float32 [N, P]: Eq. 2, the expected number of the feature map's cells that show the region."""
-    region_maps: np.ndarray = None  # type: ignore[assignment]  # every VPM gives them
-    """float32 [N, h, w, P]: Eq. 1, the probability of each region in each cell; w is 1 for a row locator. None where
-    a `Describer` was not asked for them."""
+    """float32 [N, P]: visibility scores (Eq. 2), in cells of the feature map."""
+    region_maps: np.ndarray = None  # type: ignore[assignment]  # `VPM` always sets them
+    """float32 [N, h, w, P]: region probabilities of each cell (Eq. 1); w is 1 for a row locator. None if the
+    `Describer` was built without region maps."""
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, which: int | slice | np.ndarray | list[int]) -> Description:
-        rows: Any = [which] if isinstance(which, int | np.integer) else which
+    def __getitem__(self, index: int | slice | np.ndarray | list[int]) -> Description:
+        rows: Any = [index] if isinstance(index, int | np.integer) else index
         return Description(**{name: x[rows] for name, x in self._arrays().items()})
 
     def __iter__(self) -> Iterator[Description]:
         return (self[i] for i in range(len(self)))
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, without region maps where there are none."""
+        """The arrays by name, without missing region maps."""
         return {name: x for name, x in vars(self).items() if x is not None}
 
     @classmethod
-    def concatenate(cls, parts: Iterable[Description]) -> Description:
-        """The images of all parts, in order. There must be at least one part."""
-        arrays = [part._arrays() for part in parts]
-        return cls(**{name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]})
+    def concatenate(cls, batches: Iterable[Description]) -> Description:
+        """Joins one or more batches, in order."""
+        arrays = [batch._arrays() for batch in batches]
+        return cls(**{name: np.concatenate([batch[name] for batch in arrays]) for name in arrays[0]})
 
 
 class CroppedSplit(NamedTuple):
-    """The images of a split, cropped as `data.pipeline.eval_batches` does."""
+    """A split and the crop that `data.pipeline.eval_batches` applies to its images."""
 
     split: Split
     gamma: float = 1.0
@@ -66,53 +68,53 @@ class CroppedSplit(NamedTuple):
 
 
 class Describer:
-    """The feature step of a config, compiled once and over all devices of a mesh.
+    """A config's feature step, compiled once for all devices of a mesh.
 
     Args:
-      config: a resolved config; eval.batch images are described at a time.
-      mesh: of `parallel.data_mesh`. Each process gives its share of every batch, and gets the features of all.
-      region_maps: describe region maps too; default: where match.gallery_gammas needs them.
+      config: a resolved config; splits are processed in batches of eval.batch images.
+      mesh: from `parallel.data_mesh`. Each process loads its share of every batch and receives all features.
+      region_maps: whether to return region maps; default: if match.gallery_gammas needs them.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Any, region_maps: bool | None = None):
+    def __init__(self, config: ConfigDict, mesh: Mesh, region_maps: bool | None = None):
         self.config, self.mesh = config, mesh
         region_maps = bool(config.match.gallery_gammas) if region_maps is None else region_maps
         self._compiled = jax.jit(make_feature_step(config, region_maps), out_shardings=parallel.everywhere(mesh))
 
-    def step(self, variables: Any, *images: Any) -> dict[str, Any]:
+    def step(self, variables: Variables, *inputs: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 [B, H, W, 3] -> the arrays of a `Description`, on the devices.
 
-        Of padded pictures valid bool [B, h, w] follows (`step.make_feature_step`). NumPy arrays are padded to a
-        multiple of the devices, and so are the arrays that come out.
+        Padded images are followed by `valid`, bool [B, h, w] (see `step.make_feature_step`). NumPy inputs are padded
+        to a multiple of the device count, and the outputs keep the padding.
         """
-        return self._compiled(variables, *(self._put(x) if isinstance(x, np.ndarray) else x for x in images))
+        return self._compiled(variables, *(self._put(x) if isinstance(x, np.ndarray) else x for x in inputs))
 
-    def _put(self, images: np.ndarray) -> Any:
+    def _put(self, images: np.ndarray) -> jax.Array:
         missing = -len(images) % len(self.mesh.local_devices)
         padded = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1)) if missing else images
         return parallel.shard(self.mesh, {"images": padded})["images"]
 
-    def _put_batch(self, batch: dict[str, np.ndarray]) -> list[Any]:
+    def _put_batch(self, batch: dict[str, np.ndarray]) -> list[jax.Array]:
         return [self._put(batch[key]) for key in ("image", "valid") if key in batch]
 
-    def split(self, variables: Any, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
-        """Describes every image of a split, in its order. Raises as `splits`."""
+    def split(self, variables: Variables, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
+        """Describes every image of a split, in order. Raises as `splits`."""
         return self.splits(variables, [CroppedSplit(split, gamma, crop)])[0]
 
     def splits(
         self,
-        variables: Any,
+        variables: Variables,
         cropped: Sequence[CroppedSplit],
         check: Callable[[], None] | None = None,
         title: str = "features",
     ) -> list[Description]:
-        """Describes several splits, one after the other, with one progress line.
+        """Describes several splits in turn, with one progress line.
 
         Args:
-          variables: the network's, on the mesh's devices or on the host.
+          variables: on the mesh's devices or on the host.
           cropped: the splits.
-          check: is called after every batch, and may raise to end the work.
-          title: begins the progress line.
+          check: called after every batch; may raise to stop.
+          title: of the progress line.
 
         Raises:
           UserError: for an image that cannot be read, or features that are not finite.
@@ -121,7 +123,7 @@ class Describer:
         return [self._describe(variables, images, progress, check) for images in cropped]
 
     def _describe(
-        self, variables: Any, images: CroppedSplit, progress: Progress, check: Callable[[], None] | None
+        self, variables: Variables, images: CroppedSplit, progress: Progress, check: Callable[[], None] | None
     ) -> Description:
         split, gamma, crop = images
         crop = (crop or self.config.eval.crop) if gamma < 1 else "none"
@@ -139,40 +141,40 @@ class Describer:
             if check is not None:
                 check()
         if not arrays or first != len(split):
-            raise RuntimeError(f"{first} features of {len(split)} images")  # every image exactly once
+            raise RuntimeError(f"{first} features of {len(split)} images")
         check_finite(arrays["features"], f"{split.name} images")
         return Description(**arrays)
 
 
-def fetch(out: dict[str, Any], count: int) -> Description:
-    """The first `count` images of what a feature step returned, on the host."""
-    return Description(**{name: np.asarray(x)[:count] for name, x in jax.device_get(out).items()})
+def fetch(outputs: dict[str, jax.Array], count: int) -> Description:
+    """The first `count` images of a feature step's outputs, on the host."""
+    return Description(**{name: np.asarray(x)[:count] for name, x in jax.device_get(outputs).items()})
 
 
-def check_finite(features: np.ndarray, images: str) -> None:
-    """Raises UserError, which calls the images so, unless features [N, P, C] are finite."""
+def check_finite(features: np.ndarray, name: str) -> None:
+    """Raises UserError unless features [N, P, C] are finite; `name` describes the images in the message."""
     broken = ~np.isfinite(features).all(axis=(1, 2))
     if broken.any():
         raise UserError(
-            f"The features of {broken.sum()} of {len(features)} {images} are not finite: these weights have diverged, "
-            "take another checkpoint or train with a lower learning rate."
+            f"The features of {broken.sum()} of {len(features)} {name} are not finite: the weights have diverged. Use "
+            "another checkpoint or train with a lower learning rate."
         )
 
 
 def route(queries: Description, crops: Sequence[Part], grid: RegionGrid) -> dict[Part, np.ndarray]:
-    """Which crop of the gallery each query is compared with: the one that shows what the query seems to show.
+    """Assigns each query to the gallery crop whose extent is closest to what the query shows.
 
     Args:
-      queries: with region maps, unless there is one crop alone.
-      crops: of every gallery image (`regions.gallery_parts`).
-      grid: the model's regions.
+      queries: with region maps, unless there is only one crop.
+      crops: from `regions.gallery_parts`.
+      grid: the model's region grid.
 
     Returns:
-      {crop: the rows of its queries, increasing}, in the order of the crops, without those that no query shows.
+      {crop: increasing indices of its queries}, in the order of `crops`; crops without queries are left out.
     """
     chosen = np.zeros(len(queries), int)
     if len(crops) > 1:
-        for start in range(0, len(queries), _ROUTED):
-            rows = slice(start, start + _ROUTED)
+        for start in range(0, len(queries), _ROUTE_BATCH):
+            rows = slice(start, start + _ROUTE_BATCH)
             chosen[rows] = nearest_part(visible_heights(queries.region_maps[rows], grid), crops)
     return {crop: np.flatnonzero(chosen == number) for number, crop in enumerate(crops) if (chosen == number).any()}

@@ -1,8 +1,7 @@
-"""Evaluation: query and gallery of a dataset from images to metrics, and the report of it.
+"""Evaluation: from a dataset's query and gallery images to metrics and a report.
 
-Queries are cropped to every gamma (kept area ratio), the gallery stays whole (but for match.gallery_gammas), Eq. 4
-compares them. Partial-REID and Partial-iLIDS have their own protocols: partial images as they are against whole ones
-(see `partial`).
+Queries are cropped to every gamma (kept area ratio); the gallery stays whole unless match.gallery_gammas is set; Eq. 4
+compares the two. Partial-REID and Partial-iLIDS have their own protocols (see `partial`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.description import CroppedSplit, Describer, Description, route
+from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import pairwise_distance
 from vpm_jax.regions import RegionGrid, gallery_parts
@@ -45,24 +44,24 @@ def evaluate_run(
     root: str | None = None,
     rerank: bool = False,
 ) -> None:
-    """Evaluates the newest checkpoint of a run and writes the report into `output`; of many processes, all call it.
+    """Evaluates a run's newest checkpoint and writes the report into `output`. Every process of a job calls it.
 
     Args:
       workdir: of the run.
-      output: a folder, made if need be.
+      output: a folder, created if missing.
       overrides: --config.KEY=VALUE.
-      dataset_name: another dataset than the run's, which then lies in $VPM_DATA or ./data unless its root is given.
+      dataset_name: evaluate on this dataset instead of the run's; looked up in $VPM_DATA or ./data without `root`.
       root: of the dataset; None: config.data.root.
-      rerank: match.rerank.
+      rerank: turns match.rerank on.
 
     Raises:
-      UserError: for any problem that the user can fix.
+      UserError: for any problem the user can fix.
     """
     parallel.prepare_backend()
     if dataset_name:
         if dataset_name not in TITLES:
-            raise UserError(f"--dataset is {dataset_name!r}, but the known ones are {', '.join(TITLES)}.")
-        # Not where the run's own dataset lies, unless the user says so.
+            raise UserError(f"--dataset is {dataset_name!r}, expected one of {', '.join(TITLES)}.")
+        # The run's data.root points to its own dataset.
         overrides = ["--config.data.root=", *overrides]
     saved, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
@@ -71,7 +70,7 @@ def evaluate_run(
         config.data.name, config.data.holdout_identities = dataset_name, 0
     if root is not None:
         config.data.root = root
-    config.data.also_train = ""  # which need not be at hand
+    config.data.also_train = ""  # extra training sets are not needed here
 
     dataset = hosts.in_turn(lambda: load_dataset(config.data))
     if dataset_name:
@@ -89,28 +88,28 @@ def evaluate_run(
 
 
 def check(config: ConfigDict, dataset: Dataset) -> None:
-    """Refuses, before hours of training, what could not be evaluated after them.
+    """Checks before training that the dataset can be evaluated after it.
 
     Raises:
-      UserError: if no query has a match in the gallery, or the batch does not divide over the devices.
+      UserError: if no query has a match in the gallery, or eval.batch does not divide over the devices.
     """
     try:
         chance_rank1(dataset)
     except ValueError as error:
         raise UserError(
-            f"{dataset.name} cannot be evaluated ({error}): check that query and gallery are of the same dataset."
+            f"{dataset.name} cannot be evaluated ({error}): check that query and gallery come from the same dataset."
         ) from error
     parallel.data_mesh(config.eval.batch)
 
 
 def chance_rank1(dataset: Dataset) -> float:
-    """`metrics.chance_rank1` of a dataset's query and gallery."""
+    """`metrics.chance_rank1` of a dataset."""
     query, gallery = dataset.query, ranked(dataset.gallery)
     return metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
 
 
 def ranked(gallery: Split) -> Split:
-    """The gallery without junk (identity -1), which no protocol ranks: no features are spent on it."""
+    """The gallery without junk (identity -1), which no protocol ranks."""
     return gallery.take(gallery.identity != -1)
 
 
@@ -118,61 +117,60 @@ def ranked(gallery: Split) -> Split:
 
 
 def evaluate(
-    describer: Describer, variables: Any, dataset: Dataset, check: Callable[[], None] | None = None
+    describer: Describer, variables: Variables, dataset: Dataset, check: Callable[[], None] | None = None
 ) -> dict[Any, dict[str, Any]]:
     """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas.
 
-    Of a partial dataset {"all-shot": `metrics.rank_metrics` of all queries against the whole gallery, "single-shot":
-    `partial.single_shot`}. "single-shot" is left out where it is the same, with one image of each identity
-    (Partial-iLIDS), and where re-ranking would have found neighbors outside its groups.
+    For a partial dataset: {"all-shot": `metrics.rank_metrics` of all queries against the whole gallery, "single-shot":
+    `partial.single_shot`}. "single-shot" is omitted where every identity has one image, so that both are the same
+    (Partial-iLIDS), and with re-ranking, which would use neighbors outside the groups.
 
-    `check` is called between batches, and may raise to end the evaluation.
+    `check` is called between batches and may raise to stop.
     """
     query, gallery = dataset.query, ranked(dataset.gallery)
-    sides = query.identity, gallery.identity, query.camera, gallery.camera
+    labels = query.identity, gallery.identity, query.camera, gallery.camera
     if dataset.name not in partial.DATASETS:
         gammas = describer.config.eval.gammas
         matrices = distances(describer, variables, [CroppedSplit(query, gamma) for gamma in gammas], gallery, check)
-        return {g: metrics.rank_metrics(distance, *sides) for g, distance in zip(gammas, matrices, strict=True)}
+        return {g: metrics.rank_metrics(distance, *labels) for g, distance in zip(gammas, matrices, strict=True)}
     [distance] = distances(describer, variables, [CroppedSplit(query)], gallery, check)
-    results = {"all-shot": metrics.rank_metrics(distance, *sides)}
-    most = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
-    if most > 1 and not describer.config.match.rerank:
+    results = {"all-shot": metrics.rank_metrics(distance, *labels)}
+    most_images = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
+    if most_images > 1 and not describer.config.match.rerank:
         results["single-shot"] = partial.single_shot(distance, query.identity, gallery.identity)
     return results
 
 
 def distances(
     describer: Describer,
-    variables: Any,
+    variables: Variables,
     queries: Sequence[CroppedSplit],
     gallery: Split,
     check: Callable[[], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The distances float32 [Q, G] of each set of queries to a gallery as config.match says; `check` as in `evaluate`.
+    """The distances float32 [Q, G] of each query set to the gallery by config.match; `check` as in `evaluate`.
 
-    With match.gallery_gammas a query is compared with the gallery cropped as the query seems to be, or whole if that
-    is nearer.
+    With match.gallery_gammas, each query is compared with the gallery crop closest to it (`description.route`).
     """
     match = describer.config.match
     if match.gallery_gammas:
-        yield from _among_crops(describer, variables, queries, gallery, check)
+        yield from _distances_to_crops(describer, variables, queries, gallery, check)
         return
     whole, *described = describer.splits(variables, [CroppedSplit(gallery), *queries], check)
-    among = pairwise_distance(match, whole, whole) if match.rerank else None  # once for all
+    gallery_distance = pairwise_distance(match, whole, whole) if match.rerank else None
     for query in described:
         distance = pairwise_distance(match, query, whole)
-        yield distance if among is None else _reranked(match, distance, query, among)
+        yield distance if gallery_distance is None else _reranked(match, distance, query, gallery_distance)
 
 
-def _among_crops(
+def _distances_to_crops(
     describer: Describer,
-    variables: Any,
+    variables: Variables,
     queries: Sequence[CroppedSplit],
     gallery: Split,
     check: Callable[[], None] | None,
 ) -> list[np.ndarray]:
-    """One crop's features of the gallery are held at a time, and all distances."""
+    """Holds the gallery features of one crop at a time."""
     config = describer.config
     crops = gallery_parts(config_lib.sides(config), config.match.gallery_gammas)
     described = describer.splits(variables, queries, check, "features of queries")
@@ -182,21 +180,22 @@ def _among_crops(
         if any(crop in rows for rows in routes):
             title = f"features of the gallery ({crop}, {number} of {len(crops)})"
             cropped = [CroppedSplit(gallery, crop.gamma, crop.side)]
-            [there] = describer.splits(variables, cropped, check, title)
+            [cropped_gallery] = describer.splits(variables, cropped, check, title)
             for query, rows, distance in zip(described, routes, matrices, strict=True):
                 if crop in rows:
-                    distance[rows[crop]] = pairwise_distance(config.match, query[rows[crop]], there)
+                    distance[rows[crop]] = pairwise_distance(config.match, query[rows[crop]], cropped_gallery)
     return matrices
 
 
-def _reranked(match: ConfigDict, distance: np.ndarray, query: Description, among: np.ndarray) -> np.ndarray:
-    """Distances [Q, G] re-ranked by k-reciprocal neighbors; `among` are those of the gallery, [G, G]."""
-    own = pairwise_distance(match, query, query)
-    return rerank(distance, own, among, match.rerank_k1, match.rerank_k2, match.rerank_lambda, match.squared)
+def _reranked(match: ConfigDict, distance: np.ndarray, query: Description, gallery_distance: np.ndarray) -> np.ndarray:
+    """Distances [Q, G] after k-reciprocal re-ranking; `gallery_distance` is [G, G]."""
+    query_distance = pairwise_distance(match, query, query)
+    parameters = match.rerank_k1, match.rerank_k2, match.rerank_lambda, match.squared
+    return rerank(distance, query_distance, gallery_distance, *parameters)
 
 
 def means(results: Results) -> dict[str, float]:
-    """What two evaluations are compared by: rank-1 and mAP, the means over gamma."""
+    """Rank-1 and mAP averaged over gamma: what evaluations of a run are compared by."""
     return {
         "rank1": float(np.mean([r["cmc"][0] for r in results.values()])),
         "mAP": float(np.mean([r["mAP"] for r in results.values()])),
@@ -207,27 +206,31 @@ def means(results: Results) -> dict[str, float]:
 
 
 class _Protocol(NamedTuple):
-    """What a report says of its protocol."""
+    """The protocol-specific content of a report."""
 
     lines: list[str]
-    settings: dict[str, Any]  # "protocol" of the record
-    results: dict[str, Any]  # of the record: "gammas" or "results"
+    settings: dict[str, Any]  # the record's "protocol"
+    results: dict[str, Any]  # the record's "gammas" or "results"
     table: str  # with the published numbers
-    chance: str = ""  # the results that the chance is of, where there are several
+    chance: str = ""  # which results the chance rank-1 refers to, if there are several
 
 
 def evaluate_and_report(
     describer: Describer,
-    variables: Any,
+    variables: Variables,
     dataset: Dataset,
     output: Path,
     steps: int,
     trained_on: str | None = None,
     evaluated: tuple[Results, float] | None = None,
 ) -> Results:
-    """Evaluates (unless `evaluated`, results and the seconds they took, is given), prints the table, and writes
-    evaluation.json, evaluation.md and gamma.png into `output`; evaluation-DATASET.json and so on with the name of the
-    dataset that it was `trained_on`. A partial dataset has no gammas, hence no gamma.png."""
+    """Evaluates, prints the table, and writes evaluation.json, evaluation.md and gamma.png into `output`.
+
+    Args:
+      steps: the number of training steps.
+      trained_on: the training set, if it is another dataset: then the files are evaluation-DATASET.json and so on.
+      evaluated: (results, seconds) of an earlier evaluation to report.
+    """
     config, started = describer.config, time.monotonic()
     results, seconds = evaluated or (evaluate(describer, variables, dataset), 0.0)
     seconds += time.monotonic() - started
@@ -260,10 +263,9 @@ def evaluate_and_report(
         **protocol.results,
     }
     suffix = f"-{dataset.name}" if trained_on else ""
-    # All notes but the first, which says where the dataset lies on this machine.
-    remarks = dataset.notes[1:] if trained_on else ()
-    write(output, f"evaluation{suffix}", record, "\n\n".join([text, *remarks]))
-    if not is_partial:
+    notes = dataset.notes[1:] if trained_on else ()  # the first is the dataset's path on this machine
+    write(output, f"evaluation{suffix}", record, "\n\n".join([text, *notes]))
+    if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
         with replacing(output / f"gamma{suffix}.png") as path:
             title = plots.gamma_title(dataset.name, config.eval.crop, plots.network(config), seeds=[1])
@@ -286,7 +288,7 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     if config.eval.crop == "top" and own_test_set:  # the paper's protocol
         published = comparison.sweep(results, dataset.name, paper.method_of(config))
         if published and config.match.gallery_gammas:
-            published = published.rstrip() + "\n\nOurs meet a gallery that is cropped too."
+            published = published.rstrip() + "\n\nOurs are measured with a cropped gallery, the paper's are not."
         table += "\n" + published
     return _Protocol(
         [line],
@@ -304,7 +306,7 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
     query, gallery = dataset.query, dataset.gallery
     skipped = results["all-shot"]["skipped"]
     lines = [
-        f"Protocol: {len(query)} partial images as queries, as they are (gamma 1.0), {len(gallery)} whole ones as "
+        f"Protocol: {len(query)} partial images as queries, uncropped (gamma 1.0), {len(gallery)} whole images as "
         f"gallery; no cameras, so nothing is dropped; {skipped} queries without a match skipped."
     ]
     rows = {f"all-shot ({len(query)} x {len(gallery)})": results["all-shot"]}
@@ -312,15 +314,15 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
         q, g = single["groups"]
         people = f"{len(np.unique(query.identity))} x {len(np.unique(gallery.identity))}"
         rows[f"single-shot ({q} x {g} groups of {people})"] = single
-        spread = ", ".join(f"{100 * metrics.rank_k(single['spread'], k):.1f} at R-{k}" for k in (1, 3, 5))
+        deviations = ", ".join(f"{100 * metrics.rank_k(single['spread'], k):.1f} at R-{k}" for k in (1, 3, 5))
         lines.append(
-            "Single-shot: image k by name of every identity makes group k; the mean over every group of queries "
-            f"against every group of the gallery (standard deviation {spread}). The paper does not say which of the "
-            "two it measured."
+            "Single-shot: group k holds the k-th image by name of every identity; the mean over all pairs of a query "
+            f"group and a gallery group (standard deviation {deviations}). The paper does not say which protocol it "
+            "used."
         )
-    remark = "Published numbers are of training on Market-1501."
+    remark = "Published models were trained on Market-1501."
     if trained_on != "market1501":
-        remark += f" This run was trained on {trained_on}: the differences say nothing of the method."
+        remark += f" This run was trained on {trained_on}, so the differences do not compare methods."
     return _Protocol(
         lines,
         {"queries": len(query), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
@@ -332,19 +334,19 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
 
 def matching_in_words(config: ConfigDict) -> str:
     m = config.match
-    numbers = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
-    reranked = f", re-ranked by k-reciprocal neighbours ({numbers})" * m.rerank
-    made = " after the neck" * (m.feature == "after") + " (means over an image and its mirror)" * config.eval.flip
-    features = f" of features{made}" if made else ""
-    cropped = ", ".join(f"{gamma:g}" for gamma in m.gallery_gammas)
-    crops = f"; the gallery also cropped to {cropped}, each query compared with the crop most like it" * bool(cropped)
+    parameters = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
+    reranked = f", re-ranked by k-reciprocal neighbors ({parameters})" * m.rerank
+    variant = " after the neck" * (m.feature == "after") + " (mean of an image and its mirror)" * config.eval.flip
+    features = f" of features{variant}" if variant else ""
+    gammas = ", ".join(f"{gamma:g}" for gamma in m.gallery_gammas)
+    crops = f"; the gallery also cropped to {gammas}, each query compared with the closest crop" * bool(gammas)
     return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}{crops}"
 
 
 def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None:
-    """NAME.json and NAME.md. Those of an evaluation by another protocol or matching stay, as NAME-1, NAME-2, ..."""
+    """Writes NAME.json and NAME.md. Files of another protocol or matching are renamed to NAME-1, NAME-2, ..."""
 
-    def setting(record: Mapping[str, Any]) -> Any:
+    def setting(record: Mapping[str, Any]) -> list[Any]:
         return [record.get(key) for key in ("protocol", "match")] + list(record.get("gammas", ()))
 
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -353,6 +355,6 @@ def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None
             kept = next(f"{name}-{n}" for n in itertools.count(1) if not (output / f"{name}-{n}.json").exists())
             for suffix in (".json", ".md"):
                 (output / f"{name}{suffix}").replace(output / f"{kept}{suffix}")
-            print(f"({name}.md was of other settings: it is {kept}.md now)")
+            print(f"({name}.md had other settings: renamed to {kept}.md)")
     write_atomically(output / f"{name}.md", text + "\n")
     write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")

@@ -1,7 +1,6 @@
-"""The protocols of Partial-REID and Partial-iLIDS (Section 4.3, Table 2): partial pictures against whole ones.
+"""The protocols of Partial-REID and Partial-iLIDS (Section 4.3, Table 2): partial queries, a whole gallery.
 
-Queries are the partial images as they are, the gallery the whole ones. There are no cameras, so that nothing is
-dropped. Both datasets are for testing alone: the paper trains on Market-1501.
+The datasets have no cameras, so nothing is dropped. Both are test sets only: the paper trains on Market-1501.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ DATASETS = ("partial_reid", "partial_ilids")
 
 
 def groups(identity: ArrayLike) -> list[np.ndarray]:
-    """The single-shot groups of images in the order of their names: group k holds image k of every identity.
+    """The single-shot groups: group k holds the k-th image of every identity.
 
     Args:
-      identity: int [N].
+      identity: int [N], of images in the order of their names.
 
     Returns:
-      int arrays [identities] of indices, as many as the identity with the fewest images has; what others have more
-      is in no group.
+      Index arrays int [identities]. There are as many groups as the identity with the fewest images has images;
+      further images are in no group.
     """
     order = np.argsort(identity, kind="stable")
     _, first, counts = np.unique(np.asarray(identity)[order], return_index=True, return_counts=True)
@@ -32,7 +31,7 @@ def groups(identity: ArrayLike) -> list[np.ndarray]:
 
 
 def single_shot(distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray) -> dict[str, Any]:
-    """The mean over every group of queries against every group of gallery images (see `groups`).
+    """The mean CMC over all pairs of a query group and a gallery group (see `groups`).
 
     Args:
       distance: float [Q, G].
@@ -40,8 +39,8 @@ def single_shot(distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.nda
       gallery_ids: int [G].
 
     Returns:
-      "cmc": float64 [ranks], the mean of the groups' CMC; "spread": float64 [ranks], their standard deviation;
-      "groups": (groups of queries, groups of gallery images).
+      {"cmc": float64 [ranks], the mean; "spread": float64 [ranks], the standard deviation;
+      "groups": (number of query groups, number of gallery groups)}.
     """
     queries, galleries = groups(query_ids), groups(gallery_ids)
     curves = [
