@@ -74,7 +74,7 @@ def test_training_crops_are_like_the_pictures(bottoms):
     values = config.default()
     config.set_key(values, "data.whole", 0.4)  # what other crops the config had gives way
     config.set_key(values, "data.mix", 0.4)
-    for key, value in extents.like_these(pictures).items():
+    for key, value in extents.crop_keys(pictures).items():
         config.set_key(values, key, value)
     config.check(values)
     values.stage1.update(epochs=1, steps_per_epoch=100)
@@ -91,10 +91,10 @@ def test_training_crops_are_like_the_pictures(bottoms):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({}, "50.0% of the pictures seem to show the bottom part or a middle part"),
-        ({"data.crop": "bilateral"}, "25.0% of the pictures seem to show a middle part"),
-        ({"data.mix": 0.3, "data.mix_crop": "bottom"}, "25.0% of the pictures seem to show a middle part"),
-        ({"data.crop": "none"}, "75.0% of the pictures seem to show the top part or the bottom part or a middle part"),
+        ({}, "50.0% of the images seem to show the bottom part or a middle part"),
+        ({"data.crop": "bilateral"}, "25.0% of the images seem to show a middle part"),
+        ({"data.mix": 0.3, "data.mix_crop": "bottom"}, "25.0% of the images seem to show a middle part"),
+        ({"data.crop": "none"}, "75.0% of the images seem to show the top part or the bottom part or a middle part"),
         ({"data.crop": "any"}, ""),
         ({"data.mix": 0.3, "data.mix_crop": "any"}, ""),
     ],
@@ -104,8 +104,10 @@ def test_a_model_is_doubted_where_it_was_not_trained(changes, parts):
     for key, value in changes.items():
         config.set_key(values, key, value)
     pictures = np.array([(0, 1), (0, 0.5), (0.5, 1), (0.2, 0.8)])
-    assert extents.doubts(values, pictures).startswith(parts) and bool(extents.doubts(values, pictures)) == bool(parts)
-    assert not extents.doubts(values, pictures[:1])
+    assert extents.unfamiliar_crops(values, pictures).startswith(parts) and bool(
+        extents.unfamiliar_crops(values, pictures)
+    ) == bool(parts)
+    assert not extents.unfamiliar_crops(values, pictures[:1])
 
 
 def test_the_command(tmp_path, capsys):
@@ -118,7 +120,7 @@ def test_the_command(tmp_path, capsys):
     arguments = [str(folder), "--workdir", str(tmp_path / "run"), "--csv", str(tmp_path / "out.csv")]
     assert extents.main(arguments) == 0
     out = capsys.readouterr().out
-    assert f"3 pictures of {folder}" in out
+    assert f"3 images in {folder}" in out
     read = cli.load_config("configs/market.py", shlex.split(out.splitlines()[-1]))
     assert len(read.data.gamma) == 11 and read.recipe.endswith("-transductive")
     with (tmp_path / "out.csv").open() as file:
@@ -129,10 +131,10 @@ def test_the_command(tmp_path, capsys):
     (folder / "c.jpg").write_text("no picture")
     assert extents.main(arguments) == 3
     found = capsys.readouterr()
-    assert "c.jpg" in found.err and "\n3 pictures of" in found.out
+    assert "c.jpg" in found.err and "\n3 images in" in found.out
     for name in ("a.jpg", "below/b.png", odd):
         (folder / name).write_text("no picture")
-    with pytest.raises(UserError, match="None of the 4 pictures"):
+    with pytest.raises(UserError, match="None of the 4 images"):
         extents.main(arguments)
 
 
@@ -140,5 +142,5 @@ def test_the_command(tmp_path, capsys):
 def test_a_model_that_does_not_find_regions_is_refused(tmp_path, change):
     make_run(tmp_path / "run", **change)
     Image.new("RGB", (20, 40)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="does not tell where regions are"):
+    with pytest.raises(UserError, match="cannot locate regions"):
         extents.main([str(tmp_path), "--workdir", str(tmp_path / "run")])

@@ -1,10 +1,10 @@
-"""How much of a person each picture shows, and training crops that show as much.
+"""Estimates how much of a person each image shows, and prints config keys for training crops of the same extents.
 
     python -m vpm_jax.extents FOLDER --workdir runs/market
 
-A trained model's region maps tell it, from the pictures alone: no identity, no label. Crops learned from the very
-pictures that are searched with are transductive: say so beside results. A model knows the kinds of crops that it was
-trained with; one trained with data.crop=top judges others badly.
+The visible extent comes from a trained model's region maps and needs no labels. Training crops estimated from the
+queries of a test set are transductive: report them as such. A model judges only the kinds of crops it was trained on;
+with data.crop=top, its estimates for other crops are poor.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
 from vpm_jax.regions import visible_heights
 from vpm_jax.runs.logs import write_atomically
-from vpm_jax.search.answers import printable
 from vpm_jax.search.folder import describe, list_images
+from vpm_jax.search.ranking import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.extents",
         description=__doc__,
-        epilog="Exit codes: 0 done; 1 an error, in one sentence; 3 done but for pictures that cannot be read, named.",
+        epilog="Exit codes: 0 success; 1 an error; 3 success, except for images that cannot be read (on stderr).",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with pictures at any depth")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with images at any depth")
     cli.add_model(parser, required=True)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write what each picture shows")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the visible extent of each image")
     args = parser.parse_args(argv)
     if args.csv:
         cli.check_output("--csv", args.csv)
@@ -48,22 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model.config.model.locator == "stripes" or model.grid.rows == 1:
         raise UserError(
             f"{path} has {model.grid.rows} x {model.grid.cols} regions and the locator {model.config.model.locator}, "
-            "which does not tell where regions are: give a model of several rows with a pixel or row locator."
+            "which cannot locate regions: use a model with several rows and a pixel or row locator."
         )
-    names, found = [], []
-    for some, part in describe(model, args.folder, entries):
-        names += [entry.name for entry in some]
-        found.append(visible_heights(part.region_maps, model.grid))
+    names, batches = [], []
+    for batch_entries, description in describe(model, args.folder, entries):
+        names += [entry.name for entry in batch_entries]
+        batches.append(visible_heights(description.region_maps, model.grid))
     if not names:
-        raise UserError(f"None of the {len(entries)} pictures in {args.folder} can be read.")
-    extents = np.concatenate(found)
-    print(f"{len(names)} pictures of {printable(str(args.folder))}, by {printable(str(path))}:\n")
+        raise UserError(f"None of the {len(entries)} images in {args.folder} can be read.")
+    extents = np.concatenate(batches)
+    print(f"{len(names)} images in {printable(args.folder)}, estimated by {printable(path)}:\n")
     print(in_words(extents))
-    keys = like_these(extents) | {"recipe": f"{model.config.recipe}-transductive"}
-    print("\nTraining crops that show as much (heights, and how many lack the top), learned from the pictures:\n")
+    keys = crop_keys(extents) | {"recipe": f"{model.config.recipe}-transductive"}
+    print("\nConfig keys for training crops with these visible extents:\n")
     print("  " + " ".join(shlex.quote(f"--config.{key}={value}") for key, value in keys.items()))
-    if doubt := doubts(model.config, extents):
-        print(f"warning: {doubt}", file=sys.stderr)
+    if unfamiliar := unfamiliar_crops(model.config, extents):
+        print(f"warning: {unfamiliar}", file=sys.stderr)
     if args.csv:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -75,20 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def in_words(extents: np.ndarray) -> str:
-    """How many pictures show what, as a table, and the quantiles of the height that they keep."""
+    """A table of the visible parts, with the share of images and their visible height."""
     top, bottom = extents.T
-    lines = [f"{'shows':<18}{'share':>8}  kept height: least, median, most"]
-    for name, which in shown(extents).items():
-        line = f"{name:<18}{which.mean():>8.1%}"
-        if which.any():
-            kept = np.quantile((bottom - top)[which], (0, 0.5, 1))
+    lines = [f"{'shows':<18}{'share':>8}  visible height: min, median, max"]
+    for name, mask in visible_parts(extents).items():
+        line = f"{name:<18}{mask.mean():>8.1%}"
+        if mask.any():
+            kept = np.quantile((bottom - top)[mask], (0, 0.5, 1))
             line += "  " + ", ".join(f"{value:.2f}" for value in kept)
         lines.append(line)
     return "\n".join(lines)
 
 
-def shown(extents: np.ndarray) -> dict[str, np.ndarray]:
-    """Which pictures show what: {in words: bool [N]}."""
+def visible_parts(extents: np.ndarray) -> dict[str, np.ndarray]:
+    """{visible part in words: bool [N]} of extents [N, 2]."""
     top, bottom = extents.T
     return {
         "the whole person": (top == 0) & (bottom == 1),
@@ -98,30 +98,30 @@ def shown(extents: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def doubts(config: ConfigDict, extents: np.ndarray) -> str:
-    """What was found but never among the model's own training crops, as a sentence; "" if nothing."""
+def unfamiliar_crops(config: ConfigDict, extents: np.ndarray) -> str:
+    """A warning about visible parts that the model's training crops did not cover; "" if there are none."""
     crops = config_lib.crops(config)
     known = {"the whole person", *(f"the {side} part" for side in config_lib.sides(config))}
-    strange = {name: which for name, which in shown(extents).items() if which.any() and name not in known}
-    if not strange or "any" in crops:
+    unknown = {name: mask for name, mask in visible_parts(extents).items() if mask.any() and name not in known}
+    if not unknown or "any" in crops:
         return ""
-    share = np.any(list(strange.values()), axis=0).mean()
+    share = np.any(list(unknown.values()), axis=0).mean()
     return (
-        f"{share:.1%} of the pictures seem to show {' or '.join(strange)}, which this model cannot tell well: it was "
-        f"trained on crops by {', '.join(sorted(crops))} alone; ask one trained with data.crop=any."
+        f"{share:.1%} of the images seem to show {' or '.join(unknown)}. These estimates are poor, because this model "
+        f"was trained with the crops {', '.join(sorted(crops))} only: use one trained with data.crop=any."
     )
 
 
-def like_these(extents: np.ndarray) -> dict[str, Any]:
-    """The config keys that crop training images as these pictures are: {key: value}.
+def crop_keys(extents: np.ndarray) -> dict[str, Any]:
+    """The config keys of training crops with these visible extents [N, 2].
 
-    data.gamma gets the quantiles of the kept height at every tenth. Where some lack more above than below, data.mix
-    says how many, whatever their heights; a middle part counts as what it lacks most.
+    data.gamma is set to quantiles of the visible height. data.mix is the share of partial images that lack more at the
+    top than at the bottom.
     """
     top, bottom = extents.T
     keys: dict[str, Any] = {"data.crop": "top"}
-    tenths = np.linspace(0.01, 0.99, 11)  # one misjudged picture shall not set the least
-    keys["data.gamma"] = tuple(np.quantile(bottom - top, tenths).round(2).tolist())
+    levels = np.linspace(0.01, 0.99, 11)  # not the minimum and maximum, which are outliers
+    keys["data.gamma"] = tuple(np.quantile(bottom - top, levels).round(2).tolist())
     partial = bottom - top < 1
     share = round(float((top > 1 - bottom)[partial].mean()), 2) if partial.any() else 0.0
     return keys | {"data.whole": 0.0, "data.mix": share} | ({"data.mix_crop": "bottom"} if share else {})

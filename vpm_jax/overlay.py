@@ -1,4 +1,4 @@
-"""Region maps as people see them: each cell in the color of its most probable region, laid over the picture."""
+"""Region maps as figures: each cell in the color of its most probable region, over the image."""
 
 from __future__ import annotations
 
@@ -10,59 +10,61 @@ import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
 from vpm_jax.plots import save
 
+LOW_WEIGHT = 0.05  # regions with a smaller share of a pair's weight are shown faint
+
 
 def region_colors(regions: int, columns: int = 1) -> np.ndarray:
-    """Colors [P, 3], as different as so many can be; with columns, a hue for each row of them, paler to the right."""
+    """Distinct colors [P, 3]; with several columns, one hue per row that gets paler to the right."""
     if columns > 1:
-        hues, right = region_colors(-(-regions // columns)), np.arange(regions) % columns / columns
-        return 1 - (1 - hues[np.arange(regions) // columns]) * (1 - 0.8 * right)[:, None]
+        hues, column = region_colors(-(-regions // columns)), np.arange(regions) % columns
+        return 1 - (1 - hues[np.arange(regions) // columns]) * (1 - 0.8 * column / columns)[:, None]
     if regions <= 10:
         return colormaps["tab10"](np.arange(regions))[:, :3]
     colors = colormaps["turbo"](np.linspace(0.05, 0.95, regions))[:, :3]
-    colors[1::2] *= 0.7  # neighbors differ in lightness too
+    colors[1::2] *= 0.7  # neighbors also differ in lightness
     return colors
 
 
 def covered(region_map: np.ndarray) -> np.ndarray:
-    """The rows and columns of a region map [h, w, P] that the picture covers: elsewhere the probabilities are all 0."""
+    """The part of a region map [h, w, P] that the image covers: in cells of padding all probabilities are 0."""
     cells = region_map.sum(axis=-1) > 0.5
     return region_map[cells.any(axis=1)][:, cells.any(axis=0)]
 
 
 def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height: int | None = None) -> np.ndarray:
-    """A picture under its region map: the surer a cell, the stronger its color; white lines where regions meet.
+    """An image under its region map; color strength shows the probability, white lines separate regions.
 
     Args:
-      pixels: uint8 [H, W, 3], what the covered cells show.
-      region_map: the probabilities of Eq. 1, [h, w, P]; w is 1 for a row locator.
+      pixels: uint8 [H, W, 3], without padding.
+      region_map: probabilities [h, w, P] (Eq. 1); w is 1 for a row locator.
       columns: of the region grid.
-      height: of the result in pixels, its width in proportion; None: H.
+      height: of the result in pixels; None: H. The width follows.
 
     Returns:
       uint8 [height, width, 3].
     """
     height = height or len(pixels)
     size = (max(round(pixels.shape[1] * height / len(pixels)), 1), height)
-    below = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if height < len(pixels) else cv2.INTER_LINEAR)
+    image = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if height < len(pixels) else cv2.INTER_LINEAR)
     region_map = covered(region_map)
     if not region_map.size:
-        return below
-    best, sure = region_map.argmax(axis=-1), region_map.max(axis=-1)
-    cells = np.stack([best, 0.25 + 0.4 * sure], axis=-1).astype(np.float32)
+        return image
+    best, probability = region_map.argmax(axis=-1), region_map.max(axis=-1)
+    cells = np.stack([best, 0.25 + 0.4 * probability], axis=-1).astype(np.float32)
     layer = cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST)
     labels, strength = layer[..., 0].astype(int), layer[..., 1:]
-    shown = below * (1 - strength) + 255 * region_colors(region_map.shape[-1], columns)[labels] * strength
+    blended = image * (1 - strength) + 255 * region_colors(region_map.shape[-1], columns)[labels] * strength
     borders = np.zeros(labels.shape, np.uint8)
     borders[1:] |= labels[1:] != labels[:-1]
     borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     width = max(height // 128, 1)
-    shown[cv2.dilate(borders, np.ones((width, width), np.uint8)) > 0] = 255
-    return shown.round().astype(np.uint8)
+    blended[cv2.dilate(borders, np.ones((width, width), np.uint8)) > 0] = 255
+    return blended.round().astype(np.uint8)
 
 
 def region_maps(
@@ -74,22 +76,21 @@ def region_maps(
     captions: Sequence[str] = (),
     across: int = 4,
 ) -> None:
-    """A contact sheet of what the locator sees: each image, its overlay and its visibility scores.
+    """A contact sheet: each image, its region map, and its visibility scores in cells as bars, region 0 on top.
 
-    The bars, in the colors of the overlay and from region 0 downwards, are the visibility scores C in cells. A legend
-    shows where the regions lie on a whole person.
+    A legend shows the regions of a whole person in the same colors.
 
     Args:
-      path: the picture to write.
-      images: N of uint8 [H, W, 3], RGB, of any sizes; all are drawn to one scale.
-      locator_prob: [N, h, w, P], the probabilities of Eq. 1 (w = 1 for a row locator).
-      visibility: [N, P], the scores of Eq. 2.
-      grid: (rows, columns) of the region grid, rows x columns = P; (P, 1) without.
+      path: the output file.
+      images: N uint8 arrays [H, W, 3], RGB, of any sizes; all are drawn to the same scale.
+      locator_prob: region probabilities [N, h, w, P] (Eq. 1); w is 1 for a row locator.
+      visibility: visibility scores [N, P] (Eq. 2).
+      grid: (rows, columns) of the region grid; default (P, 1).
       captions: above each image, such as "gamma 0.5".
-      across: images side by side.
+      across: images per row.
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: for inconsistent shapes.
     """
     prob, scores = np.asarray(locator_prob, np.float32), np.asarray(visibility, np.float32)
     shapes = [image.shape for image in images]
@@ -114,19 +115,19 @@ def region_maps(
     rows = -(-len(images) // across)
     caption = 0.22 if captions else 0.0
     key_width = 0.8
-    size = (1.85 * across + key_width, (0.43 * height / width + 0.08 + caption) * rows + 0.1)  # a page's width
+    size = (1.85 * across + key_width, (0.43 * height / width + 0.08 + caption) * rows + 0.1)
     figure = Figure(figsize=size, layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=[size[0] - key_width, key_width])
-    sheet, key = parts
-    # Three panels for each image and an empty one that keeps the bars from the next image.
+    subfigures: Any = figure.subfigures(1, 2, width_ratios=[size[0] - key_width, key_width])
+    sheet, key = subfigures
+    # Three panels per image and an empty one as a gap.
     panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
     for axes in panels.flat:
         axes.set_axis_off()
     longest = max(float(scores.max()), 1e-6)
     for index, image in enumerate(images):
-        plain, under, bars, _ = panels.flat[4 * index : 4 * index + 4]
-        for axes, shown in (plain, image), (under, overlay(image, prob[index], grid[1], max(len(image), 512))):
-            axes.imshow(shown, extent=(0, image.shape[1], len(image), 0))
+        plain, mapped, bars, _ = panels.flat[4 * index : 4 * index + 4]
+        for axes, pixels in (plain, image), (mapped, overlay(image, prob[index], grid[1], max(len(image), 512))):
+            axes.imshow(pixels, extent=(0, image.shape[1], len(image), 0))
             axes.set_xlim(0, width)
             axes.set_ylim(height, 0)
         if index < len(captions):
@@ -140,10 +141,10 @@ class Neighbor(NamedTuple):
     """A gallery image of a ranking."""
 
     pixels: np.ndarray  # uint8 [H, W, 3]
-    correct: bool  # of the query's identity
+    correct: bool  # a correct match
     distance: float
     region_distance: np.ndarray  # [P]
-    weight: np.ndarray  # [P], the share of each region in the distance
+    weight: np.ndarray  # [P], each region's share of the distance
 
 
 def ranking(
@@ -156,47 +157,49 @@ def ranking(
     columns: int = 1,
     titles: tuple[str, str] = ("query", "nearest"),
 ) -> None:
-    """One query as a figure for papers: its region map, the images nearest to it and how far each region is.
+    """One ranked list as a figure: the query, its region map, and its nearest images with per-region distances.
 
     Args:
-      path: the picture to write.
+      path: the output file.
       query: uint8 [H, W, 3].
-      frame: (top, left, height, width): where the query lies in its whole picture, and the size of that, in pixels.
+      frame: (top, left, height, width) in pixels: the query's position in the whole image, and the size of that image.
       region_map: [h, w, P], Eq. 1.
       visibility: [P], Eq. 2.
-      neighbors: nearest first; matches are marked, regions that hardly count are faint.
+      neighbors: nearest first; regions of low weight are drawn faint.
       columns: of the region grid.
       titles: above the query and above its neighbors.
     """
     regions, (top, left, height, width) = len(visibility), frame
     colors = region_colors(regions, columns)
-    # All in inches: margin, gaps between pictures and after the query, bars of a region.
-    total, margin, gap, wide, bar = 10.0, 0.08, 0.1, 0.5, 0.2
-    w = (total - 2 * margin - wide - gap * len(neighbors)) / (2 + len(neighbors))
+    # All lengths are inches. `bar` is the height of one region's bar.
+    total, margin, gap, query_gap, bar = 10.0, 0.08, 0.1, 0.5, 0.2
+    w = (total - 2 * margin - query_gap - gap * len(neighbors)) / (2 + len(neighbors))
     h, below, above = w * height / width, 0.36 + bar * regions, 0.72
     figure = Figure(figsize=(total, margin + below + h + above))
-    lefts = [margin, margin + w + gap] + [margin + 2 * w + gap + wide + i * (w + gap) for i in range(len(neighbors))]
+    lefts = [margin, margin + w + gap]
+    lefts += [margin + 2 * w + gap + query_gap + i * (w + gap) for i in range(len(neighbors))]
     inches = np.array([*figure.get_size_inches(), *figure.get_size_inches()])
+    small: dict[str, Any] = dict(fontsize=9.5)
 
     def panel(x: float, y: float, width: float, height: float) -> Axes:
         return figure.add_axes(tuple(np.array([x, y, width, height]) / inches))
 
-    def words(x: float, y: float, text: str, **style: Any) -> None:
+    def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / inches[0], y / inches[1], text, **{"fontsize": 10.5, "va": "bottom", **style})
 
-    def picture(index: int, pixels: np.ndarray, color: str, style: str = "-", whole: bool = False) -> None:
-        rows, cols = query.shape[:2] if whole else pixels.shape[:2]
+    def draw(index: int, pixels: np.ndarray, color: str, style: str = "-", in_frame: bool = False) -> None:
+        rows, cols = query.shape[:2] if in_frame else pixels.shape[:2]
         axes = panel(lefts[index], margin + below, w, h)
         axes.set_axis_off()
         axes.set_anchor("N")
         edge: dict[str, Any] = dict(fill=False, clip_on=False)
-        if whole:
+        if in_frame:
             axes.add_patch(Rectangle((0, 0), width, height, edgecolor="0.6", linestyle=(0, (3, 3)), **edge))
-        y, x = (top, left) if whole else (0, 0)
+        y, x = (top, left) if in_frame else (0, 0)
         axes.imshow(pixels, extent=(x, x + cols, y + rows, y), interpolation="bicubic")
         axes.add_patch(Rectangle((x, y), cols, rows, edgecolor=color, linestyle=style, linewidth=2.5, **edge))
-        axes.set_xlim(0, width if whole else cols)
-        axes.set_ylim(height if whole else rows, 0)
+        axes.set_xlim(0, width if in_frame else cols)
+        axes.set_ylim(height if in_frame else rows, 0)
 
     def bars(index: int, values: np.ndarray, longest: float, form: str, counted: np.ndarray) -> None:
         axes = panel(lefts[index], margin, w, bar * regions)
@@ -206,37 +209,30 @@ def ranking(
         for region, (value, counts) in enumerate(zip(values, counted, strict=True)):
             axes.barh(region, value, color=colors[region], height=0.66, alpha=1.0 if counts else 0.25)
             ink = "0.15" if counts else "0.65"
-            axes.text(value + 0.05 * longest, region, form.format(value), va="center", fontsize=9.5, color=ink)
+            axes.text(value + 0.05 * longest, region, form.format(value), va="center", color=ink, **small)
 
-    heading, line = margin + below + h + 0.4, margin + below + h + 0.1
-    words(lefts[0], heading, titles[0], weight="bold")
-    words(lefts[2], heading, titles[1], weight="bold")
-    picture(0, query, "#0a5cad", whole=True)
-    picture(1, overlay(query, region_map, columns, 512 * len(query) // height), "#0a5cad", whole=True)
-    words(lefts[1], line, "its region map")
-    words(lefts[0], margin + bar * regions + 0.06, "visible cells of each region", color="0.35", fontsize=9.5)
+    heading, line, label = margin + below + h + 0.4, margin + below + h + 0.1, margin + bar * regions + 0.06
+    write(lefts[0], heading, titles[0], weight="bold")
+    write(lefts[2], heading, titles[1], weight="bold")
+    draw(0, query, "#0a5cad", in_frame=True)
+    draw(1, overlay(query, region_map, columns, 512 * len(query) // height), "#0a5cad", in_frame=True)
+    write(lefts[1], line, "its region map")
+    write(lefts[0], label, "visible cells of each region", color="0.35", **small)
     bars(1, visibility, float(max(visibility.max(), 1e-6)), "{:.0f}", np.ones(regions, bool))
     for region in range(regions):
-        words(lefts[1] - 0.14, margin + (regions - region - 0.5) * bar, str(region), va="center", fontsize=9.5)
-    words(
-        lefts[2],
-        margin + bar * regions + 0.06,
-        "distance in each region (faint: it hardly counts)",
-        color="0.35",
-        fontsize=9.5,
-    )
+        write(lefts[1] - 0.14, margin + (regions - region - 0.5) * bar, str(region), va="center", **small)
+    write(lefts[2], label, "distance in each region (faint: low weight)", color="0.35", **small)
     longest = max((float(neighbor.region_distance.max()) for neighbor in neighbors), default=1.0)
     for index, neighbor in enumerate(neighbors, 2):
-        color = "#1a7f37" if neighbor.correct else "#b3261e"
-        picture(index, neighbor.pixels, color, "-" if neighbor.correct else "--")
-        mark = "\u2713" if neighbor.correct else "\u2717"
-        words(lefts[index], line, f"{index - 1}. {neighbor.distance:.2f} {mark}", color=color, weight="bold")
-        bars(index, neighbor.region_distance, longest, "{:.2f}", neighbor.weight >= 0.05)
+        color, style, mark = ("#1a7f37", "-", "\u2713") if neighbor.correct else ("#b3261e", "--", "\u2717")
+        draw(index, neighbor.pixels, color, style)
+        write(lefts[index], line, f"{index - 1}. {neighbor.distance:.2f} {mark}", color=color, weight="bold")
+        bars(index, neighbor.region_distance, longest, "{:.2f}", neighbor.weight >= LOW_WEIGHT)
     save(figure, path, dpi=140)
 
 
 def _score_bars(axes: Axes, scores: np.ndarray, colors: np.ndarray, longest: float, aspect: float) -> None:
-    """Visibility scores as bars with their numbers, region 0 on top."""
+    """Visibility scores as labeled bars, region 0 on top."""
     axes.set_axis_on()
     axes.barh(range(len(scores)), scores, color=colors, height=0.72)
     for region, score in enumerate(scores):
@@ -251,8 +247,8 @@ def _score_bars(axes: Axes, scores: np.ndarray, colors: np.ndarray, longest: flo
     axes.set_box_aspect(aspect)
 
 
-def _region_key(figure: Any, grid: tuple[int, int], colors: np.ndarray) -> None:
-    """The regions of a whole person, in their colors with their numbers."""
+def _region_key(figure: SubFigure, grid: tuple[int, int], colors: np.ndarray) -> None:
+    """The regions of a whole person, numbered and in their colors."""
     axes = figure.subplots()
     axes.imshow(colors.reshape(*grid, 3), extent=(0, 1, 2, 0), alpha=0.75)
     rows, columns = grid

@@ -20,12 +20,12 @@ from images import encode, oriented, with_size
 from PIL import Image
 from tiny_runs import make_run, quick_compiler
 
-from vpm_jax import VPM, cli
+from vpm_jax import VPM, api, cli
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Part
-from vpm_jax.search import answers
 from vpm_jax.search import command as search
+from vpm_jax.search import ranking
 from vpm_jax.search.store import Store
 
 RANDOM = np.random.default_rng(7)
@@ -107,7 +107,7 @@ def test_index_describes_every_image_of_a_folder(folder, run, model, capsys, dty
     assert store.about.dtype == dtype and store.about.model == model.fingerprint
     assert_describes(store, folder, model, dtype)
     said = capsys.readouterr().out
-    assert "images 9/9" in said and "9 images of" in said and "(9 new; 2 other files left out)" in said
+    assert "images 9/9" in said and "9 images of" in said and "(9 new; 2 other files skipped)" in said
 
 
 def test_what_is_new_changed_and_deleted(folder, run, model, capsys):
@@ -173,7 +173,7 @@ def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
             yield part
 
     monkeypatch.setattr(VPM, "stream", stopping)
-    with pytest.raises(KeyboardInterrupt, match="run the same command to go on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to continue"):
         index(folder, run, "--batch", "2")
     assert len(Store(folder.parent / "store")) == 4
     monkeypatch.setattr(VPM, "stream", stream)
@@ -313,7 +313,7 @@ CROPPED = {"whole": (0.0, 1.0), "top 0.5": (0.0, 0.5), "top 0.8": (0.0, 0.8)}
 
 
 def cropped_rows(folder, model, kept):
-    """What the model says of the top of every picture, by its path."""
+    """What the model says of the top of every image, by its path."""
     names = [e.name for e in search.list_images(folder)[0]]
     pixels = [decode((folder / name).read_bytes(), name, upright=True) for name in names]
     return names, model.features([x[: max(1, round(len(x) * kept))] for x in pixels])
@@ -322,7 +322,7 @@ def cropped_rows(folder, model, kept):
 def test_each_query_meets_the_crop_that_shows_as_much(folder, run, model, monkeypatch, tmp_path, capsys):
     assert index(folder, run, "--crops", "0.8,0.5", "--dtype", "float32") == 0
     said = capsys.readouterr().out
-    assert "images (top 0.5) 9/9" in said and "Also cropped: top 0.5, top 0.8." in said
+    assert "images (top 0.5) 9/9" in said and "Crops: top 0.5, top 0.8." in said
     # What each query is said to show: this model is too small to know.
     seen = {(0.0, 1.0): "whole", (0.0, 0.52): "top 0.5", (0.05, 0.75): "top 0.8", (0.0, 0.6): "top 0.5"}
     monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array(list(seen)))
@@ -331,8 +331,8 @@ def test_each_query_meets_the_crop_that_shows_as_much(folder, run, model, monkey
     command = ["query", *queries, "--index", str(tmp_path / "store"), "--json", files[0], "--html", files[1]]
     assert search.main(command) == 0
     printed, page = capsys.readouterr().out, Path(files[1]).read_text()
-    assert "a.jpg shows regions" in printed and printed.count("compared with the top 0.5 of every picture.") == 2
-    assert page.count("compared with the top 0.8 of every picture") == 1
+    assert "a.jpg shows regions" in printed and printed.count("compared with the top 0.5 of every image.") == 2
+    assert page.count("compared with the top 0.8 of every image") == 1
     record = json.loads(Path(files[0]).read_text())
     assert [answer["compared_with"] for answer in record["queries"]] == list(seen.values())
     for query, answer, part in zip(queries, record["queries"], seen.values(), strict=True):
@@ -351,22 +351,22 @@ def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypat
     picture().save(folder / "new.png")
     assert index(folder, run) == 0  # crops as before
     store = Store(tmp_path / "store")
-    assert answers.parts(store) == {Part("top", 0.5): True, Part("top", 0.8): True}
-    for part in answers.parts(store):
+    assert ranking.stored_crops(store) == {Part("top", 0.5): True, Part("top", 0.8): True}
+    for part in ranking.stored_crops(store):
         names, expected = cropped_rows(folder, model, part.gamma)
-        there = rows(Store(answers.part_folder(tmp_path / "store", part)))
+        there = rows(Store(ranking.crop_folder(tmp_path / "store", part)))
         assert sorted(there) == sorted(names)
         np.testing.assert_allclose([there[n][0] for n in names], expected.features, atol=2e-3)
     assert index(folder, run, "--crops", "0.5") == 0
     assert sorted(p.name for p in (tmp_path / "store").iterdir() if p.is_dir()) == ["top-0.5"]
     assert index(folder, run, "--crops", "none") == 0
-    assert not answers.parts(Store(tmp_path / "store"))
+    assert not ranking.stored_crops(Store(tmp_path / "store"))
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
     monkeypatch.setitem(model.config.match, "gallery_gammas", (0.6,))
     assert index(folder, run) == 0  # a store without is not asked again
-    assert not answers.parts(Store(tmp_path / "store"))
+    assert not ranking.stored_crops(Store(tmp_path / "store"))
     search.main(["index", str(folder), "--workdir", str(run), "--index", str(tmp_path / "fresh")])
-    assert answers.parts(Store(tmp_path / "fresh")) == {Part("top", 0.6): True}
+    assert ranking.stored_crops(Store(tmp_path / "fresh")) == {Part("top", 0.6): True}
 
 
 def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypatch, tmp_path, capsys):
@@ -387,7 +387,7 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
     monkeypatch.setattr(VPM, "stream", stopping)
     with pytest.raises(KeyboardInterrupt):
         index(folder, run, "--crops", "0.5,0.8")
-    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
     monkeypatch.setattr(VPM, "stream", stream)
     monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
     assert compared() == "whole"  # which is no farther than the half
@@ -399,22 +399,20 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
 
 
 def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, tmp_path, capsys):
-    prepare = VPM.prepare
+    read = api.read
 
-    def vanishing(self, image, *rest, crop=WHOLE, **more):
+    def vanishing(image, name="the image", crop=WHOLE):
         if crop != WHOLE and Path(image).name == "a.jpg":
             Path(image).unlink(missing_ok=True)
-        return prepare(self, image, *rest, crop=crop, **more)
+        return read(image, name, crop)
 
-    monkeypatch.setattr(VPM, "prepare", vanishing)
+    monkeypatch.setattr(api, "read", vanishing)
     assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
-    assert (
-        "a.jpg cannot be read" in said.err and "1 of 9 images went while they were described: index again." in said.err
-    )
-    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): False}
+    assert "a.jpg cannot be read" in said.err and "1 of 9 images disappeared during indexing: index again." in said.err
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): False}
     assert index(folder, run) == 0
-    assert answers.parts(Store(tmp_path / "store")) == {Part("top", 0.5): True}
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): True}
 
 
 @pytest.mark.parametrize(
@@ -466,7 +464,7 @@ def test_the_page_shows_what_was_found_and_asks_nobody(folder, indexed, tmp_path
         "region map of query 行人 <b>&.png",
         "rank 1: 行人 <b>&.png",
     ]
-    assert "This picture is not there any more" in read.words and "b.PNG" in read.words
+    assert "This image is missing" in read.words and "b.PNG" in read.words
     assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "b"}
     assert "http" not in page.read_text().replace("http-equiv", "") and str(folder.parent) not in page.read_text()
     bars = [a["aria-label"] for _, a in read.tags if a.get("class") == "bars"]
@@ -535,6 +533,6 @@ def test_what_cannot_be_written_is_said_before_anything_is(folder, indexed, tmp_
 
 
 def test_names_that_are_no_text_are_printed(indexed, folder, capsys):
-    assert answers.printable(os.fsdecode(b"\xff.png")) == "?.png"
+    assert ranking.printable(os.fsdecode(b"\xff.png")) == "?.png"
     assert search.main(["query", str(folder / os.fsdecode(b"\xff.png")), "--index", str(indexed)]) == 0
     capsys.readouterr().out.encode()

@@ -233,14 +233,14 @@ def test_what_cannot_be_stored(folder, features, visibility, sentence):
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds other things \(thesis\.tex\)"):
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.tex\)"):
         Writer(tmp_path, ABOUT)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("path", [".", "nowhere", "store/features-0.bin"])
 def test_what_is_no_store(folder, path):
-    with pytest.raises(UserError, match=r"holds no feature store \(no store\.json\): make one by"):
+    with pytest.raises(UserError, match=r"holds no feature store \(no store\.json\): create one with"):
         Store(folder.parent / path)
 
 

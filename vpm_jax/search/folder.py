@@ -1,4 +1,4 @@
-"""The images of a folder, and what a model says of them."""
+"""Describing the images of a folder."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vpm_jax.description import Description
 from vpm_jax.errors import UserError
 from vpm_jax.regions import UNCUT, Part
 from vpm_jax.runs.logs import Progress
-from vpm_jax.search.answers import printable
+from vpm_jax.search.ranking import printable
 from vpm_jax.search.store import Entry
 
 IMAGES = decode.SUFFIXES
 
 
 def list_images(folder: Path) -> tuple[list[Entry], int]:
-    """Every image under the folder, sorted by its path there, and the number of other files.
+    """The images under a folder, by suffix (IMAGES) and sorted by relative path, and the number of other files.
 
-    By their suffix (IMAGES); hidden files and folders are passed over, links are followed.
+    Hidden files and folders are skipped; links are followed.
 
     Raises:
-      UserError: if the folder or one in it cannot be read, or there is no image.
+      UserError: if a folder cannot be read or there is no image.
     """
 
     def stop(error: OSError) -> None:
@@ -41,7 +41,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
     for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
-        if real in seen:  # links may go round in circles
+        if real in seen:  # links may form a cycle
             continue
         seen.add(real)
         for name in files:
@@ -53,7 +53,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
             path = os.path.join(parent, name)
             try:
                 status = os.stat(path)
-            except OSError:  # a broken link: reading it says so
+            except OSError:  # a broken link, which reading reports
                 entries.append(Entry(os.path.relpath(path, folder)))
             else:
                 entries.append(Entry(os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
@@ -67,7 +67,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
 def describe(
     model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: Part = UNCUT
 ) -> Iterator[tuple[list[Entry], Description]]:
-    """What the model says of a part of a folder's images, some at a time; what cannot be read is named and left out."""
+    """Describes a folder's images, cropped to `kept`, in batches; unreadable ones are reported and skipped."""
     ready: deque[Entry] = deque()
 
     def read(entry: Entry) -> np.ndarray | UserError:
@@ -79,8 +79,8 @@ def describe(
     def pixels() -> Iterator[np.ndarray]:
         images = iter(entries)
         with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
-            while some := list(itertools.islice(images, batch)):
-                for entry, image in zip(some, pool.map(read, some), strict=True):
+            while chunk := list(itertools.islice(images, batch)):
+                for entry, image in zip(chunk, pool.map(read, chunk), strict=True):
                     if isinstance(image, UserError):
                         progress.total -= 1
                         print(f"skipped: {printable(image)}", file=sys.stderr)
@@ -90,6 +90,6 @@ def describe(
 
     cropped = "" if kept == UNCUT else f" ({kept})"
     progress = Progress(f"images{cropped}", len(entries))
-    for part in model.stream(pixels(), batch):
-        yield [ready.popleft() for _ in range(len(part))], part
-        progress.add(len(part))
+    for description in model.stream(pixels(), batch):
+        yield [ready.popleft() for _ in range(len(description))], description
+        progress.add(len(description))

@@ -1,12 +1,12 @@
-"""Feature stores: what a model says of many images, on disk, for galleries larger than memory (NumPy only).
+"""Feature stores: features and visibility of galleries larger than memory, on disk (NumPy only).
 
-A store is a folder. Its files grow at their ends, and `store.json` says how much of them counts; it is replaced
-in one go, so that a kill at any moment leaves what was committed last.
+A store is a folder. Its files are append-only, and `store.json` holds their committed lengths. It is replaced
+atomically, so a kill loses only what was not committed.
 
   store.json         format version, images, regions, channels, dtype, model, config, checksums, generation N
   features-N.bin     float16 or float32 [G, P, C], Eq. 3
   visibility-N.bin   float32 [G, P], Eq. 2
-  names-N.jsonl      a line for each image: [name, bytes of its file, mtime in ns]
+  names-N.jsonl      one line per image: [name, file size in bytes, mtime in ns]
 
 Removing images writes the files of generation N + 1 and then switches to them.
 """
@@ -34,11 +34,11 @@ from vpm_jax.runs.logs import make_folder, write_atomically
 VERSION = 1
 DTYPES = ("float16", "float32")
 _COPY_BYTES = 32 * 2**20  # read or written at a time
-_AGAIN = "make it again (python -m vpm_jax.search index) in another folder."
+_AGAIN = "create it again (python -m vpm_jax.search index) in another folder."
 
 
 class Entry(NamedTuple):
-    """An image of a store; size and mtime tell whether its file has changed since."""
+    """An image of a store; size and mtime show whether its file has changed."""
 
     name: str
     size: int = 0  # bytes
@@ -47,22 +47,22 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What store.json says."""
+    """The content of store.json."""
 
     model: str  # the fingerprint of the model that described the images
     config: str  # a digest of its config
     regions: int
     channels: int
     dtype: str = "float16"  # of the features
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # the caller's own, JSON
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON of the caller
     count: int = 0  # images
     generation: int = 0
-    checksums: dict[str, int] = dataclasses.field(default_factory=dict)  # CRC-32 of what counts of each file
+    checksums: dict[str, int] = dataclasses.field(default_factory=dict)  # CRC-32 of each file's committed bytes
     names_bytes: int = 0
     version: int = VERSION
 
     def bytes_of(self, kind: str) -> int:
-        """The size of what counts of a file, "features", "visibility" or "names"."""
+        """The committed size of a file: "features", "visibility" or "names"."""
         if kind == "names":
             return self.names_bytes
         width = self.regions * self.channels * np.dtype(self.dtype).itemsize if kind == "features" else 4 * self.regions
@@ -77,7 +77,7 @@ def _file(folder: Path, kind: str, generation: int) -> Path:
 
 
 class _File:
-    """A file open for reading; closed when nobody holds it any more."""
+    """A file open for reading, closed when garbage-collected."""
 
     def __init__(self, path: Path):
         self.path, self.fd = path, os.open(path, os.O_RDONLY)
@@ -85,9 +85,9 @@ class _File:
 
 
 class Rows:
-    """An array [G, ...] in a file, mapped into memory a slice at a time: what is let go of takes no memory.
+    """An array [G, ...] in a file, memory-mapped a slice at a time, so that pages are freed with the slice.
 
-    Slices of it are read-only views of the file, rows by an array of indices are copies.
+    Slices are read-only views of the file; rows selected by an index array are copies.
     """
 
     def __init__(self, file: _File, dtype: str, shape: tuple[int, ...]):
@@ -120,15 +120,15 @@ class Rows:
 
 
 class Store:
-    """A store to read. It stays as it was opened, whatever is appended or removed meanwhile.
+    """A store opened for reading: a snapshot that later writes do not change.
 
     Attributes:
       about: the model, shapes and the number of images.
-      features: [G, P, C], mapped (see `Rows`).
-      visibility: float32 [G, P], in memory: the scores of Eq. 2 as predicted, see `matching.match_visibility`.
+      features: [G, P, C], memory-mapped (see `Rows`).
+      visibility: float32 [G, P], in memory: the predicted scores of Eq. 2, see `matching.match_visibility`.
 
     Raises:
-      UserError: if the folder holds no store, or one that is damaged, cut short or of another version.
+      UserError: if the folder holds no store, or one that is damaged, truncated or of another version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -145,9 +145,9 @@ class Store:
                     ) from error
         about = self.about
         for kind, file in self._files.items():
-            found, expected = os.fstat(file.fd).st_size, about.bytes_of(kind)
-            if found < expected:
-                raise UserError(f"{file.path} is cut short ({found} bytes, expected {expected}): {_AGAIN}")
+            size, expected = os.fstat(file.fd).st_size, about.bytes_of(kind)
+            if size < expected:
+                raise UserError(f"{file.path} is cut short ({size} bytes, expected {expected}): {_AGAIN}")
         self.features = Rows(self._files["features"], about.dtype, (about.count, about.regions, about.channels))
         scores = np.frombuffer(self._checked("visibility"), np.float32)
         self.visibility = scores.reshape(about.count, about.regions)
@@ -161,15 +161,15 @@ class Store:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Of every image, in the order of the features."""
+        """The images, in the order of the features."""
         lines = self._checked("names").decode().splitlines()
         try:
             entries = [Entry(*fields) for fields in json.loads("[" + ",".join(lines) + "]")]
         except (ValueError, TypeError) as error:
             raise UserError(f"{self._files['names'].path} is damaged ({error}): {_AGAIN}") from error
         if len(entries) != len(self):
-            found = f"{len(entries)} names for {len(self)} images"
-            raise UserError(f"{self._files['names'].path} is damaged ({found}): {_AGAIN}")
+            reason = f"{len(entries)} names for {len(self)} images"
+            raise UserError(f"{self._files['names'].path} is damaged ({reason}): {_AGAIN}")
         return entries
 
     @property
@@ -177,22 +177,23 @@ class Store:
         return [entry.name for entry in self.entries]
 
     def check_model(self, model: str, source: str) -> None:
-        """Raises UserError unless the model of this fingerprint made the store; `source` names it in words."""
+        """Raises UserError unless the model with this fingerprint made the store; `source` names the model."""
         if model != self.about.model:
             raise UserError(
                 f"{self.folder} was made by another model (fingerprint {self.about.model}, that of {source} is "
-                f"{model}): features of two models cannot be compared; give the model that made it, or another store."
+                f"{model}), and features of two models cannot be compared: use the model that made it, or another "
+                "store."
             )
 
     def path(self, key: str) -> Path | None:
-        """A path that the writer kept as `key` of About.extra, None without one. Raises UserError for anything else."""
-        found = self.about.extra.get(key) or None
-        if not isinstance(found, str | None):
-            raise UserError(f"{self.folder / 'store.json'} is damaged ({key} is {found!r}, expected a path): {_AGAIN}")
-        return None if found is None else Path(found)
+        """The path stored as `key` of About.extra, or None. Raises UserError for any other type."""
+        value = self.about.extra.get(key) or None
+        if not isinstance(value, str | None):
+            raise UserError(f"{self.folder / 'store.json'} is damaged ({key} is {value!r}, expected a path): {_AGAIN}")
+        return None if value is None else Path(value)
 
     def verify(self) -> None:
-        """Reads everything and compares it with its checksum. Raises UserError if it is damaged."""
+        """Reads all files and compares their checksums. Raises UserError if one is damaged."""
         for kind in _KINDS:
             self._checksum(kind, keep=False)
         _ = self.entries
@@ -201,17 +202,14 @@ class Store:
         return self._checksum(kind, keep=True)
 
     def _checksum(self, kind: str, keep: bool) -> bytes:
-        left, checksum, parts, at = self.about.bytes_of(kind), 0, [], 0
-        while left:
-            part = os.pread(self._files[kind].fd, min(left, _COPY_BYTES), at)
-            if not part:
-                break
-            left, at, checksum = left - len(part), at + len(part), zlib.crc32(part, checksum)
+        size, offset, checksum, chunks = self.about.bytes_of(kind), 0, 0, []
+        while chunk := os.pread(self._files[kind].fd, min(size - offset, _COPY_BYTES), offset):
+            offset, checksum = offset + len(chunk), zlib.crc32(chunk, checksum)
             if keep:
-                parts.append(part)
-        if left or checksum != self.about.checksums.get(kind, 0):
+                chunks.append(chunk)
+        if offset < size or checksum != self.about.checksums.get(kind, 0):
             raise UserError(f"{self._files[kind].path} is damaged (its checksum differs): {_AGAIN}")
-        return b"".join(parts)
+        return b"".join(chunks)
 
 
 def _read_about(folder: Path) -> About:
@@ -220,7 +218,7 @@ def _read_about(folder: Path) -> About:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{folder} holds no feature store (no store.json): make one by python -m vpm_jax.search index."
+            f"{folder} holds no feature store (no store.json): create one with python -m vpm_jax.search index."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from None
@@ -239,18 +237,17 @@ def _read_about(folder: Path) -> About:
 
 
 class Writer:
-    """Appends to a store, which is made if need be; a context manager, one at a time for each store.
+    """A context manager that appends to a store, created if missing. A store has one writer at a time.
 
-    Rows count once they are committed, which leaving without an error does too.
+    Leaving the context without an error commits.
 
     Args:
       folder: the store's.
-      about: what a new store starts from; of one that is there, model and shapes must be the same. `extra` replaces
-        that of the store.
+      about: of a new store; an existing one must have the same model and shapes. `extra` replaces the store's.
 
     Raises:
-      UserError: for a store of another model, shape or dtype, one that is damaged, one that somebody else writes
-        to, or a folder that cannot be written.
+      UserError: for a store of another model, shape or dtype, one that is damaged or being written, or a folder that
+        cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: About):
@@ -258,11 +255,11 @@ class Writer:
         if about.dtype not in DTYPES:
             raise UserError(f"A store holds {' or '.join(DTYPES)}, not {about.dtype}.")
         if self.folder.is_dir() and not (self.folder / "store.json").exists():
-            ours = {"lock"} | {_file(self.folder, kind, 0).name for kind in _KINDS}  # left by a kill
+            leftovers = {"lock"} | {_file(self.folder, kind, 0).name for kind in _KINDS}  # of a killed writer
             for path in self.folder.iterdir():
-                if path.name not in ours and not path.name.startswith("."):
+                if path.name not in leftovers and not path.name.startswith("."):
                     raise UserError(
-                        f"{self.folder} holds other things ({path.name}): choose a new folder for the store."
+                        f"{self.folder} holds other files ({path.name}): choose a new folder for the store."
                     )
         make_folder(self.folder)
         self._lock = (self.folder / "lock").open("wb")
@@ -280,19 +277,19 @@ class Writer:
             raise
 
     def _start(self, about: About) -> None:
-        """Opens the store, which is made if need be."""
+        """Opens the store or creates it."""
         self.about = about
         if (self.folder / "store.json").exists():
-            there = Store(self.folder)
-            there.check_model(about.model, "the one given")
-            shape, expected = ((a.regions, a.channels, a.dtype) for a in (about, there.about))
+            store = Store(self.folder)
+            store.check_model(about.model, "the given one")
+            shape, expected = ((a.regions, a.channels, a.dtype) for a in (about, store.about))
             if shape != expected:
                 raise UserError(
                     f"{self.folder} holds {expected[0]} x {expected[1]} {expected[2]}, not {shape[0]} x {shape[1]} "
-                    f"{shape[2]}: ask for the same, or choose another folder."
+                    f"{shape[2]}: use the same shape and dtype, or another folder."
                 )
-            there.verify()
-            self.about = dataclasses.replace(there.about, config=about.config, extra=about.extra)
+            store.verify()
+            self.about = dataclasses.replace(store.about, config=about.config, extra=about.extra)
         self._open(self.about.generation)
         self._remove_strays()
         self.commit()
@@ -309,15 +306,15 @@ class Writer:
             self._lock.close()
 
     def append(self, entries: Sequence[Entry], features: np.ndarray, visibility: np.ndarray) -> None:
-        """Adds images: features [n, P, C], visibility [n, P]. They count after `commit`.
+        """Adds images: features [n, P, C], visibility [n, P]. `commit` makes them permanent.
 
         Raises:
           ValueError: for other shapes, features that are not finite in the store's dtype, or a visibility that is
             negative or not finite.
-          UserError: when a disk is full.
+          UserError: if the disk is full.
         """
         about = self.about
-        with np.errstate(over="ignore"):  # said below
+        with np.errstate(over="ignore"):  # raised below
             values = np.ascontiguousarray(features, about.dtype)
         scores = np.ascontiguousarray(visibility, np.float32)
         expected = (len(entries), about.regions, about.channels)
@@ -329,16 +326,16 @@ class Writer:
             raise ValueError("visibility is negative or not finite")
         lines = "".join(json.dumps(list(entry)) + "\n" for entry in entries).encode()
         data = {"features": values.tobytes(), "visibility": scores.tobytes(), "names": lines}
-        for kind, part in data.items():
+        for kind, chunk in data.items():
             with writing(Path(self._files[kind].name)):
-                self._files[kind].write(part)
-        checksums = {kind: zlib.crc32(part, about.checksums.get(kind, 0)) for kind, part in data.items()}
+                self._files[kind].write(chunk)
+        checksums = {kind: zlib.crc32(chunk, about.checksums.get(kind, 0)) for kind, chunk in data.items()}
         self.about = dataclasses.replace(
             about, count=about.count + len(entries), names_bytes=about.names_bytes + len(lines), checksums=checksums
         )
 
     def commit(self) -> None:
-        """Makes what was appended part of the store. Raises UserError when a disk is full."""
+        """Makes appended images permanent. Raises UserError if the disk is full."""
         for file in self._files.values():
             with writing(Path(file.name)):
                 file.flush()
@@ -346,9 +343,9 @@ class Writer:
         write_atomically(self.folder / "store.json", json.dumps(dataclasses.asdict(self.about), indent=1) + "\n")
 
     def keep(self, rows: np.ndarray) -> None:
-        """Keeps the images of these rows (increasing indices, or bool [G]) and removes all others, atomically.
+        """Keeps the images of these rows (increasing indices or a mask [G]) and removes all others, atomically.
 
-        Needs as much room on the disk as what is kept. Raises UserError when it is full.
+        Takes as much disk space as the kept images. Raises UserError if the disk is full.
         """
         self.commit()
         store = Store(self.folder)
@@ -362,8 +359,8 @@ class Writer:
             self._open(fresh.generation)
             step = max(1, _COPY_BYTES // (before.regions * before.channels * 4))
             for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                self.append([store.entries[i] for i in part], store.features[part], store.visibility[part])
+                chunk = rows[start : start + step]
+                self.append([store.entries[i] for i in chunk], store.features[chunk], store.visibility[chunk])
             self.commit()
         except BaseException:
             self._close()
@@ -374,7 +371,7 @@ class Writer:
         self._remove_strays()
 
     def _open(self, generation: int) -> None:
-        """Opens the files for appending, without what an interrupted append left past the end."""
+        """Opens the files for appending and truncates what was not committed."""
         for kind in _KINDS:
             path = _file(self.folder, kind, generation)
             with writing(path):
@@ -392,7 +389,7 @@ class Writer:
 
     def _close(self) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk has been told of
+            with contextlib.suppress(OSError):  # a full disk was already reported
                 file.close()
 
 
@@ -403,7 +400,7 @@ def write(
     features: np.ndarray,
     visibility: np.ndarray,
 ) -> None:
-    """Appends arrays [G, P, C] and [G, P] with a name for each image. Raises as `Writer`."""
+    """Appends features [G, P, C] and visibility [G, P] with one name per image. Raises as `Writer`."""
     names = list(names)
     with Writer(folder, about) as writer:
         step = max(1, _COPY_BYTES // (about.regions * about.channels * 4))

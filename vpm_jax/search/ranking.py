@@ -1,0 +1,210 @@
+"""Ranking a feature store for query images, as Python objects, as JSON, and as an HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vpm_jax import api, html
+from vpm_jax.api import VPM
+from vpm_jax.description import Description, route
+from vpm_jax.errors import UserError
+from vpm_jax.matching import nearest, pairwise_shares
+from vpm_jax.overlay import LOW_WEIGHT
+from vpm_jax.regions import UNCUT, Part, RegionGrid
+from vpm_jax.search.store import Store
+
+# A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
+# scores of 0 are rare.
+_VISIBLE = 1 / 3
+
+
+class Result(NamedTuple):
+    """One image of a ranking; arrays are [P]."""
+
+    name: str
+    path: Path
+    distance: float
+    region_distance: np.ndarray
+    weight: np.ndarray  # each region's share of the distance; sums to 1
+    visibility: np.ndarray  # of the gallery crop that was compared (Eq. 2)
+
+    @property
+    def counted(self) -> np.ndarray:
+        return self.weight >= LOW_WEIGHT
+
+
+class Ranking(NamedTuple):
+    """The ranking of one query image."""
+
+    path: Path
+    query: Description
+    results: list[Result]  # nearest first, without images that share no region
+    crop: Part = UNCUT  # the gallery crop that the query was compared with
+
+    @property
+    def visible(self) -> np.ndarray:
+        """The regions that the query shows, bool [P]."""
+        visibility = self.query.visibility[0]
+        return visibility > _VISIBLE * visibility.max()
+
+
+def stored_crops(store: Store) -> dict[Part, bool]:
+    """The crops of a store beside whole images, and whether each is complete.
+
+    Each crop has its own store in `crop_folder`. Raises UserError if store.json is damaged.
+    """
+    saved = store.about.extra.get("parts", [])
+    try:
+        crops = {Part(str(side), float(gamma)): bool(complete) for side, gamma, complete in saved}
+        _ = [crop.crop for crop in crops]  # raises for an unknown side
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{store.folder / 'store.json'} is damaged (parts are {saved!r}): create the store again in another folder."
+        ) from None
+    return crops
+
+
+def crop_folder(store: Path, crop: Part) -> Path:
+    """The folder of a crop's store."""
+    return store / str(crop).replace(" ", "-")
+
+
+def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[Ranking]:
+    """Ranks the `top` nearest images of the store for each query image, with per-region distances.
+
+    If the store has crops, each query is compared with the crop closest to it (`description.route`).
+
+    Raises:
+      UserError: for an image that cannot be read, a store of another model, or a damaged store of a crop.
+    """
+    store.check_model(model.fingerprint, model.source)
+    queries = model.features(list(images))
+    crops = [UNCUT, *(crop for crop, complete in stored_crops(store).items() if complete)]
+    root = store.path("folder") or Path()
+    rankings: dict[int, Ranking] = {}
+    for crop, rows in route(queries, crops, model.grid).items():
+        gallery = store
+        if crop != UNCUT:
+            gallery = Store(crop_folder(store.folder, crop))
+            gallery.check_model(model.fingerprint, model.source)
+            gallery.verify()
+        for row, results in zip(rows, _results(model, gallery, queries[rows], top, root), strict=True):
+            rankings[int(row)] = Ranking(images[row], queries[row], results, crop)
+    return [rankings[row] for row in range(len(images))]
+
+
+def _results(model: VPM, store: Store, queries: Description, top: int, root: Path) -> list[list[Result]]:
+    match, names, rankings = model.config.match, store.names, []
+    for query, distances, indices in zip(queries, *nearest(match, queries, store, top), strict=True):
+        index = indices[np.isfinite(distances)]
+        gallery = Description(store.features[index], store.visibility[index])
+        local, weight = pairwise_shares(match, query, gallery)
+        results = [
+            Result(names[i], root / names[i], float(distances[rank]), local[0, rank], weight[0, rank], visibility)
+            for rank, (i, visibility) in enumerate(zip(index, gallery.visibility, strict=True))
+        ]
+        rankings.append(results)
+    return rankings
+
+
+def region_numbers(mask: np.ndarray) -> str:
+    """The true regions of a mask [P], such as "0 1 2"."""
+    return " ".join(str(i) for i in np.flatnonzero(mask)) or "none"
+
+
+def printable(text: object) -> str:
+    """A file name without surrogates, which cannot be printed or written."""
+    return str(text).encode(errors="replace").decode()
+
+
+def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
+    """The rankings as JSON; visibility is in cells of the feature map, weights are shares."""
+
+    def rounded(values: np.ndarray) -> list[float]:
+        return [float(f"{value:.6g}") for value in values]
+
+    return {
+        "index": str(store.folder),
+        "images": len(store),
+        "model": {"fingerprint": model.fingerprint, "grid": [model.grid.rows, model.grid.cols]},
+        "match": model.config.match.to_dict(),
+        "queries": [
+            {
+                "image": str(ranking.path),
+                "visibility": rounded(ranking.query.visibility[0]),
+                "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
+                "compared_with": str(ranking.crop),
+                "results": [
+                    {
+                        "rank": rank,
+                        "image": result.name,
+                        "path": str(result.path),
+                        "distance": float(f"{result.distance:.6g}"),
+                        "region_distance": rounded(result.region_distance),
+                        "weight": rounded(result.weight),
+                        "counted": [int(i) for i in np.flatnonzero(result.counted)],
+                        "visibility": rounded(result.visibility),
+                    }
+                    for rank, result in enumerate(ranking.results, 1)
+                ],
+            }
+            for ranking in rankings
+        ],
+    }
+
+
+def compared_with(ranking: Ranking) -> str:
+    """The gallery crop of a ranking in words; "" for whole images."""
+    return "" if ranking.crop == UNCUT else f"; compared with the {ranking.crop} of every image"
+
+
+def numbering(grid: RegionGrid) -> str:
+    """The order of the region numbers in words."""
+    return "from top to bottom" if grid.cols == 1 else f"{grid.rows} rows of {grid.cols}, from the top left"
+
+
+# ---- The page ----
+
+
+def page(model: VPM, store: Store, rankings: list[Ranking]) -> str:
+    """A self-contained HTML page, with images from the indexed folder."""
+    folder = html.escape(printable((store.path("folder") or store.folder).name))
+    intro = (
+        f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both images show. "
+        f"Regions are numbered {numbering(model.grid)}.</p>"
+        '<p class="soft">Under a query: the visibility of each region, in cells of the feature map. Under a result: '
+        "the distance in each region and its share of the overall distance, which is larger the better both images "
+        f"show the region. Regions with less than {100 * LOW_WEIGHT:.0f} % are faint.</p>"
+    )
+    return html.page("Search results", intro + "".join(_section(ranking, model.grid.cols) for ranking in rankings))
+
+
+def _section(ranking: Ranking, columns: int) -> str:
+    name = printable(ranking.path.name)
+    region_map, visibility = ranking.query.region_maps[0], ranking.query.visibility[0]
+    regions = html.regions(api.read(ranking.path), region_map, visibility, f"query {name}", columns)
+    caption = f"shows regions {region_numbers(ranking.visible)}{compared_with(ranking)}"
+    body = html.row([html.card(regions, caption, "query", "Query")], wide=True)
+    if ranking.results:
+        longest = max(float(result.region_distance.max()) for result in ranking.results)
+        cards = [_card(rank, result, longest, columns) for rank, result in enumerate(ranking.results, 1)]
+        body += f"<h3>{len(cards)} nearest</h3>\n" + html.row(cards, wide=True)
+    else:
+        body += "<p>It shares no visible region with any image: there is nothing to rank.</p>"
+    return html.section(name, body)
+
+
+def _card(rank: int, result: Result, longest: float, columns: int) -> str:
+    name = printable(result.name)
+    try:
+        body = html.picture(api.read(result.path), f"rank {rank}: {name}")
+    except UserError:
+        body = '<p class="soft">This image is missing or cannot be read.</p>'
+    shares = [f"· {100 * weight:.0f} %" for weight in result.weight]
+    label = "distance in each region, and its share of the overall distance"
+    body += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares, columns)
+    return html.card(body, name, mark=f"{rank}. distance {result.distance:.3f}")
