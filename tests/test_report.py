@@ -45,7 +45,7 @@ def test_the_page_says_what_the_files_say(whole, page):
         and "(2, 1)" in found.words
     )
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings == ["Results", "Training", "Ranked lists at gamma 0.5", "What the locator sees", "Configuration"]
+    assert headings == ["Results", "Training", "Ranked lists at gamma 0.5", "Region maps", "Configuration"]
 
 
 def test_pictures_have_words_and_ranks(page):
@@ -68,7 +68,7 @@ def test_a_figure_of_one_ranked_list(whole, compile_cache, tmp_path, figures):
     assert len(pictures) == 2 + 4
     said = [text.get_text() for text in figures[0].texts]
     assert (
-        "query: the top 50% of a picture" in said
+        "query: the top 50% of an image" in said
         and sum(bool(re.match(r"[1-4]\. \d\.\d\d [✓✗]", text)) for text in said) == 4
     )
     distances = [float(text.split()[1]) for text in said if re.match(r"[1-4]\. ", text)]
@@ -79,7 +79,7 @@ def test_a_figure_explains_eq_4_alone(whole, tmp_path):
     with pytest.raises(UserError, match=r"leave match\.rerank"):
         run(whole, "--figure", tmp_path / "a.png", "--config.match.rerank=True")
     make_run(tmp_path / "run", "market")
-    with pytest.raises(UserError, match="say so by --pictures"):
+    with pytest.raises(UserError, match="add --pictures"):
         run(tmp_path / "run", "--figure", tmp_path / "a.png")
 
 
@@ -96,7 +96,7 @@ def test_real_people_are_shown_on_request_alone(tmp_path):
     run(tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
     Reader(text)
-    assert "vpm_jax.evaluate --workdir WORKDIR does it" in text and str(tmp_path) not in text
+    assert "Run python -m vpm_jax.evaluate --workdir WORKDIR" in text and str(tmp_path) not in text
     assert "Not evaluated yet" in text and "no metrics.jsonl" in text and "<img" not in text
     with pytest.raises(UserError, match="nowhere"):
         run(tmp_path / "run", "--pictures")
@@ -161,7 +161,7 @@ def test_a_ranked_list_is_the_protocols(seed):
     distance, query, gallery = protocol(seed)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     for index in np.flatnonzero(np.isfinite(precision)):
-        ranking = report.rank(int(index), precision[index], distance[index], query, gallery)
+        ranking = report.rank(int(index), distance[index], query, gallery)
         alone = metrics.rank_metrics(
             distance[index : index + 1],
             query.identity[index : index + 1],

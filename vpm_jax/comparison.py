@@ -1,4 +1,4 @@
-"""Our numbers beside published ones: Markdown tables in percent."""
+"""Markdown tables of our results beside published ones, in percent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Measured = tuple[float | None, float | None]  # mean and standard deviation over
 
 
 def measured(result: Result, metric: str) -> float | None:
-    """One number in percent: "R-k", or another key of the result; None where it was not measured."""
+    """A metric in percent: "R-k" or a key of the result; None if it was not measured."""
     if not metric.startswith("R-"):
         return 100 * float(result[metric]) if metric in result else None
     return 100 * rank_k(result["cmc"], int(metric.removeprefix("R-")))
@@ -28,12 +28,12 @@ def number(mean: float | None, std: float | None = None) -> str:
 
 
 def difference(ours: float | None, theirs: float | None) -> str:
-    """Ours less theirs, of the rounded number: a reader who subtracts finds the same."""
+    """Ours minus theirs, from the rounded number so that it agrees with the printed columns."""
     return "–" if ours is None or theirs is None else f"{round(ours, 1) - theirs:+.1f}"
 
 
 def table(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table and an empty one; the first row is the header, the first column text."""
+    """The lines of a Markdown table and a blank line; the first row is the header, the first column is text."""
     header, *body = ["| " + " | ".join(row) + " |" for row in cells]
     return [header, "|---|" + "---:|" * (len(cells[0]) - 1), *body, ""]
 
@@ -45,13 +45,13 @@ def by_gamma(
     misprints: Sequence[tuple[float, str]] = (),
     reproduction: Mapping[float, Scores] | None = None,
 ) -> list[str]:
-    """A table with a row for each gamma: of each metric ours, the paper's, the difference, and the reproduction's.
+    """A table with one row per gamma; per metric our number, the paper's, the difference, and the reproduction's.
 
     Args:
       ours: {gamma: {metric: (mean, standard deviation)}}.
       theirs: {gamma: {metric: percentage}}, as far as published.
       metrics: the columns.
-      misprints: (gamma, metric) of published numbers that give no difference.
+      misprints: (gamma, metric) of published numbers that are marked and not subtracted.
       reproduction: as `theirs`; None for no such column.
     """
     header = ["gamma"]
@@ -75,50 +75,49 @@ def by_gamma(
 def sweep(
     results: Mapping[float, Result], dataset: str, method: str = "VPM", metrics: Sequence[str] = ("R-1", "mAP")
 ) -> str:
-    """One model over gamma beside the paper's and the reproduction's numbers, with a heading line and notes.
+    """One model over gamma beside the paper's and the reproduction's numbers, with a heading and notes.
 
-    It compares numbers of one protocol only if ours are measured by the one it names.
+    The caller makes sure that ours follow the paper's protocol.
 
     Args:
-      results: {gamma: a result of `vpm_jax.metrics.rank_metrics`}.
+      results: {gamma: `vpm_jax.metrics.rank_metrics`}.
       dataset: "market1501", "dukemtmc", "partial_reid" or "partial_ilids".
       method: a row of a table: "VPM", "baseline", "PCB", "MVPM-1", "VPM (Top)", ...
       metrics: "R-k" and "mAP".
 
     Returns:
-      Markdown that ends in a newline; "" where the paper reports nothing of this method on this dataset (so for the
-      synthetic pedestrians), or at none of these gammas.
+      Markdown that ends in a newline; "" if the paper reports nothing for this method, dataset, and these gammas.
     """
     theirs = paper.published(dataset, method)
     if theirs is None or not any(gamma in theirs.scores for gamma in results):
         return ""
-    again = paper.published(dataset, method, paper.REPRODUCTION)
+    reproduction = paper.published(dataset, method, paper.REPRODUCTION)
     ours = {gamma: {m: (measured(result, m), None) for m in metrics} for gamma, result in results.items()}
     misprints = [(gamma, m) for gamma in ours for m in metrics if theirs.misprinted(gamma, m)]
     source = theirs.source
     trained = f", trained on {TITLES[source.training]}" if source.training not in ("", dataset) else ""
     lines = [
-        f"{paper.title(method)} on {dataset} beside the paper's {source.name}, in percent. Its protocol: "
+        f"{paper.title(method)} on {dataset} beside the paper's {source.name}, in percent. Protocol: "
         f"{source.protocol}{trained}.",
         "",
-        *by_gamma(ours, theirs.scores, metrics, misprints, again.scores if again else None),
+        *by_gamma(ours, theirs.scores, metrics, misprints, reproduction.scores if reproduction else None),
     ]
     for gamma, metric in misprints:
         lines += [f"\\* {theirs.scores[gamma][metric]} is a misprint in the paper (it repeats the R-10 beside it).", ""]
-    if again:
-        lines += [f"Reproduction: {again.source.reference}.", ""]
+    if reproduction:
+        lines += [f"Reproduction: {reproduction.source.reference}.", ""]
     return "\n".join(lines)
 
 
 def partial(ours: Mapping[str, Result], dataset: str) -> str:
-    """Our numbers on a dataset of partial images above all that is published of it, as a Markdown table.
+    """Our results on a partial dataset above all published ones, as a Markdown table.
 
     Args:
       ours: {protocol: result, with or without "mAP"}; differences are those of the first.
       dataset: "partial_reid" or "partial_ilids".
     """
     metrics, compared = ("R-1", "R-3", "R-5", "mAP"), ("R-1", "R-3")
-    rows = [["", *metrics, "ours less theirs: R-1", "R-3"]]
+    rows = [["", *metrics, "difference in R-1", "R-3"]]
     for protocol, result in ours.items():
         rows.append([f"**ours, {protocol}**", *(number(measured(result, metric)) for metric in metrics), "", ""])
     first = next(iter(ours.values()))

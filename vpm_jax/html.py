@@ -1,7 +1,7 @@
-"""Pages that people open: one self-contained HTML file, for phone and desktop, in light and dark.
+"""Self-contained HTML pages for phone and desktop, in light and dark.
 
-Everything a page shows is inside it (pictures as data URIs); its content policy forbids any request. Text given to
-these functions is plain text and is escaped here, except where a parameter is called `body` or `cells`, which is HTML.
+Images are embedded as data URIs, and the content policy forbids any request. Parameters called `body`, `cells`, `left`
+and `right` are HTML; all other text is plain and escaped here.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ summary { cursor: pointer; color: var(--accent); }
 
 
 def page(title: str, body: str) -> str:
-    """The whole document; `body` is HTML, what the functions below make. Write it by logs.write_atomically."""
+    """The whole document."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
@@ -93,17 +93,17 @@ def page(title: str, body: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A heading and what is below it."""
+    """A section under a heading."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], cell: Callable[[str], str] = escape) -> str:
-    """A table of text; the first column is to the left, the others to the right. It scrolls where it is too wide.
+    """A table of text that scrolls sideways; the first column is left-aligned, the others right-aligned.
 
     Args:
-      header: of each column.
+      header: one cell per column.
       rows: of as many cells.
-      cell: makes HTML of a cell's text.
+      cell: converts a cell's text to HTML.
     """
     head = "".join(f'<th scope="col">{cell(str(x))}</th>' for x in header)
     lines = "\n".join("<tr>" + "".join(f"<td>{cell(str(x))}</td>" for x in line) + "</tr>" for line in rows)
@@ -115,16 +115,16 @@ def _scrolling(body: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Paragraphs and pipe tables, with **bold** and `code`: all that our own results are written in, as HTML."""
-    made = ""
+    """HTML of the Markdown that evaluations write: paragraphs and pipe tables, with **bold** and `code`."""
+    body = ""
     for block in text.strip().split("\n\n"):
         lines = block.strip().splitlines()
         if len(lines) > 1 and all(line.startswith("|") for line in lines):
             header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-            made += table(header, rows, _inline)
+            body += table(header, rows, _inline)
         elif lines:
-            made += "<p>" + "<br>".join(_inline(line.lstrip("#").strip()) for line in lines) + "</p>\n"
-    return made
+            body += "<p>" + "<br>".join(_inline(line.lstrip("#").strip()) for line in lines) + "</p>\n"
+    return body
 
 
 def _inline(text: str) -> str:
@@ -133,38 +133,38 @@ def _inline(text: str) -> str:
 
 
 def row(cells: Iterable[str], wide: bool = False) -> str:
-    """Cards side by side, as many as fit the screen; `wide` ones have room for two pictures or long captions."""
+    """Cards side by side, wrapped to the screen; `wide` ones have room for two images or long captions."""
     return f'<div class="row{" wide" * wide}">\n' + "\n".join(cells) + "\n</div>\n"
 
 
 def beside(left: str, right: str) -> str:
-    """A card, such as a query's, and to its right (on a phone below it) a row of what belongs to it."""
+    """A card, such as a query's, and a row of related cards to its right (on a phone, below)."""
     return f'<div class="beside">{left}{right}</div>\n'
 
 
 def card(body: str, caption: str = "", kind: str = "", mark: str = "") -> str:
-    """A picture and a line or more (`caption`, plain text, newlines kept) below it.
+    """An image with a caption below it.
 
     Args:
-      body: HTML.
-      caption: plain text.
-      kind: "right", "wrong", "junk", "query", or "" for none: the frame. Color never says it alone: give a mark too.
-      mark: a word or sign above the caption, such as "\\u2713 match".
+      body: the image.
+      caption: may have several lines.
+      kind: of frame: "right", "wrong", "junk", "query" or "". Add a mark, since some readers cannot see the color.
+      mark: above the caption, such as "\\u2713 match".
     """
-    words = "<br>".join(escape(line) for line in caption.split("\n"))
+    lines = "<br>".join(escape(line) for line in caption.split("\n"))
     marked = f'<span class="mark">{escape(mark)}</span>{"<br>" * bool(caption)}' if mark else ""
-    text = f"<figcaption>{marked}{words}</figcaption>" if mark or caption else ""
+    text = f"<figcaption>{marked}{lines}</figcaption>" if mark or caption else ""
     return f'<figure class="card {kind}">{body}{text}</figure>'
 
 
 def picture(pixels: np.ndarray, alt: str, height: int = 256) -> str:
-    """An <img> of uint8 [H, W, 3], at most `height` pixels high. `alt` says what it shows to who cannot see it."""
+    """An <img> of uint8 [H, W, 3], at most `height` pixels high, with an alternative text."""
     data = jpeg(pixels, height)
     return f'<img src="{_uri(data, "image/jpeg")}" alt="{escape(alt)}">'
 
 
 def jpeg(pixels: np.ndarray, height: int = 256) -> bytes:
-    """uint8 [H, W, 3] as a JPEG file of at most `height` pixels' height."""
+    """uint8 [H, W, 3] as a JPEG file, at most `height` pixels high."""
     if len(pixels) > height:
         width = max(round(pixels.shape[1] * height / len(pixels)), 1)
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
@@ -172,7 +172,7 @@ def jpeg(pixels: np.ndarray, height: int = 256) -> bytes:
 
 
 def plot(draw: Callable[[Any], None], alt: str) -> str:
-    """What `draw` writes into the file it is given, such as `partial(plots.gamma_curves, ...)`; it scrolls."""
+    """The plot that `draw` writes into a file object, as an <img> that scrolls sideways."""
     file = io.BytesIO()
     draw(file)
     return _scrolling(f'<img class="plot" src="{_uri(file.getvalue(), "image/png")}" alt="{escape(alt)}">')
@@ -194,43 +194,42 @@ def bars(
     notes: Sequence[str] | None = None,
     columns: int = 1,
 ) -> str:
-    """A bar for each region, in its color and with its number, from region 0 downwards.
+    """One bar per region, in its color and with its number, region 0 on top.
 
     Args:
-      values: [P]; not finite: no bar.
-      label: what they are, for who cannot see them, such as "visibility in cells".
+      values: [P]; values that are not finite get no bar.
+      label: for screen readers, such as "visibility in cells".
       longest: the value of a full bar.
-      form: how a value is written.
-      counted: bool [P]; the others are faint.
-      notes: [P], what is written after each value.
+      form: the format of a value.
+      counted: bool [P]; other regions are faint.
+      notes: [P], written after each value.
       columns: of the region grid.
     """
     colors = (255 * region_colors(len(values), columns)).round().astype(int)
     texts = [form.format(float(value)) for value in values]
     if notes is not None:
         texts = [f"{text} {note}" for text, note in zip(texts, notes, strict=True)]
-    said = "; ".join(f"region {i}: {text}" for i, text in enumerate(texts))
+    summary = "; ".join(f"region {i}: {text}" for i, text in enumerate(texts))
     lines = []
     for i, (value, text, color) in enumerate(zip(values, texts, colors, strict=True)):
         share = min(max(float(value) / longest, 0), 1) if np.isfinite(value) and longest > 0 else 0
         off = ' class="off"' if counted is not None and not counted[i] else ""
         style = f"width:{100 * share:.1f}%;background:rgb({color[0]},{color[1]},{color[2]})"
         lines.append(f'<span{off}>{i}</span><i{off} style="{style}"></i><span{off}>{escape(text)}</span>')
-    return f'<div class="bars" role="img" aria-label="{escape(f"{label}: {said}")}">{"".join(lines)}</div>'
+    return f'<div class="bars" role="img" aria-label="{escape(f"{label}: {summary}")}">{"".join(lines)}</div>'
 
 
 def regions(pixels: np.ndarray, region_map: np.ndarray, visibility: np.ndarray, name: str, columns: int = 1) -> str:
-    """A picture, beside it the same under its region map, and below them the visibility of each region in cells.
+    """An image, its region map to the right, and the visibility of each region in cells below.
 
     Args:
       pixels: uint8 [H, W, 3].
-      region_map: [h, w, P], Eq. 1; 0 in cells that the picture does not cover.
+      region_map: [h, w, P], Eq. 1; 0 in cells of padding.
       visibility: [P], Eq. 2.
-      name: what the picture is called.
+      name: of the image.
       columns: of the region grid.
     """
     cells = region_map.shape[0] * region_map.shape[1]
-    shown = picture(pixels, name), picture(overlay(pixels, region_map, columns, 256), f"region map of {name}")
-    # A whole person fills every region alike: a bar of twice that share is full.
-    full = 2 * cells / len(visibility)
-    return f'<div class="pair">{"".join(shown)}</div>' + bars(visibility, "visibility in cells", full, columns=columns)
+    pair = picture(pixels, name) + picture(overlay(pixels, region_map, columns, 256), f"region map of {name}")
+    full = 2 * cells / len(visibility)  # a whole person shows every region equally: half a bar each
+    return f'<div class="pair">{pair}</div>' + bars(visibility, "visibility in cells", full, columns=columns)

@@ -1,7 +1,7 @@
-"""Published numbers, to compare our own with: the paper's tables and an independent reproduction of it.
+"""Published results to compare ours with: the paper's tables and an independent reproduction.
 
-All numbers are percentages, as printed. Another publication is added as it is done here: a `Source` for each of its
-tables, its numbers as a table, and its rows in PUBLISHED.
+All numbers are percentages, as printed. To add a publication, add a `Source` for each of its tables, its numbers as a
+table, and its rows to PUBLISHED.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ Numbers = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """One published table, all of it measured alike."""
+    """One published table, measured by one protocol."""
 
-    name: str  # what our tables call it
+    name: str  # in our tables
     reference: str
     protocol: str
-    training: str  # the training set; "": that of the dataset it is evaluated on
+    training: str  # the training set; "": of the dataset it is evaluated on
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a source reports of one method on one dataset."""
+    """One method's results on one dataset in one source."""
 
     source: Source
     dataset: str
     method: str
-    scores: Mapping[float, Scores]  # {gamma: percentages}; a dataset of partial images has gamma 1.0 alone
+    scores: Mapping[float, Scores]  # {gamma: percentages}; partial datasets have gamma 1.0 only
 
     def misprinted(self, gamma: float, metric: str) -> bool:
         return (self.source.name, self.dataset, self.method, gamma, metric) in MISPRINTS
+
+    def score(self, gamma: float, metric: str) -> float | None:
+        """A number to compare with: None if it is missing or misprinted."""
+        return None if self.misprinted(gamma, metric) else self.scores.get(gamma, {}).get(metric)
 
 
 _PAPER = (
     "Sun et al., Perceive Where to Focus: Learning Visibility-aware Part-level Features for Partial Person "
     "Re-identification, CVPR 2019"
 )
-_AGAIN = "an independent PyTorch reproduction: warm-up, label smoothing, triplet weight 3, 200 epochs"
-# The paper does not say which side its gamma sweep keeps. Its "VPM" of Tables 1 and 3 is Table 2's "VPM (Top)" (the
-# same 67.2 / 76.5 on Partial-iLIDS), trained by keeping the top: so the queries are read as keeping theirs.
+_INDEPENDENT = "an independent PyTorch reproduction: warm-up, label smoothing, triplet weight 3, 200 epochs"
+# The paper does not say which side its gamma sweep keeps. "VPM" in Tables 1 and 3 is "VPM (Top)" in Table 2 (the same
+# 67.2 / 76.5 on Partial-iLIDS), which is trained on top crops, so we assume that the queries keep their top too.
 _SWEEP = "single query, each query keeping its top gamma, gallery whole"
 _WHOLE = "single query, whole images"
 _PARTIAL = "partial images as queries, whole ones as gallery"
@@ -53,8 +57,8 @@ TABLE_1 = Source("Table 1", _PAPER, _SWEEP, training="")
 TABLE_2 = Source("Table 2", _PAPER, _PARTIAL, training="market1501")
 TABLE_3 = Source("Table 3", _PAPER, _WHOLE, training="market1501")
 TABLE_3_PARTIAL = Source("Table 3", _PAPER, _PARTIAL, training="market1501")
-AGAIN = Source("reproduction", _AGAIN, _SWEEP, training="market1501")
-AGAIN_PARTIAL = Source("reproduction", _AGAIN, _PARTIAL, training="market1501")
+REPRODUCED = Source("reproduction", _INDEPENDENT, _SWEEP, training="market1501")
+REPRODUCED_PARTIAL = Source("reproduction", _INDEPENDENT, _PARTIAL, training="market1501")
 
 GAMMAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -114,8 +118,8 @@ _REPRODUCTION: dict[str, dict[float, Numbers]] = {
 }
 _REPRODUCTION_PARTIAL: dict[str, Numbers] = {"VPM": (67.7, 80.1, 58.0, 71.4)}
 
-# (source, dataset, method, gamma, metric) of numbers that cannot be what was measured. This one repeats the R-10
-# beside it; the same column reads 55.4 above and 58.8 below.
+# (source, dataset, method, gamma, metric) of misprints. This one repeats the R-10 beside it; the same column reads
+# 55.4 above and 58.8 below.
 MISPRINTS = frozenset({("Table 1", "dukemtmc", "baseline", 0.7, "mAP")})
 
 
@@ -124,7 +128,7 @@ def _scores(names: str, numbers: Numbers) -> Scores:
 
 
 def _sweeps(source: Source, dataset: str, names: str, table: Mapping[str, Mapping[float, Numbers]]) -> list[Published]:
-    """The rows of {method: {gamma: numbers}}, whose columns are `names`."""
+    """The rows of {method: {gamma: numbers}} with the columns `names`."""
     return [
         Published(source, dataset, method, {gamma: _scores(names, numbers) for gamma, numbers in rows.items()})
         for method, rows in table.items()
@@ -132,7 +136,7 @@ def _sweeps(source: Source, dataset: str, names: str, table: Mapping[str, Mappin
 
 
 def _rows(columns: Iterable[tuple[Source, str, str]], table: Mapping[str, Numbers]) -> list[Published]:
-    """The rows of {method: numbers}, whose columns are several (source, dataset, names) side by side."""
+    """The rows of {method: numbers}, where several (source, dataset, names) stand side by side."""
     rows = []
     for method, numbers in table.items():
         begin = 0
@@ -158,9 +162,9 @@ PAPER: tuple[Published, ...] = (
     *_rows([(TABLE_3_PARTIAL, "partial_ilids", "R-1 R-3 R-5"), (TABLE_3, "market1501", "R-1 R-5 mAP")], _TABLE_3),
 )
 REPRODUCTION: tuple[Published, ...] = (
-    *_sweeps(AGAIN, "market1501", "R-1 mAP", _REPRODUCTION),
+    *_sweeps(REPRODUCED, "market1501", "R-1 mAP", _REPRODUCTION),
     *_rows(
-        [(AGAIN_PARTIAL, "partial_reid", "R-1 R-3"), (AGAIN_PARTIAL, "partial_ilids", "R-1 R-3")],
+        [(REPRODUCED_PARTIAL, "partial_reid", "R-1 R-3"), (REPRODUCED_PARTIAL, "partial_ilids", "R-1 R-3")],
         _REPRODUCTION_PARTIAL,
     ),
 )
@@ -168,17 +172,17 @@ PUBLISHED = PAPER + REPRODUCTION
 
 
 def published(dataset: str, method: str = "VPM", rows: Sequence[Published] = PAPER) -> Published | None:
-    """The first of `rows` for a method on a dataset, None if there is none."""
+    """The first of `rows` for a method on a dataset, or None."""
     return next((row for row in rows if (row.dataset, row.method) == (dataset, method)), None)
 
 
 def method_of(config: ConfigDict) -> str:
-    """The name in Table 1 of what the config trains."""
+    """The name in Table 1 of the method that the config trains."""
     if config.model.locator == "stripes":
         return "PCB"
     return "baseline" if tuple(config.model.grid) == (1, 1) else "VPM"
 
 
 def title(method: str) -> str:
-    """What our tables and figures call a method of the paper."""
+    """A method's name in our tables and figures."""
     return method.replace("baseline", "global feature")

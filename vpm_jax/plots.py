@@ -1,7 +1,7 @@
-"""Curves and bars: rank-1 and mAP over gamma, differences and gains between methods, training runs.
+"""Plots: rank-1 and mAP over gamma, differences and gains between methods, training curves.
 
-Everything draws on a `matplotlib.figure.Figure` of its own: no window, no pyplot state, safe in threads. The file's
-suffix chooses the format (.png, .pdf, .svg).
+Each function draws on its own `matplotlib.figure.Figure`, without pyplot state, so it is safe in threads. The file's
+suffix selects the format (.png, .pdf, .svg).
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from ml_collections import ConfigDict
 
 from vpm_jax.data.datasets import TITLES
 
-# Okabe and Ito's colors, told apart with every kind of color vision; yellow left out, too faint for lines.
+# The Okabe-Ito palette, which is safe for color blindness; without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 _LEGEND: Any = dict(frameon=False, fontsize=8, borderpad=0.2, handlelength=1.4, columnspacing=1.0, handletextpad=0.5)
 
 _DASHED: Any = dict(linewidth=0.9, linestyle=(0, (4, 2)))
 _PAPER = "Sun et al. (2019)"
-_FEW = 3  # seeds; of fewer a standard deviation says little, and each is shown
+_MIN_SEEDS = 3  # for a standard deviation; with fewer, each seed is drawn
 
-# {method: {gamma: {"rank-1": ..., "mAP": ...}}}, where a number may be a sequence with that of each seed
+# {method: {gamma: {"rank-1": ..., "mAP": ...}}}; each value is a number or a sequence with one number per seed
 Curves = Mapping[str, Mapping[float, Mapping[str, float | Sequence[float]]]]
 
 
 def network(config: ConfigDict) -> str:
-    """The backbone and its input, such as "ResNet-18 of width 24, 128x64 input"."""
+    """The backbone and input size, such as "ResNet-18 of width 24, 128x64 input"."""
     width = f" of width {config.model.width}" if config.model.width != 64 else ""
     return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
 
 
 def run_title(model: str, config: ConfigDict) -> str:
-    """What training curves are of."""
+    """The title of training curves."""
     return f"{model} on {TITLES.get(config.data.name, config.data.name)}; {network(config)}; seed {config.seed}"
 
 
 def gamma_title(dataset: str, crop: str, network: str, seeds: Sequence[int]) -> str:
-    """What figures over gamma are of: a dataset, by its title if it has one, and what queries keep; then the network.
+    """The title of figures over gamma.
 
     Args:
       dataset: name or title.
-      crop: which side queries keep.
-      network: of `network`, or other words.
-      seeds: how many each method has.
+      crop: the side that queries keep.
+      network: from `network`.
+      seeds: the number of seeds of each method.
     """
     name = TITLES.get(dataset, dataset)
     return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma\n{network}; {count_seeds(seeds)}"
 
 
 def count_seeds(seeds: Sequence[int]) -> str:
-    """How many seeds each method has, in words."""
+    """Numbers of seeds in words, such as "1 to 3 seeds"."""
     low, high = min(seeds), max(seeds)
     if high == 1:
         return "one seed"
@@ -78,24 +78,24 @@ def gamma_curves(
     published: Curves | None = None,
     shades: Sequence[str] = (),
 ) -> None:
-    """Rank-1 and mAP of every method against gamma, the kept area ratio, side by side.
+    """Rank-1 and mAP of every method against gamma (the kept area ratio), side by side.
 
-    Of several seeds the line is their mean: of two each is shown by a small marker, of three or more the standard
-    deviation by a band.
+    Lines are means over seeds. Two seeds are also drawn as small markers; from three seeds on, a band shows the
+    standard deviation.
 
     Args:
-      path: the picture to write.
+      path: the output file.
       results: as fractions in [0, 1].
       title: dataset and protocol.
       chance: the rank-1 of random rankings, drawn as a line.
-      published: of the same form, the paper's numbers, drawn as thin dashed lines in the method's color.
-      shades: methods that differ in a number, in its order: drawn from light to dark instead of in unlike colors.
+      published: the paper's numbers in the same form, drawn as thin dashed lines in the method's color.
+      shades: methods that differ in one number, in its order: drawn from light to dark instead of in distinct colors.
     """
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
     colors = _method_colors(list(results), shades)
     legend: dict[str, Any] = {}
-    notes: dict[str, Any] = {}  # what the legend says last
+    notes: dict[str, Any] = {}  # legend entries that come last
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
         for index, (name, by_gamma) in enumerate(results.items()):
             style: Any = dict(color=colors[name], marker=MARKERS[index % len(MARKERS)])
@@ -104,14 +104,14 @@ def gamma_curves(
             seeds = np.array([np.atleast_1d(by_gamma[gamma][metric]) for gamma in gammas])  # [G, seeds]
             means = seeds.mean(axis=1)
             axes.plot(gammas, means, color=colors[name], linewidth=1.8, label=name)
-            if 1 < seeds.shape[1] < _FEW:
+            if 1 < seeds.shape[1] < _MIN_SEEDS:
                 axes.plot(gammas, seeds, linestyle="none", markersize=3, **style)
                 notes["each seed (line: mean)"] = Line2D([], [], color="0.3", marker="o", markersize=3, linewidth=0)
             else:
                 axes.plot(gammas, means, linestyle="none", markersize=5, **style)
-            if seeds.shape[1] >= _FEW:
-                width = seeds.std(axis=1, ddof=1)
-                axes.fill_between(gammas, means - width, means + width, color=colors[name], alpha=0.18, linewidth=0)
+            if seeds.shape[1] >= _MIN_SEEDS:
+                std = seeds.std(axis=1, ddof=1)
+                axes.fill_between(gammas, means - std, means + std, color=colors[name], alpha=0.18, linewidth=0)
                 notes["± standard deviation over seeds"] = Patch(color="0.3", alpha=0.18, linewidth=0)
             theirs = [(g, v[metric]) for g, v in sorted((published or {}).get(name, {}).items()) if metric in v]
             if len(theirs) > 1:
@@ -123,7 +123,7 @@ def gamma_curves(
         axes.set_xlabel("gamma (kept area ratio)")
         axes.set_title(metric, fontsize=11)
         top = axes.dataLim.y1
-        axes.set_ylim(-0.02 * top, 1.05 * top)  # room for a chance line close to zero
+        axes.set_ylim(-0.02 * top, 1.05 * top)  # keeps a chance line near zero off the axis
         axes.set_xticks(_apart(gamma for by_gamma in results.values() for gamma in by_gamma))
         axes.yaxis.set_major_formatter(_percent)
         _plain(axes)
@@ -133,7 +133,7 @@ def gamma_curves(
 
 
 def _apart(gammas: Iterable[float]) -> list[float]:
-    """Those, from the largest down, that are apart enough to be labelled: by more than a tenth of their range."""
+    """The gammas to label: from the largest down, more than a tenth of the range apart."""
     kept: list[float] = []
     ordered = sorted(set(gammas), reverse=True)
     for gamma in ordered:
@@ -144,35 +144,36 @@ def _apart(gammas: Iterable[float]) -> list[float]:
 
 def differences(
     path: str | Path | IO[bytes],
-    found: Curves,
+    results: Curves,
     title: str,
     reference: str,
     published: Mapping[str, Mapping[float, Mapping[str, float]]] | None = None,
 ) -> None:
-    """What methods differ by from a reference, the zero line: at each gamma a bar for each, rank-1 above mAP.
+    """Differences between methods and a reference: at each gamma one bar per method, rank-1 above mAP.
+
+    Bars are means over seeds, dots the seeds, lines their range; bars of a single seed are pale.
 
     Args:
-      path: the picture to write.
-      found: in points, a method's number less the reference's. Of several seeds the bar is their mean, a line their
-        range and each a dot; of one alone the bar is pale.
+      path: the output file.
+      results: a method's number minus the reference's, in points.
       title: dataset and protocol.
       reference: its name.
       published: the paper's differences, marked on the bars.
     """
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
-    gammas = sorted({gamma for by_gamma in found.values() for gamma in by_gamma})
-    width = 0.84 / max(len(found), 1)
+    gammas = sorted({gamma for by_gamma in results.values() for gamma in by_gamma})
+    width = 0.84 / max(len(results), 1)
     legend: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     panels = figure.subplots(2, 1, sharex=True)
     for axes, metric in zip(panels, ("rank-1", "mAP"), strict=True):
-        for index, (name, by_gamma) in enumerate(found.items()):
-            color = COLORS[1 + index % (len(COLORS) - 1)]  # the first is the reference's in other pictures
+        for index, (name, by_gamma) in enumerate(results.items()):
+            color = COLORS[1 + index % (len(COLORS) - 1)]  # the first color is the reference's
             for gamma, values in by_gamma.items():
-                x, seeds = gammas.index(gamma) + (index - (len(found) - 1) / 2) * width, np.atleast_1d(values[metric])
+                x, seeds = gammas.index(gamma) + (index - (len(results) - 1) / 2) * width, np.atleast_1d(values[metric])
                 legend[name] = Patch(color=color)
-                pale = to_rgba(color, 0.3 if len(seeds) == 1 else 1.0)
-                axes.bar(x, seeds.mean(), 0.86 * width, color=pale, edgecolor=color, label=name)
+                face = to_rgba(color, 0.3 if len(seeds) == 1 else 1.0)
+                axes.bar(x, seeds.mean(), 0.86 * width, color=face, edgecolor=color, label=name)
                 if len(seeds) > 1:
                     [dots] = axes.plot([x] * len(seeds), seeds, ".-", color="0.2", markersize=4, linewidth=0.9)
                     notes["each seed (bar: mean)"] = dots
@@ -194,14 +195,14 @@ def differences(
 
 
 def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
-    """What each part gains over doing without it: a row for each, a dot for each seed.
+    """The gain of each ingredient of a recipe: one row per ingredient, one dot per seed.
 
-    Several seeds have a bar over their range and a line at their mean; the dot of a seed alone is hollow.
+    A bar shows the range of several seeds and a line their mean; the dot of a single seed is hollow.
 
     Args:
-      path: the picture to write.
-      gained: {part: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
-      title: of the picture.
+      path: the output file.
+      gained: {ingredient: {"rank-1": [gain of each seed, in points], "mAP": [...]}}.
+      title: of the figure.
     """
     figure = Figure(figsize=(7.2, 1.7 + 0.24 * len(gained)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -216,7 +217,7 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
                 axes.vlines(np.mean(seeds), row - 0.32, row + 0.32, color=color, linewidth=1.8)
             fill = color if several else "white"
             axes.plot(seeds, [row] * len(seeds), "o", color=color, markerfacecolor=fill, markersize=3.8)
-        axes.use_sticky_edges = False  # else the range of the outermost bar ends at the frame
+        axes.use_sticky_edges = False  # or the outermost bar ends at the frame
         axes.margins(x=0.05)
         axes.set_title(f"gain in {metric}, points", fontsize=9)
         _plain(axes)
@@ -225,13 +226,11 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
     panels[0].set_ylim(len(gained) - 0.4, -0.6)
     dot: Any = dict(color="0.3", marker="o", markersize=3.8, linewidth=0)
     counts = {len(gain["rank-1"]) for gain in gained.values()}
+    span = Patch(color="0.3", alpha=0.3, linewidth=0)
+    mean = Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=1.8, linewidth=0)
     entries: dict[str, Any] = {"a seed": Line2D([], [], **dot)} if max(counts) > 1 else {}
     entries |= {"one seed only": Line2D([], [], markerfacecolor="white", **dot)} if 1 in counts else {}
-    if max(counts) > 1:
-        entries |= {"range of the seeds": Patch(color="0.3", alpha=0.3, linewidth=0)}
-        entries |= {
-            "their mean": Line2D([], [], color="0.3", marker="|", markersize=9, markeredgewidth=1.8, linewidth=0)
-        }
+    entries |= {"range of the seeds": span, "their mean": mean} if max(counts) > 1 else {}
     _legend_below(figure, entries)
     figure.suptitle(title, fontsize=10)
     save(figure, path, dpi=160)
@@ -245,7 +244,7 @@ def _legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
 
 
 def save(figure: Figure, path: str | Path | IO[bytes], dpi: int) -> None:
-    """Writes it; a .pdf without a date, and with the fonts that publishers take."""
+    """Writes the figure; PDFs without a date, for reproducible files, and with TrueType fonts, as publishers ask."""
     metadata = {"CreationDate": None} if str(path).endswith(".pdf") else None
     with rc_context({"pdf.fonttype": 42}):
         figure.savefig(path, dpi=dpi, metadata=metadata)
@@ -257,7 +256,7 @@ def _percent(value: float, position: int | None = None) -> str:
 
 
 def _method_colors(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any]:
-    """A color for each method: unlike ones, but of `shades` from light to dark."""
+    """A color for each method: distinct ones, and light to dark for `shades`."""
     others = [name for name in names if name not in shades]
     colors: dict[str, Any] = {name: COLORS[i % len(COLORS)] for i, name in enumerate(others)}
     if shades:
@@ -270,12 +269,11 @@ def _method_colors(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any
 def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path, title: str = "") -> None:
     """Losses, accuracies, learning rate and gradient norm over the steps of a run.
 
-    Reads the JSON lines that training writes. A key that is missing leaves its curve out, so that runs of any recipe
-    draw; a line cut short by a killed run is passed over; of a step written twice (a resumed run) the last counts.
-    `accuracy_identity` may be a number or a list with one for each head: then mean, lowest and highest are drawn.
+    Reads the JSON lines that training writes. Curves of missing keys are left out. If `accuracy_identity` lists one
+    number per head, the mean and the range over heads are drawn.
 
     Raises:
-      ValueError: when the file holds no line with a step.
+      ValueError: if the file holds no line with a step.
     """
     lines = read_steps(Path(metrics_jsonl_path))
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -325,7 +323,6 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
             axes.axvline(step, color="0.6", linestyle=":", linewidth=1.2)
         _plain(axes)
         if axes.get_legend_handles_labels()[0]:
-            # Above the panel, where no line runs.
             axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4, **_LEGEND)
     notes = [f"{max(lines):,} steps"]
     notes += [f"{speed:,.0f} images/s (median)"] if (speed := median_speed(lines)) else []
@@ -335,7 +332,7 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
 
 
 def _round_steps(last: int) -> list[float]:
-    """Ticks from 0 at round numbers, then the last step."""
+    """Ticks at round numbers from 0, and at the last step."""
     ticks = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(0, last)
     return [*(tick for tick in ticks if tick <= last - (ticks[1] - ticks[0]) / 2), last]
 
@@ -347,7 +344,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis labelled 0.1, 0.2, 0.5, 1 (closer where it is short), where anything positive is drawn."""
+    """A logarithmic y axis with ticks at 0.1, 0.2, 0.5, 1, ... (denser on a short axis), if any value is positive."""
     if not any(np.any(np.asarray(line.get_ydata(), float) > 0) for line in axes.lines):
         return
     axes.set_yscale("log")
@@ -358,22 +355,26 @@ def _log_scale(axes: Axes) -> None:
 
 
 def read_steps(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines of a JSONL file that carry a step, by step in increasing order."""
+    """{step: line} of a JSONL file of training, in increasing order; the last line of a repeated step counts.
+
+    Raises:
+      ValueError: if the file holds no line with a step.
+    """
     lines = {}
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # cut short by a kill
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines[line["step"]] = line
     if not lines:
-        raise ValueError(f"{path} holds no line with a step, expected the metrics that training writes")
+        raise ValueError(f"{path} holds no line with a step: expected the metrics that training writes")
     return dict(sorted(lines.items()))
 
 
 def median_speed(lines: Mapping[int, Mapping[str, Any]]) -> float | None:
-    """Images per second of a run, the median over its records; None where they do not say."""
+    """The median images per second over a run's records; None if they do not record it."""
     speeds = [float(value) for _, value in _values(lines, "images_per_second")]
     return float(np.median(speeds)) if speeds else None
 
@@ -390,7 +391,7 @@ def _curve(
     color: str,
     smooth: bool = True,
 ) -> None:
-    """One metric over the steps: as it is where points are few, else faint under its running mean."""
+    """One metric over the steps; many points are drawn faintly under their running mean."""
     points = _values(lines, key)
     if not points:
         return
@@ -398,14 +399,14 @@ def _curve(
     window = len(steps) // 40 if smooth else 0
     if window > 1:
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-    shown = _running_mean(values, window) if window > 1 else values
-    axes.plot(steps, shown, color=color, linewidth=1.6, label=label, marker="o" if len(steps) == 1 else None)
+    line = _running_mean(values, window) if window > 1 else values
+    axes.plot(steps, line, color=color, linewidth=1.6, label=label, marker="o" if len(steps) == 1 else None)
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of the values within half a window of each one, fewer at both ends."""
+    """The centered running mean, over fewer values at both ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
-    begin = np.maximum(centre - window // 2, 0)
-    end = np.minimum(centre + window // 2 + 1, len(values))
+    center = np.arange(len(values))
+    begin = np.maximum(center - window // 2, 0)
+    end = np.minimum(center + window // 2 + 1, len(values))
     return (total[end] - total[begin]) / (end - begin)
