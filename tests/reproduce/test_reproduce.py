@@ -17,7 +17,7 @@ from vpm_jax.config import flatten
 from vpm_jax.errors import UserError
 from vpm_jax.matching import pairwise_distance
 from vpm_jax.reproduce import command as reproduce
-from vpm_jax.reproduce import estimate, experiments, results, tables
+from vpm_jax.reproduce import estimate, experiments, figures, report, results, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
 
 
@@ -115,7 +115,7 @@ def test_overrides_that_change_results_need_a_name():
     run = make_run("market1501", "small", "vpm", variant="short", overrides=["--config.stage2.epochs=2"])
     assert run.name == "market1501-small-vpm-short-seed0" and run.changes == {"stage2.epochs": 2}
     make_run("market1501", "small", "vpm", overrides=["--config.data.root=x", "--config.data.threads=7"])
-    with pytest.raises(UserError, match="is what baseline is about"):
+    with pytest.raises(UserError, match="is set by baseline"):
         make_run("market1501", "small", "baseline", variant="x", overrides=["--config.model.grid=(2,1)"])
     with pytest.raises(UserError, match="--dataset and --seeds"):
         make_run("market1501", "small", "vpm", variant="x", overrides=["--config.seed=3"])
@@ -126,15 +126,15 @@ def test_overrides_that_change_results_need_a_name():
     [
         ("--scale small", "name a --table"),
         ("--table 1 --dataset market1501 --scale synthetic", "synthetic pedestrians, not on market1501"),
-        ("--table 1 --scale small --recipe released", "of --scale paper"),
+        ("--table 1 --scale small --recipe released", "belongs to --scale paper"),
         ("--table 1 --seeds 0", "at least 1"),
         ("--table 1 --variant a/b", "for a file's name"),
         ("--table 1 --models mvpm-2", "need none of these"),
         ("--table 1 --config.model.widht=3", "did you mean"),
-        ("--table 1 --models pbc", "there are vpm, baseline"),
+        ("--table 1 --models pbc", "expected some of vpm, baseline"),
         ("--table 1 --parts configs/market_plus.py", "leave out --table"),
-        ("--parts configs/market_plus.py --config.stage2.epochs=2", "name what you try by --variant"),
-        ("--parts configs/market_plus.py --models emma", "lists base, ema"),
+        ("--parts configs/market_plus.py --config.stage2.epochs=2", "name this configuration with --variant"),
+        ("--parts configs/market_plus.py --models emma", "expected some of base, ema"),
         ("--parts configs/market_plus.py --scale small", "not for choosing"),
         ("--parts configs/market_plus.py --dataset synthetic", "not for choosing"),
         ("--parts configs/market.py", "KeyError: 'SCREEN'"),
@@ -226,16 +226,18 @@ def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
     out = capsys.readouterr().out
     config = make_run("market1501", "small", "vpm").config
     images = config.stage2.epochs * config.stage2.steps_per_epoch * estimate.batch(config)
-    assert f"{images:,}" in out and f"in all {3 * images:,} images" in out and "a few timed steps (50.0 images/s" in out
+    assert (
+        f"{images:,}" in out and f"in total {3 * images:,} images" in out and "a few timed steps (50.0 images/s" in out
+    )
     assert call(THREE) == 0
     assert pretend == [f"market1501-small-{m}-seed0" for m in ("vpm", "baseline", "pcb")]
     assert {path.name for path in (tmp_path / "results").iterdir()} == {f"{name}.json" for name in pretend}
-    assert "3 finished before" not in capsys.readouterr().out
+    assert "3 already finished" not in capsys.readouterr().out
     assert call(THREE) == 0 and call(f"{THREE} --seeds 2") == 0
     assert len(pretend) == 6 and len(set(pretend)) == 6
     assert call(f"{THREE} --seeds 3 --plan") == 0
     out = capsys.readouterr().out
-    assert "6 finished before" in out and "the rates of finished runs" in out and out.count("seed2") == 3
+    assert "6 already finished" in out and "the rates of finished runs" in out and out.count("seed2") == 3
     # A variant, or another dataset, may take another time.
     for other in ("--variant wide --config.model.width=99", "--dataset dukemtmc"):
         assert call(f"{THREE} {other} --plan") == 0
@@ -315,10 +317,10 @@ def test_what_a_part_evaluates_is_said_and_how_long_it_takes_is_known(pretend, c
     file = tmp_path / "parts.py"
     file.write_text('SCREEN = {"base": {}}\nEVALUATED = {"crops": ("base", {"match.gallery_gammas": (0.5, 0.8)})}')
     assert call(f"--parts {file}") == 0
-    assert "gallery images whole (of crops also cropped);" in (tmp_path / "report" / "report.md").read_text()
+    assert "gallery images whole (for crops also cropped);" in (tmp_path / "report" / "report.md").read_text()
     finished = {r["method"]: r for r in results.finished(tmp_path / "results")}
     base, crops = finished["vpm"], finished["crops"] | {"evaluation_seconds": 60.0}
-    runs = experiments.plan_parts(experiments.parts(file), "market1501", "screen", 1)
+    runs = experiments.plan_ingredients(experiments.ingredients(file), "market1501", "screen", 1)
     run = {each.method: each for each in runs.values()}
     assert estimate.rates(run["crops"], [base]) == (base["images_per_second"], base["evaluation_seconds"])
     assert estimate.rates(run["crops"], [base, crops])[1] == 60.0
@@ -333,7 +335,7 @@ def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
         call(f"--parts {file}")
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["parts"]
     assert {row["title"] for row in rows} >= {"ema", "worse"} and not any("gain" in row for row in rows)
-    assert "that over base" in (tmp_path / "report" / "report.md").read_text()
+    assert "gain is over base" in (tmp_path / "report" / "report.md").read_text()
     for name in ("ema_flip", "worse", "flip"):
         (tmp_path / "results" / f"market1501-screen-{name}-seed0.json").unlink(missing_ok=True)
     assert call(f"--parts {file} --models ema_flip --report") == 0  # ema is its parent, and finished
@@ -343,18 +345,18 @@ def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("SCREEN = {}", "must begin with a name for no change"),
-        ("SCREEN = {'a': {'optim.ema': 0.9}}", "must begin with a name for no change"),
+        ("SCREEN = {}", "must begin with a base that changes nothing"),
+        ("SCREEN = {'a': {'optim.ema': 0.9}}", "must begin with a base that changes nothing"),
         ("SCREEN = {'base': {}, 'pcb': {'optim.ema': 0.9}}", "pcb in .* another model"),
-        ("SCREEN = {'base': {}, 'a': {'optim.emma': 0.9}}", r"part a sets optim\.emma"),
-        ("SCREEN = {'base': {}, 'a': {'optim.ema': 'x'}}", r"part a: .*optim\.ema is 'x' \(str\)"),
-        ("SCREEN = {'base': {}, 'a': {'data.holdout_identities': 0}}", "by which all parts are judged"),
-        ("SCREEN = {'base': {}, 'a': {'seed': 5}}", "by which all parts are judged"),
+        ("SCREEN = {'base': {}, 'a': {'optim.emma': 0.9}}", r"Ingredient a sets optim\.emma"),
+        ("SCREEN = {'base': {}, 'a': {'optim.ema': 'x'}}", r"Ingredient a: .*optim\.ema is 'x' \(str\)"),
+        ("SCREEN = {'base': {}, 'a': {'data.holdout_identities': 0}}", "must be the same in all runs"),
+        ("SCREEN = {'base': {}, 'a': {'seed': 5}}", "must be the same in all runs"),
         ("SCREEN = {'base': {}, 'a/b': {'optim.ema': 0.9}}", "expected a name of letters"),
         ("SCREEN = {'base': {}, 3: {'optim.ema': 0.9}}", "expected a name of letters"),
         ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('a', {})}", "b evaluates a, which SCREEN"),
-        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('base', {'optim.ema': 0.9})}", "put it into SCREEN"),
-        ("SCREEN = {'base': {}, 'a': {1: 2, 'z': 3}}", "part a sets 1, which is no config key"),
+        ("SCREEN = {'base': {}}\nEVALUATED = {'b': ('base', {'optim.ema': 0.9})}", "move it to SCREEN"),
+        ("SCREEN = {'base': {}, 'a': {1: 2, 'z': 3}}", "Ingredient a sets 1, which is not a config key"),
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("SCREEN = 3", "AttributeError"),
         ("SCREEN = ", "SyntaxError"),
@@ -390,7 +392,9 @@ def test_a_result_of_another_config_is_refused_by_its_keys(pretend, call, tmp_pa
     found["config"] |= {"data.gamma": [0.4, 1.0], "stage2.epochs": 3}
     path.write_text(json.dumps(found))
     epochs = make_run("market1501", "small", "vpm").config.stage2.epochs
-    with pytest.raises(UserError, match=rf"pcb-seed0\.json.*data\.gamma: .*stage2\.epochs: 3 there, {epochs} asked"):
+    with pytest.raises(
+        UserError, match=rf"pcb-seed0\.json.*data\.gamma: .*stage2\.epochs: 3 in the file, {epochs} requested"
+    ):
         call(f"{THREE} --plan")
     # Keys that this version has added are as if the file had their defaults; those that are gone do not count.
     found = json.loads(before)
@@ -417,7 +421,7 @@ def test_what_changes_no_result_changes_no_fingerprint():
 
 def test_what_a_report_leaves_out_has_a_line_for_each_reason():
     left = {"a": "has not finished", "b": "is left out: no data.", "c": "has not finished"}
-    assert reproduce.absent(left) == [
+    assert report.absent(left) == [
         "- Not in this report: a, c: each has not finished.",
         "- Not in this report: b is left out: no data.",
     ]
@@ -450,11 +454,13 @@ def test_what_others_work_on_is_left_to_them(pretend, call, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     with results.claim(tmp_path / "results", run) as mine:
         assert mine
-        with pytest.raises(UserError, match=r"1 of 3 runs have no result .*baseline-seed0 is left to another process"):
+        with pytest.raises(
+            UserError, match=r"1 of 3 runs have no result .*baseline-seed0 is claimed by another process"
+        ):
             call(THREE)
         assert (tmp_path / "results" / f"{run.name}.claim").exists()
     assert run.name not in pretend and len(pretend) == 2
-    assert f"worked on by process {os.getpid()} on {socket.gethostname()}, since" in capsys.readouterr().out
+    assert f"claimed by process {os.getpid()} on {socket.gethostname()}, since" in capsys.readouterr().out
     assert socket.gethostname() not in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -516,7 +522,7 @@ def test_mean_and_spread_are_numpys_and_differences_the_readers(pretend, call, t
     data = json.loads((tmp_path / "report" / "report.json").read_text())["exhibits"]["table 1"]["sweep"]
     text = (tmp_path / "report" / "report.md").read_text()
     assert [row["title"] for row in data] == ["VPM", "global feature"] and "± is the sample standard deviation" in text
-    sweep, lead = rows_of(text, "Rank-1 / mAP in percent"), rows_of(text, "Rank-1 / mAP of VPM less")
+    sweep, lead = rows_of(text, "Rank-1 / mAP in percent"), rows_of(text, "Rank-1 / mAP of VPM minus")
     means = {}
     for row in data:
         assert row["seeds"] == [0, 1, 2]
@@ -575,7 +581,7 @@ def test_partial_images_stand_beside_the_papers(pretend, call, tmp_path):
         assert one["mean"] == pytest.approx(np.mean(found)) and one["paper"] == theirs
         assert "mAP" not in data[0]["numbers"]["single-shot"]
         assert f"| {np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} | {theirs:.1f} |" in text
-    assert "3 partial images as queries, as they are, against 4 whole ones" in text
+    assert "3 partial images as queries, uncropped, 4 whole images as gallery" in text
     for title in ("Market-1501", "Partial-REID", "Partial-iLIDS"):
         assert text.count(f"- {title}: Gallery is not the official one.") == 1
 
@@ -624,7 +630,7 @@ def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call,
     with quick_compiler(compile_cache):
         assert call(command) == 0
     out = capsys.readouterr().out
-    assert "0 finished before" in out and "timing a few steps" in out and "88 images" in out
+    assert "0 already finished" in out and "timing a few steps" in out and "88 images" in out
     for name in ("synthetic-vpm-tiny-seed0", "synthetic-mvpm-1-tiny-seed0"):
         found = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         evaluation = json.loads((tmp_path / "workdirs" / name / "evaluation.json").read_text())
@@ -653,9 +659,9 @@ def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call,
 
     monkeypatch.setattr(reproduce, "train", no)
     monkeypatch.setattr(reproduce, "evaluate", no)
-    monkeypatch.setattr(reproduce.figures, "region_maps", lambda *arguments: None)
+    monkeypatch.setattr(figures, "region_maps", lambda *arguments: None)
     assert call(command) == 0
-    assert "2 finished before" in capsys.readouterr().out
+    assert "2 already finished" in capsys.readouterr().out
 
     # MVPM-1 wants the checkpoint that its VPM left, not another run's.
     monkeypatch.undo()
@@ -665,5 +671,5 @@ def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call,
     with pytest.raises(UserError, match=r"mvpm-1-tiny-seed0 failed: .*model\.head_dim differs"):
         call(command)
     config.unlink()
-    with pytest.raises(UserError, match=r"which is not in .*bring it from where it was trained"):
+    with pytest.raises(UserError, match=r"which is not in .*copy it from the machine that"):
         call(command)

@@ -1,29 +1,28 @@
-"""What runs will cost, from the rates of finished runs or, without any, from a few timed steps."""
+"""The cost of runs, from the rates of finished runs or, without any, from a few timed steps."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import plots
 from vpm_jax.benchmark.report import align
 from vpm_jax.reproduce import results
 from vpm_jax.reproduce.experiments import Run
 from vpm_jax.runs.logs import duration
 
-EVALUATION = 0.05  # of the training's time, where no finished run tells
-PARTIAL = 0.05  # of an evaluation's time, of one on partial images: hundreds instead of tens of thousands
+EVALUATION = 0.05  # assumed evaluation time, as a fraction of the training time
+PARTIAL = 0.05  # assumed evaluation time of a partial dataset (hundreds of images), as a fraction of a full one
 
 
 def size(config: ConfigDict) -> tuple[int, int]:
-    """(images, identities) of the training set, as its authors give them: no data are needed."""
+    """(images, identities) of the training set by the official counts, without the data."""
     from vpm_jax.data.datasets import DATASETS
 
     if config.data.name == "synthetic":
@@ -36,32 +35,30 @@ def size(config: ConfigDict) -> tuple[int, int]:
 
 
 def images(run: Run) -> int:
-    """How many images a run trains on, repeats counted; 0 of an evaluation."""
+    """The number of images a run trains on, with repeats; 0 for an evaluation."""
     from vpm_jax.schedule import schedule
 
     return 0 if run.of else sum(stage.steps * stage.batch for stage in schedule(run.config, *size(run.config)))
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """The training records of a run in its workdir, [] if there are none."""
-    found = []
+    """The training records in a workdir; [] if there are none."""
     with contextlib.suppress(OSError, ValueError):
-        for line in (workdir / "metrics.jsonl").read_text().splitlines():
-            found.append(json.loads(line))
-    return found
+        return list(plots.read_steps(workdir / "metrics.jsonl").values())
+    return []
 
 
 def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """(images per second of training, seconds of evaluation) of finished runs like this one on such a machine.
+    """(training images per second, seconds of evaluation) from finished runs on the same hardware, or None.
 
-    Of the same dataset, scale and variant; of the same method too where there is one. None without any.
+    Uses runs of the same dataset, scale and variant, and of the same method if there is one.
     """
     like = {"dataset": run.dataset, "scale": run.scale, "variant": run.variant, "hardware": results.hardware()}
-    here = [r for r in finished if like.items() <= r.items()]
-    trained = [r for r in here if r["images"]]
+    similar = [r for r in finished if like.items() <= r.items()]
+    trained = [r for r in similar if r["images"]]
     if not trained:
         return None
-    tested = [r for r in here if r["test"] == (run.test or run.dataset)]
+    tested = [r for r in similar if r["test"] == (run.test or run.dataset)]
     same = [r for r in tested if r["method"] == run.method] or tested * bool(run.test)
     evaluation = median(r["evaluation_seconds"] for r in same or trained)
     if run.test and not same:
@@ -71,32 +68,23 @@ def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] |
 
 
 def timed_rate(config: ConfigDict, steps: int = 3) -> float:
-    """Images per second of training, from a few steps on noise after the one that compiles.
+    """Training images per second, from a few steps on noise after compilation.
 
     Raises:
       UserError: for a config that cannot be trained here.
     """
     import jax
 
-    from vpm_jax import models, parallel, step
+    from vpm_jax import parallel, step
+    from vpm_jax.benchmark.step import random_batch
     from vpm_jax.schedule import schedule
 
     config = config.copy_and_resolve_references()
     images, config.model.num_identities = size(config)
     for stage in schedule(config, images, config.model.num_identities):
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
-    batch = stage.batch  # the same in all
-    place = parallel.placement(config.parallel, parallel.data_mesh(batch))
-    shape, regions = models.map_shape(config), config.model.grid[0] * config.model.grid[1]
-    random = np.random.default_rng(0)
-    arrays = place.put_batch(
-        {
-            "image": random.integers(0, 256, (batch, config.data.height, config.data.width, 3), np.uint8),
-            "identity": np.repeat(np.arange(stage.identities, dtype=np.int32), stage.images_per_identity),
-            "labels": random.integers(0, regions, (batch, *shape), np.int32),
-            "visible": np.ones((batch, regions), bool),
-        }
-    )
+    place = parallel.placement(config.parallel, parallel.data_mesh(batch(config)))
+    arrays = place.put_batch(random_batch(config, batch(config)))
     state = place.put_state(step.init_state(config))
     train_step = place.compile(step.make_step, config)
     state, metrics = train_step(state, arrays)
@@ -105,43 +93,43 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
     for _ in range(steps):
         state, metrics = train_step(state, arrays)
     jax.block_until_ready(metrics)
-    return steps * batch / (time.monotonic() - started)
+    return steps * batch(config) / (time.monotonic() - started)
 
 
 def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
-    """A table of the runs to do with images and time, and the sum."""
+    """A table of the missing runs with images and time, and the total."""
     finished = results.finished(folder)
     timed: float | None = None
-    rows, total, total_images, source = [("", "images", "time", "")], 0.0, 0, set()
+    rows, total, total_images, sources = [("", "images", "time", "")], 0.0, 0, set()
     for run in missing:
         count, known = images(run), rates(run, finished)
         if known is not None:
             rate, evaluation = known
-            source.add("the rates of finished runs")
+            sources.add("the rates of finished runs")
         else:
             if timed is None:
-                print("no run of this scale has finished on such a machine: timing a few steps", flush=True)
+                print("no run of this scale has finished on this hardware: timing a few steps", flush=True)
                 timed = timed_rate(missing[0].config)
             evaluation = EVALUATION * max(count, images(missing[0])) / timed * (PARTIAL if run.test else 1)
             rate = timed
-            source.add(f"a few timed steps ({timed:,.1f} images/s; evaluation taken as {EVALUATION:.0%} of it)")
-        begun = records(workdirs / run.name)
-        left = count - min(count, int(begun[-1]["step"]) * batch(run.config)) if begun else count
+            sources.add(f"a few timed steps ({timed:,.1f} images/s; evaluation assumed to take {EVALUATION:.0%} of it)")
+        history = records(workdirs / run.name)
+        left = count - min(count, int(history[-1]["step"]) * batch(run.config)) if history else count
         seconds = left / rate + evaluation
         notes = []
         if left < count:
             notes.append(f"{1 - left / count:.0%} trained before")
         if run.of is not None:
             notes.append(f"evaluates {run.of.name}")
-        if who := results.owner(folder, run):
-            notes.append(f"worked on by {who}")
+        if owner := results.owner(folder, run):
+            notes.append(f"claimed by {owner}")
         rows.append((run.name, f"{count:,}" if count else "–", duration(seconds), "; ".join(notes)))
         total, total_images = total + seconds, total_images + left
-    cost = f"in all {total_images:,} images, about {duration(total)} on {results.hardware()}"
-    return f"{align(rows)}\n{cost}, by {' and '.join(sorted(source))}"
+    cost = f"in total {total_images:,} images, about {duration(total)} on {results.hardware()}"
+    return f"{align(rows)}\n{cost}, estimated from {' and '.join(sorted(sources))}"
 
 
 def batch(config: ConfigDict) -> int:
-    """Images of a training step."""
+    """Images per training step."""
     stage = config.stage2 if config.stage2.epochs else config.stage1
     return stage.identities * stage.images_per_identity

@@ -1,4 +1,4 @@
-"""The paper's tables and figures as lists of runs: each is a scale's config and the keys that a method changes."""
+"""The paper's tables and figures as lists of runs. A run is a scale's config with the keys that a method changes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: what it is called, and by which keys it differs from the scale's config."""
+    """A row of a table: its title and the keys that differ from the scale's config."""
 
     title: str
     changes: Changes = field(default_factory=dict)
-    of: str = ""  # the method whose checkpoint it evaluates; "": it trains its own
-    paper: str = ""  # its name in `paper`, where that is not the title
+    of: str = ""  # the method whose checkpoint it evaluates; "": it is trained
+    paper: str = ""  # its name in `paper`, if that is not the title
 
     @property
     def published(self) -> str:
@@ -39,16 +39,16 @@ _STRIPES = {
     "loss.identity_regions": "all",
     "loss.triplet_pairs": "all",
     "match.visibility": "uniform",
-    "match.squared": True,  # and so as its concatenated features, each stripe of unit length
+    "match.squared": True,  # equals the distance of concatenated unit-length stripes
 }
 _WHOLE = {"data.crop": "none"}
-_PARTS = (2, 3, 4, 6, 8)
+_REGION_COUNTS = (2, 3, 4, 6, 8)
 
 METHODS: dict[str, Method] = {
     "vpm": Method("VPM"),
-    # Trained with the crops, as the paper's must have been (64.5 at 0.5).
+    # To reach the paper's numbers at gamma 0.5, the baseline must be trained with crops (64.5) and PCB without (0.9).
     "baseline": Method("global feature", _GLOBAL, paper="baseline"),
-    "pcb": Method("PCB", _STRIPES | _WHOLE),  # without, as published (0.9 at 0.5)
+    "pcb": Method("PCB", _STRIPES | _WHOLE),
     "vpm-nocrops": Method("VPM (no train crops)", _WHOLE),
     "baseline-nocrops": Method("global feature (no train crops)", _GLOBAL | _WHOLE),
     "pcb-crops": Method("PCB (train crops)", _STRIPES),
@@ -61,8 +61,8 @@ METHODS: dict[str, Method] = {
     "mvpm-3": Method("MVPM-3", {"loss.identity_regions": "all"}),
     "mvpm-4": Method("MVPM-4", {"loss.triplet_pairs": "all", "loss.identity_regions": "all"}),
     # The paper's VPM has six regions.
-    **{f"vpm-p{p}": Method(f"VPM, p = {p}", {"model.grid": (p, 1)}, paper="VPM" * (p == 6)) for p in _PARTS},
-    # To know left from right it must see pictures that lack either.
+    **{f"vpm-p{p}": Method(f"VPM, p = {p}", {"model.grid": (p, 1)}, paper="VPM" * (p == 6)) for p in _REGION_COUNTS},
+    # Columns of regions need training crops that lack the left or right side.
     "vpm-3x2": Method("VPM, 3 x 2", {"model.grid": (3, 2), "data.crop": "any"}),
 }
 
@@ -72,10 +72,10 @@ class Exhibit(NamedTuple):
 
     title: str
     methods: tuple[str, ...]
-    tests: tuple[str, ...] = ()  # datasets of partial images that the trained models are evaluated on too
-    shaded: bool = False  # its methods differ in a number, and are drawn from light to dark in its order
-    maps: bool = False  # it shows pictures with the regions found in them
-    differing: bool = False  # its methods are close: drawn as differences to the first
+    tests: tuple[str, ...] = ()  # partial datasets to evaluate on as well
+    shaded: bool = False  # methods differ in one number: drawn from light to dark
+    maps: bool = False  # shows region maps
+    differing: bool = False  # methods are close: drawn as differences to the first
 
 
 EXHIBITS: dict[str, Exhibit] = {
@@ -94,15 +94,17 @@ EXHIBITS: dict[str, Exhibit] = {
         ("partial_ilids",),
         differing=True,
     ),
-    "figure 4": Exhibit("Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _PARTS)), shaded=True),
-    "figure 5": Exhibit("Figure 5: the regions found", ("vpm", "vpm-3x2"), maps=True),
+    "figure 4": Exhibit(
+        "Figure 4: the number of regions", ("baseline", *(f"vpm-p{p}" for p in _REGION_COUNTS)), shaded=True
+    ),
+    "figure 5": Exhibit("Figure 5: region maps", ("vpm", "vpm-3x2"), maps=True),
 }
 
 
 class Scale(NamedTuple):
-    """A size of training: the config file of each dataset, and what differs from it."""
+    """A size of training: the config file of each dataset and the keys that differ from it."""
 
-    configs: Mapping[str, str]  # of "market1501", "dukemtmc", "synthetic"; "" for any other
+    configs: Mapping[str, str]  # {dataset: FILE[:VARIANT]}; "" for any other dataset
     changes: Changes = {}
 
 
@@ -111,7 +113,7 @@ SCALES: dict[str, Scale] = {
     "paper": Scale({"": "configs/market.py", "dukemtmc": "configs/duke.py"}),
     "released": Scale({"": "configs/market_released.py"}),
     "small": Scale(_SMALL),
-    # To choose by: never the test set, and 500 steps, ten minutes on one core.
+    # For choosing on held-out identities: 500 steps, ten minutes on one core.
     "screen": Scale(
         _SMALL,
         {
@@ -127,16 +129,16 @@ SCALES: dict[str, Scale] = {
 
 
 def config_file(scale: str, dataset: str) -> str:
-    """FILE[:VARIANT] of the config that a scale starts from."""
+    """The config of a scale, FILE[:VARIANT]."""
     configs = SCALES[scale].configs
     return configs.get(dataset, configs[""])
 
 
 def base_config(scale: str, dataset: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config that a scale trains VPM with on a dataset; `overrides` are --config.KEY=VALUE.
+    """The VPM config of a scale and a dataset; `overrides` are --config.KEY=VALUE.
 
     Raises:
-      UserError: for an override that no config takes, or one of a key that names the run.
+      UserError: for an invalid override, or one of a key that is part of the run's name.
     """
     config = cli.load_config(config_file(scale, dataset))
     for key, value in ({"data.name": dataset} | dict(SCALES[scale].changes)).items():
@@ -146,7 +148,7 @@ def base_config(scale: str, dataset: str, overrides: Sequence[str] = ()) -> Conf
         raise UserError("--config.data.name and --config.seed are set by --dataset and --seeds: use those.")
     if scale == "screen" and not config.data.holdout_identities:
         raise UserError(
-            "The scale screen is for choosing, which never looks at a test set: leave data.holdout_identities above 0, "
+            "The scale screen is for choosing, which never looks at a test set: keep data.holdout_identities above 0, "
             "or use --scale small."
         )
     config_lib.check(config)
@@ -155,39 +157,42 @@ def base_config(scale: str, dataset: str, overrides: Sequence[str] = ()) -> Conf
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training, or one evaluation of another run's checkpoint, and the config it is asked with."""
+    """A training run, or an evaluation of another run's checkpoint."""
 
     dataset: str
     scale: str
-    method: str  # a key of METHODS, or the name of a part
-    variant: str  # what the user calls overrides that hold for all runs; "" without
+    method: str  # a key of METHODS, or the name of an ingredient
+    variant: str  # the user's name for overrides of all runs, or ""
     seed: int
     config: ConfigDict
     base: ConfigDict  # of the scale, without overrides
     of: Run | None = None  # the run whose checkpoint this one evaluates
-    test: str = ""  # the dataset of partial images that it evaluates on; "": its own test set
+    test: str = ""  # the partial dataset to evaluate on; "": the test set of `dataset`
 
     @property
     def name(self) -> str:
-        """What its result file and its workdir are called."""
-        what = f"-{self.variant}" * bool(self.variant) + f"-on-{self.test}" * bool(self.test)
-        return f"{family(self.dataset, self.scale)}-{self.method}{what}-seed{self.seed}"
+        """The name of its result file and its workdir."""
+        suffix = f"-{self.variant}" * bool(self.variant) + f"-on-{self.test}" * bool(self.test)
+        return f"{family(self.dataset, self.scale)}-{self.method}{suffix}-seed{self.seed}"
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The keys by which it differs from the scale's config, but for the seed."""
+        """The keys that differ from the scale's config, without the seed."""
         return differences(self.base, self.config)
 
     def command(self) -> str:
-        """The command line that does the same alone."""
+        """The command line of this run alone."""
         if self.of is None:
             spec = config_file(self.scale, self.dataset)
-            start, begin = f"python -m vpm_jax.train --config {spec} --workdir runs/{self.name}", cli.load_config(spec)
+            command, before = (
+                f"python -m vpm_jax.train --config {spec} --workdir runs/{self.name}",
+                cli.load_config(spec),
+            )
         else:
-            start = f"python -m vpm_jax.evaluate --workdir runs/{self.of.name} --output runs/{self.name}"
-            begin = self.of.config
-        start += f" --dataset {self.test}" * bool(self.test)
-        return " ".join([start, *(_argument(*item) for item in differences(begin, self.config).items())])
+            command = f"python -m vpm_jax.evaluate --workdir runs/{self.of.name} --output runs/{self.name}"
+            before = self.of.config
+        command += f" --dataset {self.test}" * bool(self.test)
+        return " ".join([command, *(_argument(*item) for item in differences(before, self.config).items())])
 
 
 def _argument(key: str, value: Any) -> str:
@@ -196,21 +201,21 @@ def _argument(key: str, value: Any) -> str:
 
 
 def family(dataset: str, scale: str) -> str:
-    """The start of a run's name."""
+    """The prefix of run names."""
     return dataset if dataset == scale else f"{dataset}-{scale}"
 
 
 def fingerprint(config: ConfigDict) -> dict[str, Any]:
-    """Every key that a result depends on. Of pretrained weights the file's name counts, wherever it lies."""
-    free = keys_with(NO_RESULT)
-    leaves = {key: value for key, value in config_lib.flatten(config).items() if key not in free}
+    """The keys that a result depends on. Pretrained weights are known by file name, without the folder."""
+    irrelevant = keys_with(NO_RESULT)
+    leaves = {key: value for key, value in config_lib.flatten(config).items() if key not in irrelevant}
     kind, colon, path = leaves["pretrained"].rpartition(":")
     leaves["pretrained"] = kind + colon + path.rstrip("/").rpartition("/")[2]
     return leaves
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, Any]:
-    """{key: new value} of the keys that a result depends on and that differ."""
+    """{key: new value} of the keys that differ and that a result depends on."""
     before, after = fingerprint(old), fingerprint(new)
     return {key: value for key, value in after.items() if before[key] != value}
 
@@ -225,28 +230,28 @@ def make_run(
     overrides: Sequence[str] = (),
     methods: Mapping[str, Method] = METHODS,
 ) -> Run:
-    """The run of a method. What changes nothing (p = 4 where VPM has 4 regions) is VPM's own run, by its name.
+    """The run of a method. A method that changes nothing (p = 4 where VPM has 4 regions) shares VPM's run.
 
     Args:
-      dataset, scale: keys of `config.data.name` and SCALES.
+      dataset, scale: a value of data.name, a key of SCALES.
       method: a key of `methods`.
-      test: a dataset of partial images, to evaluate on that instead of training.
-      variant: the name of what the overrides make.
-      overrides: --config.KEY=VALUE, for every method alike.
-      methods: what there is to choose from.
+      test: a partial dataset to evaluate on instead of training.
+      variant: the name of the overrides.
+      overrides: --config.KEY=VALUE, for all methods.
+      methods: {name: method}.
 
     Raises:
-      UserError: as `base_config`; for an override of what the method is about, or without a variant's name.
+      UserError: as `base_config`; for an override of a key that the method sets; for overrides without a variant.
     """
     base, config, own = base_config(scale, dataset), base_config(scale, dataset, overrides), methods[method]
     changed = differences(base, config)
     if changed and not variant:
         raise UserError(
-            f"--config.{next(iter(changed))} changes results, whose files are named by scale and method: name what "
-            "you try by --variant NAME."
+            f"--config.{next(iter(changed))} changes results, whose files are named by scale and method: name this "
+            "configuration with --variant NAME."
         )
     if taken := sorted(set(changed) & set(own.changes)):
-        raise UserError(f"--config.{taken[0]} is what {method} is about: leave it out, or choose other --models.")
+        raise UserError(f"--config.{taken[0]} is set by {method}: leave it out, or choose other --models.")
     plain, config = config, config.copy_and_resolve_references()
     for key, value in own.changes.items():
         config_lib.set_key(config, key, value)
@@ -260,7 +265,7 @@ def make_run(
 
 
 class Cell(NamedTuple):
-    """Where a run stands in the tables."""
+    """The position of a run in the tables."""
 
     method: str
     test: str
@@ -276,16 +281,16 @@ def plan(
     variant: str = "",
     overrides: Sequence[str] = (),
 ) -> dict[Cell, Run]:
-    """The runs of tables and figures, seed by seed; cells that come to the same share a run.
+    """The runs of tables and figures, seed by seed. Cells with the same config share a run.
 
-    Partial images are test sets: a scale that holds out identities evaluates on none; nor do synthetic pedestrians,
-    which look like nobody there.
+    Partial datasets are test sets, so they are left out of scales that hold out identities, and of synthetic
+    pedestrians, whose models do not transfer.
 
     Args:
       exhibits: keys of EXHIBITS.
       dataset, scale, variant, overrides: as of `make_run`.
       seeds: 0 to seeds - 1.
-      models: only these methods; all without.
+      models: only these methods; empty: all.
 
     Raises:
       UserError: as `make_run`.
@@ -302,54 +307,53 @@ def plan(
 
 
 def is_name(text: Any) -> bool:
-    """Whether something can stand in the names of runs and their files, which "-" divides."""
+    """Whether something can be part of the names of runs and their files, whose separator is "-"."""
     return isinstance(text, str) and text.replace("_", "").replace(".", "").isalnum()
 
 
-def parts(path: Path) -> dict[str, Method]:
-    """What a config file lists to be tried, one part at a time: its SCREEN {name: keys that differ from the scale's
-    config} and its EVALUATED {name: (a name in SCREEN whose checkpoint is evaluated, keys)}. The first of SCREEN
-    changes nothing: what the others are compared with.
+def ingredients(path: Path) -> dict[str, Method]:
+    """The ingredients of a recipe that a config file lists, to be tried one at a time.
+
+    SCREEN is {name: keys that differ from the scale's config}; its first entry changes nothing and is the base of all
+    comparisons. EVALUATED is {name: (the name in SCREEN whose checkpoint is evaluated, keys)}.
 
     Raises:
-      UserError: for a file without such lists, a name that files cannot have or that is another model's, a key that
-        there is not or that no part may set.
+      UserError: for a file without such lists; for an invalid or duplicate name; for a key that does not exist or that
+        no ingredient may set.
     """
     try:
-        found = runpy.run_path(str(path))
-        screen = {name: dict(keys) for name, keys in found["SCREEN"].items()}
-        evaluated = {name: (of, dict(keys)) for name, (of, keys) in found.get("EVALUATED", {}).items()}
+        values = runpy.run_path(str(path))
+        screen = {name: dict(keys) for name, keys in values["SCREEN"].items()}
+        evaluated = {name: (of, dict(keys)) for name, (of, keys) in values.get("EVALUATED", {}).items()}
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {cli.first_line(error)}"
         raise UserError(
-            f"{path} lists no parts to try ({reason}): expected a Python file with SCREEN = {{name: {{key: value}}}}, "
-            "as configs/market_plus.py has it."
+            f"{path} lists no ingredients ({reason}): expected a Python file with SCREEN = {{name: {{key: value}}}}, "
+            "such as configs/market_plus.py."
         ) from error
     if not screen or next(iter(screen.values())):
-        raise UserError(
-            f"SCREEN in {path} must begin with a name for no change, {{}}: what the others are compared with."
-        )
+        raise UserError(f"SCREEN in {path} must begin with a base that changes nothing, NAME: {{}}.")
     if taken := sorted((set(screen) | set(evaluated)) & set(METHODS) | set(screen) & set(evaluated)):
-        raise UserError(f"{taken[0]} in {path} is the name of another model: call the part something else.")
+        raise UserError(f"{taken[0]} in {path} is the name of another model: choose another name.")
     known, protocol = {key.name for key in KEYS}, set(keys_with(PROTOCOL))
     evaluation = set(keys_with(EVALUATE)) - set(keys_with(PROCESS))
     for name, keys in [*screen.items(), *((name, keys) for name, (_, keys) in evaluated.items())]:
         if not is_name(name):
             raise UserError(f"{name!r} in {path}: expected a name of letters, digits, dots and underscores.")
         if wrong := sorted(map(str, set(keys) - known)):
-            raise UserError(f"The part {name} sets {wrong[0]}, which is no config key: {LISTED}.")
+            raise UserError(f"Ingredient {name} sets {wrong[0]}, which is not a config key: {LISTED}.")
         if wrong := sorted(set(keys) & protocol):
-            raise UserError(f"The part {name} sets {wrong[0]}, by which all parts are judged: leave it out.")
+            raise UserError(f"Ingredient {name} sets {wrong[0]}, which must be the same in all runs: leave it out.")
     for name, (of, keys) in evaluated.items():
         if of not in screen:
-            raise UserError(f"The part {name} evaluates {of}, which SCREEN in {path} has not.")
+            raise UserError(f"Ingredient {name} evaluates {of}, which SCREEN in {path} does not define.")
         if wrong := sorted(set(keys) - evaluation):
-            raise UserError(f"The part {name} sets {wrong[0]}, which takes a training: put it into SCREEN.")
+            raise UserError(f"Ingredient {name} sets {wrong[0]}, which affects training: move it to SCREEN.")
     methods = {name: Method(name, keys) for name, keys in screen.items()}
     return methods | {name: Method(name, screen[of] | keys, of=of) for name, (of, keys) in evaluated.items()}
 
 
-def plan_parts(
+def plan_ingredients(
     methods: Mapping[str, Method],
     dataset: str,
     scale: str,
@@ -358,10 +362,10 @@ def plan_parts(
     variant: str = "",
     overrides: Sequence[str] = (),
 ) -> dict[Cell, Run]:
-    """The runs of `parts`, seed by seed: of these names, or all, and always what they are compared with.
+    """The runs of `ingredients`, seed by seed: of these names or all, and always the base.
 
     Raises:
-      UserError: for a value that no part of the config can have, for all parts on a test set, and as `make_run`.
+      UserError: for an invalid config, for a choice on the test set, and as `make_run`.
     """
     cells = {}
     for seed in range(seeds):
@@ -371,21 +375,21 @@ def plan_parts(
                 try:
                     config_lib.check(run.config)
                 except UserError as error:
-                    raise UserError(f"The part {name}: {error}") from error
+                    raise UserError(f"Ingredient {name}: {error}") from error
                 cells[Cell(name, "", seed)] = run
     if not names and not all(run.config.data.holdout_identities for run in cells.values()):
         raise UserError(
-            "These runs evaluate on the test set, which is not for choosing: take --scale screen, or confirm what it "
-            "has chosen by --models NAME."
+            "These runs evaluate on the test set, which is not for choosing: use --scale screen, or name the "
+            "ingredients to confirm with --models NAME."
         )
     return cells
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:
-    """Each run once, by its name, after the one whose checkpoint it needs."""
-    found: dict[str, Run] = {}
+    """The runs by name, without duplicates, each after the run whose checkpoint it evaluates."""
+    by_name: dict[str, Run] = {}
     for run in runs:
-        for each in (run.of, run):
-            if each is not None:
-                found.setdefault(each.name, each)
-    return list(found.values())
+        for needed in (run.of, run):
+            if needed is not None:
+                by_name.setdefault(needed.name, needed)
+    return list(by_name.values())

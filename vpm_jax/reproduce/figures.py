@@ -1,4 +1,4 @@
-"""The figures of `reproduce`: gamma curves of finished runs, and what trained locators see in pictures."""
+"""The figures of `reproduce`: gamma curves, differences and gains of finished runs, and region maps."""
 
 from __future__ import annotations
 
@@ -16,44 +16,45 @@ _METRICS = {"rank-1": "R-1", "mAP": "mAP"}
 VIEWS = (("none", 1.0), ("left", 0.6), ("top", 0.7), ("top", 0.5))  # (crop, gamma) of each person, as in Figure 5
 
 
-def gamma_curves(path: Path, found: Sequence[Row], title: str, chance: float, shaded: bool = False) -> None:
-    """Rank-1 and mAP of every method over gamma: the mean over seeds, their spread, the paper's as dashed lines.
+def gamma_curves(path: Path, rows: Sequence[Row], title: str, chance: float, shaded: bool = False) -> None:
+    """Rank-1 and mAP of every method over gamma, and the paper's.
 
     Args:
-      path: the picture to write.
-      found: of `tables.rows`.
-      title: of the picture.
+      path: the output file.
+      rows: from `tables.rows`.
+      title: of the figure.
       chance: rank-1 of random rankings, a fraction.
-      shaded: methods other than the global feature differ in a number, and are drawn from light to dark.
+      shaded: whether methods other than the global feature differ in one number: drawn from light to dark.
     """
 
-    def curves(what: str) -> dict[str, Any]:
+    def curves(key: str) -> dict[str, Any]:
+        """{method: {gamma: {metric: fractions}}} of one key of `tables.summary`."""
         return {
             row["title"]: {
                 float(gamma): {
-                    name: np.divide(values[metric][what], 100)
+                    name: np.divide(scores[metric][key], 100)
                     for name, metric in _METRICS.items()
-                    if what in values[metric]
+                    if key in scores[metric]
                 }
-                for gamma, values in row["numbers"].items()
+                for gamma, scores in row["numbers"].items()
             }
-            for row in found
+            for row in rows
         }
 
-    shades = [row["title"] for row in found if shaded and row["method"] != "baseline"]
+    shades = [row["title"] for row in rows if shaded and row["method"] != "baseline"]
     ours, theirs = curves("values"), curves("paper")
     _draw(path, lambda file: plots.gamma_curves(file, ours, title, chance, published=theirs, shades=shades))
 
 
-def differences(path: Path, found: Sequence[Row], title: str) -> None:
-    """What every method but the first differs by from it, over gamma and seed by seed, and the paper's.
+def differences(path: Path, rows: Sequence[Row], title: str) -> None:
+    """The difference of every method to the first one over gamma, for each seed, and the paper's.
 
     Args:
-      path: the picture to write.
-      found: of `tables.rows`.
-      title: of the picture.
+      path: the output file.
+      rows: from `tables.rows`.
+      title: of the figure.
     """
-    first, *others = found
+    first, *others = rows
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
     for row in others:
@@ -71,27 +72,27 @@ def differences(path: Path, found: Sequence[Row], title: str) -> None:
                 name: a["paper"] - b["paper"] for name, (a, b) in pairs.items() if "paper" in a and "paper" in b
             }
     heading, *details = title.split("\n")
-    above = "\n".join([f"{heading}: differences to {first['title']}", *details])
-    _draw(path, lambda file: plots.differences(file, ours, above, first["title"], theirs))
+    title = "\n".join([f"{heading}: differences to {first['title']}", *details])
+    _draw(path, lambda file: plots.differences(file, ours, title, first["title"], theirs))
 
 
-def gains(path: Path, found: Sequence[Row], title: str) -> None:
-    """What each part that was tried gains, of `tables.gains`; `path` is the picture to write."""
+def gains(path: Path, rows: Sequence[Row], title: str) -> None:
+    """The gain of each ingredient; `rows` are from `tables.gains`."""
     gained = {
         row["title"].replace("_", " "): {name: row["gain"][m]["values"] for name, m in _METRICS.items()}
-        for row in found
+        for row in rows
         if "gain" in row
     }
     _draw(path, lambda file: plots.gains(file, gained, title))
 
 
 def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
-    """What the locator of a trained run sees: synthetic pedestrians, whole and cut, with the regions found (Figure 5).
+    """Region maps of a trained run on synthetic pedestrians, whole and cropped (Figure 5).
 
     Args:
-      path: the picture to write.
+      path: the output file.
       workdir: of the run.
-      people: rows of the picture, one person each.
+      people: one row of images each.
 
     Raises:
       UserError: if the workdir holds no trained model.
@@ -100,14 +101,14 @@ def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
 
     model = VPM.load(workdir)
     images, captions = views(people)
-    found = model(images)
+    description = model(images)
     grid = (model.grid.rows, model.grid.cols)
-    maps, scores = found.region_maps, found.visibility
+    maps, scores = description.region_maps, description.visibility
     _draw(path, lambda file: overlay.region_maps(file, images, maps, scores, grid, captions, across=len(VIEWS)))
 
 
 def views(people: int) -> tuple[list[np.ndarray], list[str]]:
-    """(pictures uint8 [h, w, 3], captions) of synthetic test pedestrians: each whole, then cut as VIEWS says."""
+    """(images uint8 [h, w, 3], captions) of synthetic test pedestrians, each cropped to VIEWS."""
     from vpm_jax.data import synthetic
     from vpm_jax.data.pipeline import cut
     from vpm_jax.regions import draw_crop, pixel_box
@@ -124,7 +125,7 @@ def views(people: int) -> tuple[list[np.ndarray], list[str]]:
 
 
 def _draw(path: Path, draw: Callable[[Path], None]) -> None:
-    """Writes a picture for the report, and beside it the same as .pdf, for papers."""
-    for each in (path, path.with_suffix(".pdf")):
-        with replacing(each) as temporary:
+    """Writes a figure as `path`, and beside it as .pdf for papers."""
+    for file in (path, path.with_suffix(".pdf")):
+        with replacing(file) as temporary:
             draw(temporary)

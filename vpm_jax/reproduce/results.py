@@ -1,7 +1,6 @@
-"""What finished runs leave: one JSON file each, shared by everybody who works on the same tables.
+"""Results of finished runs: one JSON file each, in a folder that processes and machines can share.
 
-A folder of these files says what is done. Processes and machines that share it divide the work by claims: a lock
-for each run, taken over from an owner that has died.
+They divide the runs by claims: one lock per run, taken over from an owner that has died.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from vpm_jax.reproduce.experiments import Run, fingerprint
 from vpm_jax.runs import locks
 from vpm_jax.runs.logs import write_atomically
 
-RANKS = 10  # of the CMC that is kept
+RANKS = 10  # of the stored CMC
 
 
 def read(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The result of a run, None if it has not finished.
+    """The result of a run, or None if it has not finished.
 
     Raises:
-      UserError: if the file is broken, or of another config: it names the keys.
+      UserError: if the file is damaged, or of another config (the message names the keys).
     """
     path = folder / f"{run.name}.json"
     if not path.exists():
@@ -46,41 +45,41 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is not the result of a run ({type(error).__name__}: {error}): delete it and run again."
         ) from error
-    asked, known = plain(fingerprint(run.config)), plain(fingerprint(config_lib.default()))
+    requested, default = plain(fingerprint(run.config)), plain(fingerprint(config_lib.default()))
     differ = [
-        f"{key}: {saved.get(key, known.get(key))} there, {asked.get(key, 'unknown')} asked"
-        for key in sorted(set(saved) | set(asked))
-        if saved.get(key, known.get(key)) != asked.get(key)
+        f"{key}: {saved.get(key, default.get(key))} in the file, {requested.get(key, 'unknown')} requested"
+        for key in sorted(set(saved) | set(requested))
+        if saved.get(key, default.get(key)) != requested.get(key)
     ]
     if differ:
         raise UserError(
             f"{path} holds a run of another config ({'; '.join(differ[:5])}{', ...' * (len(differ) > 5)}): name yours "
-            "by --variant, choose another --results folder, or delete the file to run it again."
+            "with --variant, choose another --results folder, or delete the file to run it again."
         )
     return result
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """The values after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(values))
 
 
 def record(
     run: Run, evaluation: Mapping[str, Any], resolved: Mapping[str, Any], images: int, seconds: float, rate: float
 ) -> dict[str, Any]:
-    """What a finished run leaves.
+    """The result of a finished run.
 
     Args:
       run: the run.
-      evaluation: what `evaluate` wrote as evaluation.json.
-      resolved: the fingerprint of the config as trained, with what the data and the weights set.
-      images: how many training saw, 0 of an evaluation alone.
+      evaluation: evaluation.json.
+      resolved: the fingerprint of the resolved config.
+      images: the number of images trained on; 0 for an evaluation.
       seconds: of training.
-      rate: images per second of training.
+      rate: training images per second.
     """
-    asked = fingerprint(run.config)
-    found = evaluation["results" if run.test else "gammas"]
-    numbers = {row: dict(values, cmc=values["cmc"][:RANKS]) for row, values in found.items()}
+    requested = fingerprint(run.config)
+    scores = evaluation["results" if run.test else "gammas"]
+    numbers = {row: dict(values, cmc=values["cmc"][:RANKS]) for row, values in scores.items()}
     return plain(
         {
             "dataset": run.dataset,
@@ -107,19 +106,19 @@ def record(
             "versions": f"vpm_jax {__version__}, {report.versions()}",
             "commit": commit(),
             "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "resolved": {key: value for key, value in resolved.items() if asked.get(key) != value},
-            "config": asked,
+            "resolved": {key: value for key, value in resolved.items() if requested.get(key) != value},
+            "config": requested,
         }
     )
 
 
 def write(folder: Path, run: Run, result: Mapping[str, Any]) -> None:
-    """Writes a run's result, all of it or nothing."""
+    """Writes a run's result atomically."""
     write_atomically(folder / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """Every result in the folder that can be read."""
+    """All readable results in the folder."""
     results = []
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(ValueError, OSError):
@@ -132,7 +131,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def hardware() -> str:
-    """The class of this machine: the devices that JAX uses, and the cores that this process may use."""
+    """JAX's devices and the CPU cores available to this process."""
     import jax
 
     devices = jax.devices()
@@ -140,7 +139,7 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code, "+" behind it if files differ from it; None outside a git checkout."""
+    """The commit of the code, followed by "+" if files were changed; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -152,17 +151,17 @@ def commit() -> str | None:
         return None
 
 
-# ---- Who works on what -----------------------------------------------------------------------------------
+# ---- Claims ----------------------------------------------------------------------------------------------
 
 
 def owner(folder: Path, run: Run) -> str | None:
-    """Who works on a run ("process 17 on host, since ..."), None if nobody that is alive does."""
+    """The live process that has claimed a run ("process 17 on host, since ..."), or None."""
     return locks.holder(_claim_path(folder, run))
 
 
 @contextlib.contextmanager
 def claim(folder: Path, run: Run) -> Iterator[bool]:
-    """Claims a run for this process while the block lasts; yields False if somebody else works on it."""
+    """Claims a run for this process inside the context; yields False if another process holds it."""
     lock = locks.Lock(_claim_path(folder, run))
     if lock.acquire():
         yield False

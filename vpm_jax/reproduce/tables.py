@@ -1,4 +1,4 @@
-"""The tables of `reproduce`: finished runs beside the paper's numbers, in Markdown and as data."""
+"""The tables of `reproduce`: results of runs beside the paper's numbers, in Markdown and as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from vpm_jax import comparison, paper
-from vpm_jax.comparison import measured
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.runs.logs import duration
@@ -18,19 +17,18 @@ PARTIAL_METRICS = ("R-1", "R-3", "R-5", "mAP")
 GAINED = ("R-1", "mAP")
 SPREAD = "± is the sample standard deviation over the seeds"
 
-Results = Mapping[str, Mapping[str, Any]]  # {name of a run: its result}
-Row = dict[str, Any]
+Results = Mapping[str, Mapping[str, Any]]  # {run name: result}
+Row = dict[str, Any]  # of report.json: the numbers of one method
 
 
 def numbers(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """{gamma, or protocol of a dataset of partial images: {"cmc", "mAP", ...}} of a result."""
+    """{gamma, or protocol of a partial dataset: {"cmc", "mAP", ...}} of a result."""
     return result.get("gammas") or result["protocols"]
 
 
 def summary(values: Sequence[float], published: float | None = None) -> dict[str, Any]:
-    """Of one number over seeds, in percent: mean, sample standard deviation (None of one seed), range, and the
-    paper's with the difference (ours less the paper's)."""
-    found: dict[str, Any] = {
+    """Statistics of a metric over seeds, in percent; "std" is the sample standard deviation, None for one seed."""
+    statistics: dict[str, Any] = {
         "mean": mean(values),
         "std": stdev(values) if len(values) > 1 else None,
         "min": min(values),
@@ -38,57 +36,63 @@ def summary(values: Sequence[float], published: float | None = None) -> dict[str
         "values": list(values),
     }
     if published is not None:
-        found |= {"paper": published, "difference": mean(values) - published}
-    return found
+        statistics |= {"paper": published, "difference": mean(values) - published}
+    return statistics
+
+
+def _finished(cells: Mapping[Cell, Run], results: Results, method: str, test: str = "") -> dict[int, Run]:
+    """{seed: run} of a method's finished runs."""
+    return {c.seed: run for c, run in cells.items() if (c.method, c.test) == (method, test) and run.name in results}
+
+
+def _row(
+    method: str,
+    title: str,
+    runs: Mapping[int, Run],
+    results: Results,
+    metrics: Sequence[str],
+    published: paper.Published | None = None,
+) -> Row:
+    """The `summary` of every metric that was measured, at every gamma or for every protocol."""
+    tables, is_partial = [numbers(results[run.name]) for run in runs.values()], any(run.test for run in runs.values())
+    scores: dict[str, dict[str, Any]] = {}
+    for key in tables[0]:
+        gamma = 1.0 if is_partial else float(key)
+        scores[key] = {}
+        for metric in metrics:
+            values = [v for table in tables if (v := comparison.measured(table[key], metric)) is not None]
+            if values:
+                scores[key][metric] = summary(values, published.score(gamma, metric) if published else None)
+    return {
+        "method": method,
+        "title": title,
+        "seeds": list(runs),
+        "runs": [run.name for run in runs.values()],
+        "numbers": scores,
+    }
 
 
 def rows(exhibit: str, cells: Mapping[Cell, Run], results: Results, test: str = "") -> list[Row]:
-    """For each method of an exhibit with a finished run: its seeds and the `summary` of every number.
+    """One row for each method of an exhibit that has a finished run.
 
     Args:
       exhibit: a key of EXHIBITS.
-      cells: of `experiments.plan`.
-      results: {name of a run: its result}.
-      test: a dataset of partial images; "": the sweep over gamma on the test set of the training's dataset.
+      cells: from `experiments.plan`.
+      results: {run name: result}.
+      test: a partial dataset; "": the sweep over gamma on the dataset's own test set.
     """
-    found = []
+    table = []
     for method in EXHIBITS[exhibit].methods:
-        runs = {
-            cell.seed: run
-            for cell, run in cells.items()
-            if (cell.method, cell.test) == (method, test) and run.name in results
-        }
-        if not runs:
-            continue
-        one = next(iter(runs.values()))
-        compared = _published(one, METHODS[method].published)
-        scores: dict[str, dict[str, Any]] = {}
-        for key in numbers(results[one.name]):
-            gamma = 1.0 if test else float(key)
-            scores[key] = {}
-            for metric in PARTIAL_METRICS if test else METRICS:
-                values = [measured(numbers(results[run.name])[key], metric) for run in runs.values()]
-                theirs = compared.scores.get(gamma, {}).get(metric) if compared else None
-                if compared and compared.misprinted(gamma, metric):
-                    theirs = None
-                known = [value for value in values if value is not None]
-                if known:
-                    scores[key][metric] = summary(known, theirs)
-        found.append(
-            {
-                "method": method,
-                "title": METHODS[method].title,
-                "seeds": list(runs),
-                "runs": [run.name for run in runs.values()],
-                "compared with": compared.source.name if compared else None,
-                "numbers": scores,
-            }
-        )
-    return found
+        if runs := _finished(cells, results, method, test):
+            published = _published(next(iter(runs.values())), METHODS[method].published)
+            metrics = PARTIAL_METRICS if test else METRICS
+            row = _row(method, METHODS[method].title, runs, results, metrics, published)
+            table.append(row | {"compared with": published.source.name if published else None})
+    return table
 
 
 def _published(run: Run, method: str) -> paper.Published | None:
-    """What the paper reports of a method by the protocol of a run, if it does."""
+    """The paper's numbers of a method, if the run follows the paper's protocol."""
     if run.test:
         return paper.published(run.test, method) if run.dataset == "market1501" else None
     if run.config.eval.crop != "top" or run.config.data.holdout_identities:
@@ -96,145 +100,72 @@ def _published(run: Run, method: str) -> paper.Published | None:
     return paper.published(run.dataset, method)
 
 
-def sweep(found: Sequence[Row]) -> list[str]:
-    """The table over gamma of every method, the first one's lead, and each beside the paper's numbers."""
-    gammas = list(dict.fromkeys(gamma for row in found for gamma in row["numbers"]))
-    lines = [f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}.", ""]
-    table = [["method", "seeds", *gammas]]
-    for row in found:
-        cells = [row["title"], str(len(row["seeds"]))]
-        for gamma in gammas:
-            values = row["numbers"].get(gamma)
-            cells.append(" / ".join(_number(values[m]) for m in ("R-1", "mAP")) if values else "–")
-        table.append(cells)
-    lines += comparison.table(table)
-    if len(found) > 1:
-        first = found[0]
-        lines += [f"Rank-1 / mAP of {first['title']} less those of the others:", ""]
-        table = [["method", *gammas]]
-        for row in found[1:]:
-            cells = [row["title"]]
-            for gamma in gammas:
-                one, two = first["numbers"].get(gamma), row["numbers"].get(gamma)
-                differences = [one[m]["mean"] - two[m]["mean"] for m in ("R-1", "mAP")] if one and two else []
-                cells.append(" / ".join(f"{d:+.1f}" for d in differences) or "–")
-            table.append(cells)
-        lines += comparison.table(table)
-    for row in found:
-        lines += _beside_the_paper(row)
-    return lines
-
-
 def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
-    """For each part that was tried: what it changes, its numbers, and what it gains over the base's run of the same
-    seed, in the mean over the gammas. The base, the first of the plan, comes first, then the most gained in mAP.
+    """One row for each ingredient: its keys, its numbers, and its gain over the base at equal seeds, mean over gamma.
 
-    A row is of the seeds that the base has finished too; without any, of all, and has no gain.
+    The base, the first method of the plan, comes first, the others by decreasing gain in mAP. A row covers the seeds
+    that the base has finished too; if there are none, it covers all its seeds and has no gain.
 
     Args:
-      cells: of `experiments.plan_parts`.
-      results: {name of a run: its result}.
+      cells: from `experiments.plan_ingredients`.
+      results: {run name: result}.
     """
-    first = next(iter(cells)).method
-    base = {cell.seed: run for cell, run in cells.items() if cell.method == first}
-    found = []
+    base = next(iter(cells)).method
+    base_runs = _finished(cells, results, base)
+    base_row = _row(base, base, base_runs, results, GAINED) if base_runs else None
+    table = []
     for method in dict.fromkeys(cell.method for cell in cells):
-        runs = {c.seed: run for c, run in cells.items() if c.method == method and run.name in results}
-        paired = {seed: run for seed, run in runs.items() if base[seed].name in results}
-        runs = paired or runs
+        runs = _finished(cells, results, method)
         if not runs:
             continue
-        seed, one = next(iter(runs.items()))
-        each = [numbers(results[run.name]) for run in runs.values()]
-        row: Row = {
-            "method": method,
-            "title": method,
-            "changes": differences(base[seed].config, one.config),
-            "seeds": list(runs),
-            "runs": [run.name for run in runs.values()],
-            "numbers": {
-                gamma: {metric: summary([_score(values[gamma], metric) for values in each]) for metric in GAINED}
-                for gamma in each[0]
-            },
-        }
-        if paired and method != first:
-            theirs = [numbers(results[base[seed].name]) for seed in runs]
+        paired = {seed: run for seed, run in runs.items() if seed in base_runs}
+        row = _row(method, method, paired or runs, results, GAINED)
+        seed, run = next(iter(runs.items()))
+        row["changes"] = differences(cells[Cell(base, "", seed)].config, run.config)
+        if base_row and paired and method != base:
             row["gain"] = {
-                metric: summary([_level(a, metric) - _level(b, metric) for a, b in zip(each, theirs, strict=True)])
+                metric: summary([_mean(row, seed, metric) - _mean(base_row, seed, metric) for seed in paired])
                 for metric in GAINED
             }
-        found.append(row)
+        table.append(row)
 
     def rank(row: Row) -> float:
-        return -math.inf if row["method"] == first else -row["gain"]["mAP"]["mean"] if "gain" in row else math.inf
+        return -math.inf if row["method"] == base else -row["gain"]["mAP"]["mean"] if "gain" in row else math.inf
 
-    return sorted(found, key=rank)
-
-
-def _score(values: Mapping[str, Any], metric: str) -> float:
-    found = measured(values, metric)
-    assert found is not None  # every evaluation measures what GAINED names
-    return found
+    return sorted(table, key=rank)
 
 
-def _level(table: Mapping[str, Mapping[str, Any]], metric: str) -> float:
-    """A number in percent, the mean over the gammas."""
-    return mean(_score(values, metric) for values in table.values())
+def _mean(row: Row, seed: int, metric: str) -> float:
+    """A metric of one seed in percent, averaged over gamma."""
+    return mean(values[metric]["values"][row["seeds"].index(seed)] for values in row["numbers"].values())
 
 
-def parts(found: Sequence[Row], base: str) -> list[str]:
-    """The table of `gains` over the part `base`."""
-    if not found:
-        return ["None has finished.", ""]
-    gammas = list(found[0]["numbers"])
-    brackets = "; in brackets the least and the most of any seed" if max(len(row["seeds"]) for row in found) > 1 else ""
-    lines = [
-        f"Rank-1 / mAP in percent at each gamma{_of_seeds(found)}. A gain is that over {base} with the same seed, the "
-        f"mean over the gammas{brackets}.",
-        "",
-    ]
-    table = [["part", "keys", "seeds", *gammas, "gain in R-1", "gain in mAP"]]
-    for row in found:
-        keys = ", ".join(f"`{key}={value}`" for key, value in row["changes"].items())
-        cells = [row["title"], keys or "–", str(len(row["seeds"]))]
-        for gamma in gammas:
-            cells.append(" / ".join(_number(row["numbers"][gamma][metric]) for metric in GAINED))
-        for metric in GAINED:
-            gain = row.get("gain", {}).get(metric)
-            several = f" ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain and len(gain["values"]) > 1 else ""
-            cells.append(f"{gain['mean']:+.1f}{several}" if gain else "–")
-        table.append(cells)
-    return [*lines, *comparison.table(table)]
+# ---- Markdown ----
 
 
-def partial(found: Sequence[Row], test: str) -> list[str]:
-    """The table of a dataset of partial images: for each protocol the methods beside the paper's numbers."""
-    protocols = list(dict.fromkeys(key for row in found for key in row["numbers"]))
-    lines = [f"### {TITLES[test]}", "", f"In percent{_of_seeds(found)}.", ""]
-    header = ["method", "protocol", "seeds"]
-    metrics = [m for m in PARTIAL_METRICS if any(m in v for row in found for v in row["numbers"].values())]
-    theirs = [m for m in metrics if any("paper" in v.get(m, {}) for row in found for v in row["numbers"].values())]
-    for metric in metrics:
-        header += [metric, *(["paper", "difference"] if metric in theirs else [])]
-    table = [header]
-    for row in found:
-        for protocol in protocols:
-            values = row["numbers"].get(protocol)
-            if values is None:
-                continue
-            cells = [row["title"], protocol, str(len(row["seeds"]))]
-            for metric in metrics:
-                value = values.get(metric, {"mean": None, "std": None})
-                cells.append(_number(value))
-                if metric in theirs:
-                    published = value.get("paper")
-                    cells += [comparison.number(published), comparison.difference(value["mean"], published)]
+def sweep(rows: Sequence[Row]) -> list[str]:
+    """All methods over gamma, the lead of the first one, and each method beside the paper."""
+    gammas = list(dict.fromkeys(gamma for row in rows for gamma in row["numbers"]))
+    lines = [f"Rank-1 / mAP in percent at each gamma{_over_seeds(rows)}.", ""]
+    table = [["method", "seeds", *gammas]]
+    for row in rows:
+        table.append([row["title"], str(len(row["seeds"])), *(_pair(row["numbers"].get(gamma)) for gamma in gammas)])
+    lines += comparison.table(table)
+    if len(rows) > 1:
+        first = rows[0]
+        lines += [f"Rank-1 / mAP of {first['title']} minus those of the others:", ""]
+        table = [["method", *gammas]]
+        for row in rows[1:]:
+            cells = [row["title"]]
+            for gamma in gammas:
+                ours, others = first["numbers"].get(gamma), row["numbers"].get(gamma)
+                leads = [ours[m]["mean"] - others[m]["mean"] for m in GAINED] if ours and others else []
+                cells.append(" / ".join(f"{lead:+.1f}" for lead in leads) or "–")
             table.append(cells)
-    return [*lines, *comparison.table(table)]
-
-
-def _of_seeds(found: Sequence[Row]) -> str:
-    return f"; mean over seeds, {SPREAD}" if max(len(row["seeds"]) for row in found) > 1 else ""
+        lines += comparison.table(table)
+    for row in rows:
+        lines += _beside_the_paper(row)
+    return lines
 
 
 def _beside_the_paper(row: Row) -> list[str]:
@@ -242,54 +173,108 @@ def _beside_the_paper(row: Row) -> list[str]:
         float(gamma): {metric: value["paper"] for metric, value in values.items() if "paper" in value}
         for gamma, values in row["numbers"].items()
     }
-    shown = [metric for metric in METRICS if any(metric in scores for scores in theirs.values())]
-    if not shown:
+    metrics = [metric for metric in METRICS if any(metric in scores for scores in theirs.values())]
+    if not metrics:
         return []
     ours = {
-        float(gamma): {metric: (values[metric]["mean"], values[metric]["std"]) for metric in shown}
+        float(gamma): {metric: (values[metric]["mean"], values[metric]["std"]) for metric in metrics}
         for gamma, values in row["numbers"].items()
         if theirs[float(gamma)]
     }
-    return [f"Beside the paper's {row['compared with']}: {row['title']}", "", *comparison.by_gamma(ours, theirs, shown)]
+    title = f"Beside the paper's {row['compared with']}: {row['title']}"
+    return [title, "", *comparison.by_gamma(ours, theirs, metrics)]
 
 
-def _number(value: Mapping[str, Any]) -> str:
-    return comparison.number(value["mean"], value["std"])
+def ingredients(rows: Sequence[Row], base: str) -> list[str]:
+    """The table of `gains` over the ingredient `base`."""
+    if not rows:
+        return ["None has finished.", ""]
+    gammas = list(rows[0]["numbers"])
+    brackets = "; in brackets the range over seeds" if max(len(row["seeds"]) for row in rows) > 1 else ""
+    lines = [
+        f"Rank-1 / mAP in percent at each gamma{_over_seeds(rows)}. The gain is over {base} at equal seeds, averaged "
+        f"over gamma{brackets}.",
+        "",
+    ]
+    table = [["ingredient", "keys", "seeds", *gammas, "gain in R-1", "gain in mAP"]]
+    for row in rows:
+        keys = ", ".join(f"`{key}={value}`" for key, value in row["changes"].items())
+        cells = [row["title"], keys or "–", str(len(row["seeds"])), *(_pair(row["numbers"][g]) for g in gammas)]
+        for metric in GAINED:
+            gain = row.get("gain", {}).get(metric)
+            extremes = f" ({gain['min']:+.1f} to {gain['max']:+.1f})" if gain and len(gain["values"]) > 1 else ""
+            cells.append(f"{gain['mean']:+.1f}{extremes}" if gain else "–")
+        table.append(cells)
+    return [*lines, *comparison.table(table)]
+
+
+def partial(rows: Sequence[Row], test: str) -> list[str]:
+    """The table of a partial dataset: for each protocol the methods beside the paper's numbers."""
+    lines = [f"### {TITLES[test]}", "", f"In percent{_over_seeds(rows)}.", ""]
+    all_scores = [scores for row in rows for scores in row["numbers"].values()]
+    metrics = [m for m in PARTIAL_METRICS if any(m in scores for scores in all_scores)]
+    published = [m for m in metrics if any("paper" in scores.get(m, {}) for scores in all_scores)]
+    header = ["method", "protocol", "seeds"]
+    for metric in metrics:
+        header += [metric, *(["paper", "difference"] if metric in published else [])]
+    table = [header]
+    for row in rows:
+        for protocol, scores in row["numbers"].items():
+            cells = [row["title"], protocol, str(len(row["seeds"]))]
+            for metric in metrics:
+                score = scores.get(metric, {"mean": None, "std": None})
+                cells.append(comparison.number(score["mean"], score["std"]))
+                if metric in published:
+                    theirs = score.get("paper")
+                    cells += [comparison.number(theirs), comparison.difference(score["mean"], theirs)]
+            table.append(cells)
+    return [*lines, *comparison.table(table)]
+
+
+def _over_seeds(rows: Sequence[Row]) -> str:
+    return f"; mean over seeds, {SPREAD}" if max(len(row["seeds"]) for row in rows) > 1 else ""
+
+
+def _pair(scores: Mapping[str, Any] | None) -> str:
+    """Rank-1 / mAP."""
+    return " / ".join(comparison.number(scores[m]["mean"], scores[m]["std"]) for m in GAINED) if scores else "–"
+
+
+# ---- How the numbers were measured ----
 
 
 def conditions(runs: Sequence[Run], results: Results) -> list[str]:
-    """How the numbers came about: protocol, chance, size of training, hardware, time, versions."""
+    """Protocol, chance, training size, hardware, time, and versions."""
     done = [results[run.name] for run in runs if run.name in results]
     lines = []
-    for one in {result["test"]: result for result in reversed(done)}.values():
-        protocol, chance = one["protocol"], f"Chance: rank-1 {one['chance_rank1']:.2%}."
-        if "protocols" in one:
+    for result in {result["test"]: result for result in reversed(done)}.values():
+        protocol, test, chance = result["protocol"], result["test"], f"Chance: rank-1 {result['chance_rank1']:.2%}."
+        if "protocols" in result:
             lines.append(
-                f"- {TITLES[one['test']]}: {protocol['queries']} partial images as queries, as they are, against "
-                f"{protocol['gallery']} whole ones; no cameras, nothing is dropped. {chance}"
+                f"- {TITLES[test]}: {protocol['queries']} partial images as queries, uncropped, "
+                f"{protocol['gallery']} whole images as gallery; no cameras, so nothing is dropped. {chance}"
             )
         else:
             held = protocol["held out identities"]
-            cropped = sorted(
-                {r["method"] for r in done if r["test"] == one["test"] and r["match"].get("gallery_gammas")}
-            )
-            also = f" (of {', '.join(cropped)} also cropped)" if cropped else ""
-            whose = f"{held} training identities held out (the test set is not used)" if held else "the test set"
+            cropped = sorted({r["method"] for r in done if r["test"] == test and r["match"].get("gallery_gammas")})
+            also = f" (for {', '.join(cropped)} also cropped)" if cropped else ""
+            split = f"{held} training identities held out (the test set is not used)" if held else "the test set"
             lines.append(
-                f"- Protocol: {TITLES[one['dataset']]}, {whose}; single query, {protocol['queries']} queries keeping "
-                f"their {protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same identity and "
-                f"camera dropped, {protocol['skipped']} queries without a match skipped. {chance}"
+                f"- Protocol: {TITLES[result['dataset']]}, {split}; single query, {protocol['queries']} queries "
+                f"keeping their {protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same "
+                f"identity and camera dropped, {protocol['skipped']} queries without a match skipped. {chance}"
             )
-        lines += [f"- {TITLES[one['test']]}: {note}" for note in one.get("notes", [])]
+        lines += [f"- {TITLES[test]}: {note}" for note in result.get("notes", [])]
     trained = [result for result in done if result["images"]]
     for hardware in dict.fromkeys(result["hardware"] for result in trained):
-        here = [result for result in trained if result["hardware"] == hardware]
-        seconds, images = [result["seconds"] for result in here], [result["images"] for result in here]
-        rate = median(result["images_per_second"] for result in here)
+        group = [result for result in trained if result["hardware"] == hardware]
+        seconds, images = [result["seconds"] for result in group], [result["images"] for result in group]
+        rate = median(result["images_per_second"] for result in group)
         times = " to ".join(dict.fromkeys(duration(f(seconds)) for f in (min, max)))
+        counts = " to ".join(dict.fromkeys(f"{f(images):,.0f}" for f in (min, max)))
         lines.append(
-            f"- {len(here)} training{'s' * (len(here) > 1)} on {hardware}, {_range(images)} images each in {times} "
-            f"({rate:,.0f} images/s, the median), {duration(sum(seconds))} in all."
+            f"- {len(group)} training run{'s' * (len(group) > 1)} on {hardware}, {counts} images each in {times} "
+            f"(median {rate:,.0f} images/s), {duration(sum(seconds))} in total."
         )
     lines += [f"- Versions: {versions}." for versions in dict.fromkeys(result["versions"] for result in done)]
     commits = sorted({str(result["commit"]) for result in done} - {"None"})
@@ -298,20 +283,12 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
     return lines
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,.0f}" if math.isclose(low, high) else f"{low:,.0f} to {high:,.0f}"
-
-
 def listing(runs: Sequence[Run], results: Results) -> list[str]:
-    """Every finished run with its time and its command."""
+    """The finished runs with their times and commands."""
     lines = ["## Runs", ""]
     for run in runs:
         if (result := results.get(run.name)) is not None:
             training = f"{duration(result['seconds'])} of training, " if result["images"] else ""
             evaluation = f"{duration(result['evaluation_seconds'])} of evaluation"
-            lines += [
-                f"- `{run.name}` ({training}{evaluation}; {result['finished']}):",
-                f"  `{result['command']}`",
-            ]
+            lines += [f"- `{run.name}` ({training}{evaluation}; {result['finished']}):", f"  `{result['command']}`"]
     return [*lines, ""]
