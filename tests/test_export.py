@@ -138,7 +138,7 @@ def undecided(name: str, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("locator", [lambda name, x: x, undecided], ids=["random", "undecided"])
 def test_what_is_rounding_follows_the_model(exported, locator):
     model = with_variables(VPM.load(exported[0]), locator)
-    moved = export.rounding(model, export._pictures(model))["region_maps"]
+    moved = export.rounding(model, model.inputs(export._pictures(model)))["region_maps"]
     assert moved.min() > 2e-5 if locator is undecided else moved.max() < 2e-5
 
     def neighbour(name, x):  # the next number: what another order of additions amounts to

@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import comparison, metrics, paper, parallel, partial, plots, step
 from vpm_jax import config as config_lib
-from vpm_jax.data.datasets import TITLES
+from vpm_jax.data.datasets import DATASETS, TITLES
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
@@ -83,7 +84,7 @@ def evaluate_run(
     with Checkpoints(workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables = parallel.replicate(mesh, step.evaluated(state))
-    trained_on = saved.data.name if dataset_name or dataset.name in partial.DATASETS else None
+    trained_on = saved.data.name if dataset_name or partial.is_partial(dataset.name) else None
     evaluate_and_report(Describer(config, mesh), variables, dataset, output, int(state.step), trained_on)
 
 
@@ -94,12 +95,24 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
       UserError: if no query has a match in the gallery, or eval.batch does not divide over the devices.
     """
     try:
-        chance_rank1(dataset)
+        chance_rank1(by_protocol(config, dataset))
     except ValueError as error:
-        raise UserError(
-            f"{dataset.name} cannot be evaluated ({error}): check that query and gallery come from the same dataset."
-        ) from error
+        advice = "check that query and gallery come from the same dataset"
+        if np.isin(dataset.query.identity, dataset.gallery.identity[dataset.gallery.identity != -1]).any():
+            advice = (
+                "all gallery images of a query's identity are of its own camera and so not ranked; "
+                "--config.eval.same_camera=keep ranks them"
+            )
+        raise UserError(f"{dataset.name} cannot be evaluated ({error}): {advice}.") from error
     parallel.data_mesh(config.eval.batch)
+
+
+def by_protocol(config: ConfigDict, dataset: Dataset) -> Dataset:
+    """The dataset as metrics see it: without cameras where eval.same_camera is "keep", so that they drop nothing."""
+    if config.eval.same_camera == "drop":
+        return dataset
+    query, gallery = (replace(split, camera=None) for split in (dataset.query, dataset.gallery))
+    return replace(dataset, query=query, gallery=gallery)
 
 
 def chance_rank1(dataset: Dataset) -> float:
@@ -127,16 +140,17 @@ def evaluate(
 
     `check` is called between batches and may raise to stop.
     """
+    dataset = by_protocol(describer.config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
     labels = query.identity, gallery.identity, query.camera, gallery.camera
-    if dataset.name not in partial.DATASETS:
+    if not partial.is_partial(dataset.name):
         gammas = describer.config.eval.gammas
         matrices = distances(describer, variables, [CroppedSplit(query, gamma) for gamma in gammas], gallery, check)
         return {g: metrics.rank_metrics(distance, *labels) for g, distance in zip(gammas, matrices, strict=True)}
     [distance] = distances(describer, variables, [CroppedSplit(query)], gallery, check)
     results = {"all-shot": metrics.rank_metrics(distance, *labels)}
     most_images = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
-    if most_images > 1 and not describer.config.match.rerank:
+    if "single" in DATASETS[dataset.name].protocol.shots and most_images > 1 and not describer.config.match.rerank:
         results["single-shot"] = partial.single_shot(distance, query.identity, gallery.identity)
     return results
 
@@ -234,7 +248,7 @@ def evaluate_and_report(
     config, started = describer.config, time.monotonic()
     results, seconds = evaluated or (evaluate(describer, variables, dataset), 0.0)
     seconds += time.monotonic() - started
-    is_partial = dataset.name in partial.DATASETS
+    is_partial, dataset = partial.is_partial(dataset.name), by_protocol(config, dataset)
     protocol = (_partial_protocol if is_partial else _gamma_protocol)(config, dataset, results, trained_on)
     chance = chance_rank1(dataset)
     where = f"trained on {trained_on}, evaluated on {dataset.name}" if trained_on else f"on {dataset.name}"
@@ -257,6 +271,7 @@ def evaluate_and_report(
         "notes": dataset.notes[1:],
         "protocol": protocol.settings,
         "match": config.match.to_dict() | {"flip": config.eval.flip},
+        "input": [config.data.height, config.data.width],
         "chance_rank1": chance,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "seconds": round(seconds, 1),
@@ -277,15 +292,15 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     query, gallery = dataset.query, ranked(dataset.gallery)
     junk = len(dataset.gallery) - len(gallery)
     skipped = next(iter(results.values()))["skipped"]
-    dropped = "same identity and camera dropped" if query.camera is not None else "no cameras, so nothing is dropped"
     kept = "whole and cropped" if config.match.gallery_gammas else "whole"
     line = (
         f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
-        f"images {kept} ({junk} of identity -1 left out); {dropped}; {skipped} queries without a match skipped."
+        f"images {kept} ({junk} of identity -1 left out); {_dropped(config, query)}; {skipped} queries without a match "
+        "skipped."
     )
     table = metrics.gamma_table(results)
     own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
-    if config.eval.crop == "top" and own_test_set:  # the paper's protocol
+    if config.eval.crop == "top" and config.eval.same_camera == "drop" and own_test_set:  # the paper's protocol
         published = comparison.sweep(results, dataset.name, paper.method_of(config))
         if published and config.match.gallery_gammas:
             published = published.rstrip() + "\n\nOurs are measured with a cropped gallery, the paper's are not."
@@ -302,12 +317,18 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     )
 
 
+def _dropped(config: ConfigDict, query: Split) -> str:
+    if config.eval.same_camera == "keep":
+        return "images of the same camera stay (eval.same_camera=keep)"
+    return "same identity and camera dropped" if query.camera is not None else "no cameras, so nothing is dropped"
+
+
 def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, trained_on: str | None) -> _Protocol:
-    query, gallery = dataset.query, dataset.gallery
+    query, gallery = dataset.query, ranked(dataset.gallery)
     skipped = results["all-shot"]["skipped"]
     lines = [
         f"Protocol: {len(query)} partial images as queries, uncropped (gamma 1.0), {len(gallery)} whole images as "
-        f"gallery; no cameras, so nothing is dropped; {skipped} queries without a match skipped."
+        f"gallery; {_dropped(config, query)}; {skipped} queries without a match skipped."
     ]
     rows = {f"all-shot ({len(query)} x {len(gallery)})": results["all-shot"]}
     if single := results.get("single-shot"):

@@ -139,8 +139,8 @@ KEYS = (
         "the dataset's folder, zip or CSV, or a folder that holds it; empty: $VPM_DATA, else ./data",
         flags=MACHINE | PROTOCOL,
     ),
-    Key("data.height", 384, "pixels that the network sees", at_least(1), FEATURES),
-    Key("data.width", 128, "pixels that the network sees", at_least(1), FEATURES),
+    Key("data.height", 384, "pixels that the network sees", at_least(1), EVALUATE | FEATURES),
+    Key("data.width", 128, "pixels that the network sees", at_least(1), EVALUATE | FEATURES),
     # Enlarging 128x64 to 384x128, linear is within 1 gray level of Pillow's bilinear (mean 0.3).
     Key(
         "data.resize",

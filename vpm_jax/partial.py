@@ -11,8 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vpm_jax import metrics
+from vpm_jax.data.datasets import DATASETS
 
-DATASETS = ("partial_reid", "partial_ilids")
+
+def is_partial(dataset: str) -> bool:
+    """Whether a dataset's queries are partial or occluded images, taken as they are."""
+    return DATASETS[dataset].protocol.queries == "partial"
 
 
 def groups(identity: ArrayLike) -> list[np.ndarray]:

@@ -194,6 +194,7 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
 
     dataset = load_dataset(config.data)
     evaluation.check(config, dataset)
+    dataset = evaluation.by_protocol(config, dataset)
     model = VPM.load(workdir)
     query, gallery = dataset.query, dataset.gallery
     if config.match.rerank:  # re-ranked distances depend on the whole gallery: use that of an evaluation
