@@ -150,7 +150,7 @@ class _Holder:
 
     def __init__(self, text: bytes):
         self._fields: dict[str, Any] = {"place": None}
-        self._description = "an unnamed process"  # which died, or has not gone on, after creating the file
+        self._description = "an unnamed process"  # one that created the file without writing its name yet
         with contextlib.suppress(ValueError, KeyError, TypeError):
             fields = json.loads(text)
             self._description = f"process {int(fields['pid'])} on {fields['host']}, since {fields['since']}"
