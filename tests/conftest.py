@@ -45,7 +45,7 @@ def whole(pedestrians: Path, compile_cache: Path, tmp_path_factory: pytest.TempP
     """The workdir of a finished run of `tiny_runs.tiny_run`, which nothing interrupted. Never write into it."""
     from tiny_runs import quick_compiler, tiny_run
 
-    from vpm_jax.train import train
+    from vpm_jax.training import train
 
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with quick_compiler(compile_cache):

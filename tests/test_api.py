@@ -160,7 +160,7 @@ def test_any_size_and_grey(model, shape):
         (PICTURES, "image 1 is uint8 (5, 80, 30, 3)"),
         (Image.new("RGB", (0, 9)), "image 1 has 9 x 0 pixels"),
         ("/dev/null", "/dev/null is a pipe or a device"),
-        (Image.new("F", (9, 9)), "image 1 has more than 16 bits a channel"),
+        (Image.new("F", (9, 9)), "image 1 has more than 16 bits per channel"),
         (Image.new("1", (30000, 30000)), "expected at most 89,478,485"),
         (encode(Image.new("1", (30000, 30000))), "expected at most 89,478,485"),
         (encode(Image.new("1", (10000, 10000))), "expected at most 89,478,485"),

@@ -24,6 +24,7 @@ from vpm_jax.config import (
     stage,
     to_json,
 )
+from vpm_jax.config.__main__ import main as config_main
 from vpm_jax.errors import UserError
 
 SMALL = [(name, "small") for name in ("market", "market_plus", "own")]
@@ -153,19 +154,21 @@ def test_what_weights_presuppose_is_set_in_a_copy():
 
 
 def test_the_keys_are_listed(capsys):
-    assert config_lib.main(["gamma", "log_every"]) == 0
+    assert config_main(["gamma", "log_every"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if line.startswith("log_every"))
     assert line.split(" ", 3)[:3] == ["log_every", "=", "10"]
     assert line.endswith("   steps between records of metrics.jsonl [at least 1] (resume)")
     assert any(line.startswith("match.gallery_gammas = ()") for line in lines)
     assert not any(line.startswith("model.") for line in lines) and max(map(len, lines)) <= 120
-    assert config_lib.main([]) == 0
+    assert config_main([]) == 0
     assert {line.split(" = ")[0] for line in capsys.readouterr().out.splitlines() if " = " in line} >= set(
         flatten(default())
     )
     with pytest.raises(UserError, match="No config key has widht in its name"):
-        config_lib.main(["widht"])
+        config_main(["widht"])
+    with pytest.raises(UserError, match=r"--keys: see python -m vpm_jax\.config --help"):
+        config_main(["--keys"])
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_the_keys_are_listed(capsys):
         ("model.grid", (0, 1), "(rows, cols)"),
         ("data.crop", "middle", "expected one of top"),
         ("data.gamma", (0.9, 0.5), "0 < low <= high"),
-        ("data.gamma", (0.5, 0.9, 0.8), "quantiles that ascend"),
+        ("data.gamma", (0.5, 0.9, 0.8), "ascending quantiles"),
         ("data.gamma", (0.5,), "0 < low <= high"),
         ("match.gallery_gammas", (0.5, 1.0), "between 0 and 1"),
         ("data.pad", 0.5, "from 0 to 0.49"),
@@ -254,7 +257,7 @@ def test_a_key_too_many_or_too_few_is_refused():
 
 
 def test_a_stage_refuses_a_misspelt_key():
-    with pytest.raises(UserError, match="epoch: it has epochs"):
+    with pytest.raises(UserError, match="epoch: its keys are epochs"):
         stage(epoch=3)
 
 

@@ -203,12 +203,15 @@ def test_a_gallery_is_cropped_as_training_images_were(changes, sides):
     ("changes", "sentence"),
     [
         ({"data.crop": "any"}, "expected training crops of the top, bottom or bilateral"),
-        ({"model.locator": "stripes"}, "does not tell how much a query shows"),
-        ({"model.grid": (1, 2)}, "does not tell how much a query shows"),
+        ({"model.locator": "stripes"}, "cannot estimate how much a query shows"),
+        ({"model.grid": (1, 2)}, "cannot estimate how much a query shows"),
         ({"match.rerank": True}, "match.rerank is on"),
-        ({"eval.crop": "bottom"}, r"eval.crop is 'bottom': expected queries cropped on the sides of .* crops \(top\)"),
+        (
+            {"eval.crop": "bottom"},
+            r"eval.crop is 'bottom': expected query crops on the same sides as training crops \(top\)",
+        ),
         ({"eval.crop": "bilateral"}, r"eval.crop is 'bilateral': expected"),
-        ({"data.crop": "bottom"}, r"eval.crop is 'top': expected queries .* crops \(bottom\)"),
+        ({"data.crop": "bottom"}, r"eval.crop is 'top': expected query crops .* crops \(bottom\)"),
     ],
 )
 def test_what_does_not_go_with_a_cropped_gallery(changes, sentence):
@@ -261,7 +264,7 @@ def test_what_may_not_change_is_refused(whole, change, sentence, monkeypatch):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no run \(no config\.json\)"):
+    with pytest.raises(UserError, match=r"has no run \(no config\.json\)"):
         evaluate.main(["--workdir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 

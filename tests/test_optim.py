@@ -14,7 +14,7 @@ from tiny import recipe
 from vpm_jax import optim
 from vpm_jax.config import default, stage
 from vpm_jax.schedule import schedule
-from vpm_jax.train import resolve
+from vpm_jax.training import resolve
 
 
 class Market:

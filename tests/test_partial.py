@@ -14,8 +14,9 @@ from partial_files import make, pack
 from plain_metrics import reference
 from tiny_runs import STEPS, quick_compiler, rendered, saved_state, tiny_run
 
-from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, train
+from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial
 from vpm_jax import config as config_lib
+from vpm_jax import training as train
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
@@ -126,7 +127,7 @@ def test_partial_reid(whole, tmp_path, capsys):
     assert text.split("\n\npartial_body_images is not")[0] in printed and str(root) in printed
     assert str(tmp_path) not in text and str(tmp_path) not in json.dumps(record)  # results travel, paths do not
     assert f"{STEPS} steps, trained on synthetic, evaluated on partial_reid." in text
-    assert "15 images of 5 identities, Partial-REID 300 of 60; results do not compare" in text
+    assert "15 images of 5 identities, Partial-REID 300 of 60; results are not comparable" in text
     assert "no cameras, so nothing is dropped" in text and "group k holds the k-th image by name" in text
     assert "This run was trained on synthetic" in text
     rows = table(text)
@@ -256,8 +257,8 @@ def test_datasets_for_testing_alone_train_nothing(pedestrians, tmp_path):
     ("arguments", "sentence"),
     [
         (["--dataset", "partial"], r"--dataset is 'partial', expected one of .*partial_reid"),
-        (["--dataset", "partial_reid"], r"does not exist: put the folder or the zip of Partial-REID"),
-        (["--dataset", "csv", "--root", "a.csv"], r"a\.csv does not exist: give a CSV with the header"),
+        (["--dataset", "partial_reid"], r"does not exist: put the folder or zip of Partial-REID"),
+        (["--dataset", "csv", "--root", "a.csv"], r"a\.csv does not exist: set .* to a CSV with the header"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(whole, arguments, sentence, tmp_path, monkeypatch):

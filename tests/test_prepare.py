@@ -56,7 +56,7 @@ def test_images_that_cannot_be_decoded_are_kept_and_named(folder, tmp_path, caps
     main(["market1501", "--source", str(folder), "--output", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert f"warning: query/{image.name} is a damaged JPEG" in said
-    assert "warning: 1 of the images cannot be decoded and were kept as they are." in said
+    assert "warning: images that cannot be decoded, copied unchanged: 1." in said
     assert content(load_dataset(config(tmp_path / "out"))) == content(load_dataset(config(folder)))
 
 
@@ -121,7 +121,7 @@ def test_damaged(prepared):
 
 
 def test_another_dataset(prepared):
-    fails(config(prepared, "dukemtmc"), "holds market1501, but config.data.name is dukemtmc")
+    fails(config(prepared, "dukemtmc"), "contains market1501, but config.data.name is dukemtmc")
 
 
 def test_synthetic_is_read_where_the_root_names_it(folder, tmp_path):
@@ -191,7 +191,7 @@ def test_a_killed_run_leaves_nothing_to_read(folder, tmp_path, capsys):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    fails(config(tmp_path / "out"), "holds no Market-1501")
+    fails(config(tmp_path / "out"), "contains no Market-1501")
     main(["market1501", "--source", str(folder), "--output", str(tmp_path / "out")])
-    assert "was left by a run that was killed" in capsys.readouterr().out
+    assert "is left over from a killed process" in capsys.readouterr().out
     assert content(load_dataset(config(tmp_path / "out"))) == content(load_dataset(config(folder)))

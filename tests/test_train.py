@@ -18,7 +18,8 @@ from raising import raises
 from tiny_runs import STEPS, assert_same_run, quick_compiler, records, rendered, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import description, evaluation, parallel, train
+from vpm_jax import description, evaluation, parallel
+from vpm_jax import training as train
 from vpm_jax.config import flatten, set_key
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
@@ -96,7 +97,7 @@ def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedes
     out, err = capfd.readouterr()
     assert "Stopping after this step" in err
     assert f"Stopped after step 5 of {STEPS}" in out
-    assert "run the same command to go on" in out
+    assert "run the same command to continue" in out
     assert saved_steps(tmp_path / "run")[-1] == 5
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
@@ -191,7 +192,7 @@ def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_p
 import os, signal, time
 from pathlib import Path
 from tiny_runs import tiny_run
-from vpm_jax import train
+from vpm_jax import training as train
 add = train.Window.add
 def and_die(self, steps, metrics):
     add(self, steps, metrics)
@@ -261,7 +262,7 @@ def refused(config, workdir: Path, sentence: str, **arguments) -> None:
 
 
 def test_resume_never_refuses_a_workdir_that_holds_a_run(whole, pedestrians):
-    refused(tiny_run(pedestrians), whole, "holds a run and --resume=never", resume=False)
+    refused(tiny_run(pedestrians), whole, "already has a run .--resume=never", resume=False)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_what_may_change_passes(whole, pedestrians):
 
 def test_checkpoints_that_lost_their_config_are_refused(whole, pedestrians, tmp_path):
     shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
-    refused(tiny_run(pedestrians), tmp_path / "run", r"without their run's config\.json")
+    refused(tiny_run(pedestrians), tmp_path / "run", r"but no config\.json")
 
 
 def test_a_workdir_in_use_is_refused(whole, pedestrians, tmp_path, monkeypatch):

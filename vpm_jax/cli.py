@@ -1,4 +1,4 @@
-"""What every command shares: one clear sentence for an error the user can mend, and configs with overrides."""
+"""Shared by all commands: argument parsing, configs with overrides, and one-sentence errors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError, disk_trouble, no_writing
-from vpm_jax.keys import LISTED, RETIRED
+from vpm_jax.keys import EVALUATE, LISTED, RETIRED, in_words, keys_with
 
-INCOMPLETE = 3  # the exit code of a command that did what it could
+INCOMPLETE = 3  # exit code of a command that finished with some of its work left out
+OVERRIDES = f"--config.KEY=VALUE sets any of {in_words(keys_with(EVALUATE))}: {LISTED}."  # for commands on a run
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a command: errors that the user can mend end it with one sentence on stderr and exit code 1."""
+    """Runs a command. An error the user can fix becomes one sentence on stderr and exit code 1."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         sys.exit(main() or 0)
-    except BrokenPipeError:  # the reader of our output has left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails too
         sys.exit(1)
     except Exception as error:
         sentence = explain(error)
@@ -42,17 +43,17 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error that the user can mend, None for any other."""
+    """One sentence for an error the user can fix, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and (trouble := disk_trouble(error)):
         return f"{error.filename or 'A result'} could not be written: {trouble}."
     if isinstance(error, MemoryError):
-        return f"Out of memory ({error or 'on the host'}): use a smaller eval.batch or a machine with more."
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # XLA's
+        return f"Out of memory ({error or 'on the host'}): use a smaller eval.batch or a machine with more memory."
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # from XLA
         return (
-            f"The device is out of memory ({first_line(error)}): use smaller batches (eval.batch, and a stage's "
-            "identities or images_per_identity) or more devices."
+            f"The device is out of memory ({first_line(error)}): use smaller batches (eval.batch, or identities or "
+            "images_per_identity of a stage) or more devices."
         )
     return None
 
@@ -69,10 +70,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes in the arguments are UserErrors: one sentence and exit code 1, as for all that the user can mend.
-
-    Descriptions keep their lines.
-    """
+    """An argument parser that raises UserError for wrong arguments and keeps the line breaks of descriptions."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -82,36 +80,56 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds --config FILE[:VARIANT]; `load_config` and `override` take the --config.KEY=VALUE that argparse leaves."""
+    """Adds --config FILE[:VARIANT]. Pass the --config.KEY=VALUE that argparse leaves to `load_config` or `override`."""
     parser.add_argument(
         "--config",
         default=default,
         metavar="FILE[:VARIANT]",
-        help="a file with get_config(); VARIANT is passed to it; --config.KEY=VALUE sets any key that "
-        "python -m vpm_jax.config lists" + (f" (default: {default})" if default else ""),
+        help="a Python file with get_config(), which receives VARIANT; --config.KEY=VALUE sets a key: "
+        "python -m vpm_jax.config lists them" + (f" (default: {default})" if default else ""),
     )
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Adds --workdir and --model, of which one may be given, or must be."""
+    """Adds --workdir and --model, which exclude each other."""
     either = parser.add_mutually_exclusive_group(required=required)
     either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
     default = "" if required else " (default: the store's model)"
     either.add_argument("--model", type=Path, metavar="FILE", help=f"the model: a file{default}")
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `runs.hosts.joined`."""
+    group = parser.add_argument_group("many hosts", "one process per host or per GPU: see launch/")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join as the cluster describes it (Cloud TPU, SLURM, Open MPI, Kubernetes)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="join by hand: a free port on process 0's host")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="stop the job when a process has been silent this long (default: %(default)s)",
+    )
+
+
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of FILE[:VARIANT] with --config.KEY=VALUE applied, checked.
+    """The checked config of FILE[:VARIANT] with --config.KEY=VALUE applied.
 
     Raises:
-      UserError: for a missing file, one that does not build a config, an unknown key or a wrong value.
+      UserError: for a missing file, a file that does not build a config, an unknown key or a wrong value.
     """
     name, _, variant = spec.partition(":")
     path = Path(name)
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
-        have = f"; there are {', '.join(known)}" if known else ""
-        raise UserError(f"--config {name}: no such file, expected a Python file with get_config(){have}.")
+        available = f"; available: {', '.join(known)}" if known else ""
+        raise UserError(f"--config {name}: no such file, expected a Python file with get_config(){available}.")
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         if variant and not inspect.signature(get_config).parameters:
@@ -130,31 +148,31 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def check_output(flag: str, path: Path) -> None:
-    """Raises UserError, before any work is done, unless `path` can be the file that `flag` asks for."""
-    found = "that is a folder, choose another name" if path.is_dir() else no_writing(path.parent)
-    if not (found or path.parent.is_dir()):
-        found = f"there is no folder {path.parent}, choose another name"
-    if found:
-        raise UserError(f"{flag} {path}: {found}.", code="bad-output")
+    """Raises UserError unless `path`, the value of `flag`, can be written as a file. Call it before any work."""
+    problem = "that is a folder, choose another name" if path.is_dir() else no_writing(path.parent)
+    if not (problem or path.parent.is_dir()):
+        problem = f"there is no folder {path.parent}, choose another name"
+    if problem:
+        raise UserError(f"{flag} {path}: {problem}.", code="bad-output")
 
 
 def check_folder(flag: str, folder: Path) -> None:
-    """Raises UserError, before any work is done, unless `folder` can be written, or made; it makes nothing itself."""
-    if found := no_writing(folder):
-        raise UserError(f"{flag} {folder}: {found}.", code="bad-output")
+    """Raises UserError unless `folder`, the value of `flag`, can be written or created. It creates nothing."""
+    if problem := no_writing(folder):
+        raise UserError(f"{flag} {folder}: {problem}.", code="bad-output")
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """Applies --config.KEY=VALUE (or --config.KEY VALUE), each value read as the type it replaces.
+    """Applies --config.KEY=VALUE (or --config.KEY VALUE), parsing each value as the type it replaces.
 
     Raises:
-      UserError: for an unknown argument or key, or a value of another type.
+      UserError: for an unknown argument or key, or a value of the wrong type.
     """
     items = list(arguments)
     while items:
         argument = items.pop(0)
         if not argument.startswith("--config."):
-            raise UserError(f"Unknown argument {argument!r}: see --help; config keys are set by --config.KEY=VALUE.")
+            raise UserError(f"Unknown argument {argument!r}: see --help; set config keys with --config.KEY=VALUE.")
         key, equals, text = argument.removeprefix("--config.").partition("=")
         keys = config_lib.flatten(config)
         if group := [k for k in keys if k.startswith(key + ".")]:
@@ -164,7 +182,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
                 raise UserError(f"{argument} has no value: write {argument}=VALUE.")
             text = items.pop(0)
         if key in RETIRED:
-            raise UserError(f"There is no config key {key!r} any more: {RETIRED[key]}.")
+            raise UserError(f"Config key {key!r} no longer exists: {RETIRED[key]}.")
         if key not in keys:
             close = [k for k in keys if k.endswith("." + key)][:4] or difflib.get_close_matches(key, keys, n=1)
             hint = f"did you mean {' or '.join(close)}?" if close else f"{LISTED}."

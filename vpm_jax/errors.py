@@ -1,4 +1,4 @@
-"""The error a user can mend: one sentence, no traceback."""
+"""UserError, and explaining disk errors in words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """What was found, what was expected and what to do, in one sentence.
+    """An error the user can fix. Its message is one sentence: what was found, what was expected and what to do.
 
-    The commands print it as it is and exit with code 1.
+    Commands print the message without a traceback and exit with code 1.
     """
 
     def __init__(self, sentence: str = "", *, code: str = "user-error"):
@@ -23,37 +23,37 @@ class UserError(Exception):
 _DISK = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EFBIG: "a file grew past the size limit set for it (ulimit -f): raise the limit and run the command again",
+    errno.EFBIG: "a file reached the size limit (ulimit -f): raise the limit and run the same command again",
     errno.EROFS: "that file system is read-only: choose another folder",
     errno.EACCES: "permission denied: choose another folder or change its permissions",
 }
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What is wrong with the disk, and what to do; also where a library wrapped the error or only quotes it."""
-    seen: BaseException | None = error
-    while seen is not None:
+    """The problem with the disk and what to do, or None. Sees through libraries that wrap or quote the OS error."""
+    cause: BaseException | None = error
+    while cause is not None:
         for number, sentence in _DISK.items():
-            if getattr(seen, "errno", None) == number or os.strerror(number) in str(seen):
+            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
                 return sentence
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def no_writing(folder: Path) -> str | None:
-    """Why nothing could be written into `folder`, and what to do; None if it can. It is made later, if need be."""
+    """Why `folder` cannot be written or created, and what to do; None if it can."""
     folder = folder.absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not there.is_dir():
-        return f"{there} is a file, expected a folder: choose another"
-    if os.access(there, os.W_OK | os.X_OK):
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return f"{existing} is a file, expected a folder: choose another"
+    if os.access(existing, os.W_OK | os.X_OK):
         return None
-    return _DISK[errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES]
+    return _DISK[errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES]
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into a UserError that says that `path` could not be written, and why."""
+    """Turns an OSError in the block into a UserError: `path` could not be written, and why."""
     try:
         yield
     except OSError as error:

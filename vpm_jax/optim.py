@@ -1,7 +1,7 @@
 """Optimiser and schedules: SGD with Nesterov momentum and coupled weight decay (or AdamW), in one or two stages.
 
 Everything is a function of the step, so that both stages are one compiled training step. Configs are resolved ones
-(`train.resolve`), whose stages have their steps per epoch.
+(`training.resolve`), whose stages have their steps per epoch.
 """
 
 from __future__ import annotations

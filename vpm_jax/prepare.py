@@ -1,10 +1,10 @@
-"""Turns a dataset's folder, official zip or CSV into ArrayRecord: a few large files instead of tens of thousands.
+"""Converts a dataset's folder, official zip or CSV to ArrayRecord: a few large files instead of tens of thousands.
 
     python -m vpm_jax.prepare market1501 --source Market-1501-v15.09.15.zip --output data
 
-writes `data/market1501/1.0.0/`, which `config.data.root` may name, or find below `data`. The images stay the bytes
-they are; those that cannot be decoded are named. The folder appears whole or not at all, and is left alone if it
-exists; one of other images than --source lists is an error.
+writes `data/market1501/1.0.0/`; set `config.data.root` to it or to `data`. Encoded images are copied unchanged, and
+those that cannot be decoded are reported. An existing folder is never changed; it is an error if its images differ from
+those of --source.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from vpm_jax import cli
 from vpm_jax.config import default
 from vpm_jax.data.datasets import TITLES
+from vpm_jax.data.decode import decode
 from vpm_jax.data.sources import data_root, load_dataset
 from vpm_jax.data.split import Dataset
 from vpm_jax.errors import UserError
@@ -31,29 +33,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--source",
         default="",
         metavar="PATH",
-        help="folder, zip or CSV, or a folder that holds it; default $VPM_DATA or ./data",
+        help="folder, zip or CSV, or a folder that contains it (default: $VPM_DATA or ./data)",
     )
     parser.add_argument(
-        "--output", default="", metavar="DIR", help="gets DATASET/VERSION/ inside; default $VPM_DATA or ./data"
+        "--output", default="", metavar="DIR", help="where to create DATASET/VERSION/ (default: $VPM_DATA or ./data)"
     )
     args = parser.parse_args(argv)
     if args.dataset not in TITLES:
-        raise UserError(f"The dataset is {args.dataset!r}, but the known ones are {', '.join(TITLES)}.")
+        raise UserError(f"The dataset is {args.dataset!r}, expected one of {', '.join(TITLES)}.")
 
-    from tqdm import tqdm
-
-    from vpm_jax.data import arrayrecord
-    from vpm_jax.data.decode import decode
+    from vpm_jax.data import arrayrecord  # TFDS takes a second to import
 
     output = data_root(args.output)
     folder = arrayrecord.folder_of(output, args.dataset)
     if folder.exists():
         dataset = _load(args.dataset, str(folder))
-        # A source that is gone is asked nothing.
         if args.source and Path(args.source).exists() and not _same(dataset, _load(args.dataset, args.source)):
             raise UserError(
-                f"{folder} was prepared from other images ({_sizes(dataset)}) than {args.source} lists: choose another "
-                "--output, or delete that folder first."
+                f"{folder} was prepared from other images ({_sizes(dataset)}) than those of {args.source}: choose "
+                "another --output, or delete that folder first."
             )
         print(f"Already prepared: {folder} ({_sizes(dataset)}). To prepare it again, delete that folder first.")
         return
@@ -64,25 +62,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     damaged: list[str] = []
 
-    def look(image: bytes, name: str) -> None:
+    def inspect(image: bytes, name: str) -> None:
         try:
             decode(image, name)
         except UserError as error:
             damaged.append(str(error))
 
-    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"), look)
+    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"), inspect)
     print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
     if len(dataset.train):
-        held = "" if len(dataset.query) else " --config.data.holdout_identities=N"
-        print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}{held}")
+        holdout = "" if len(dataset.query) else " --config.data.holdout_identities=N"
+        print(f"Train from it with --config.data.name={args.dataset} --config.data.root={folder}{holdout}")
     else:
         print(f"Evaluate on it with python -m vpm_jax.evaluate --workdir RUN --dataset {args.dataset} --root {folder}")
     for sentence in damaged[:10]:
         print(f"warning: {sentence}", file=sys.stderr)
     if damaged:
-        print(f"warning: {len(damaged)} of the images cannot be decoded and were kept as they are.", file=sys.stderr)
-    for left in sorted(folder.parent.glob("incomplete.*")):
-        print(f"{left} was left by a run that was killed, and may be deleted.")
+        print(f"warning: images that cannot be decoded, copied unchanged: {len(damaged)}.", file=sys.stderr)
+    for leftover in sorted(folder.parent.glob("incomplete.*")):
+        print(f"{leftover} is left over from a killed process and can be deleted.")
 
 
 def _load(name: str, root: str) -> Dataset:
@@ -92,14 +90,14 @@ def _load(name: str, root: str) -> Dataset:
 
 
 def _same(prepared: Dataset, source: Dataset) -> bool:
-    """Whether both list the same images; of their pixels the first ones are compared."""
-    for split in ("train", "query", "gallery"):
-        one, other = getattr(prepared, split), getattr(source, split)
-        if one.names != other.names or not np.array_equal(one.identity, other.identity):
+    """Whether both list the same images. Compares the content of only the first image of each split."""
+    for name in ("train", "query", "gallery"):
+        a, b = getattr(prepared, name), getattr(source, name)
+        if a.names != b.names or not np.array_equal(a.identity, b.identity):
             return False
-        if (one.camera is None) != (other.camera is None) or not np.array_equal(one.camera, other.camera):
+        if (a.camera is None) != (b.camera is None) or not np.array_equal(a.camera, b.camera):
             return False
-        if len(one) and one.read(0) != other.read(0):
+        if len(a) and a.read(0) != b.read(0):
             return False
     return True
 

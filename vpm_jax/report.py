@@ -27,7 +27,7 @@ from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Crop, pixel_box
 from vpm_jax.runs.logs import duration, replacing, write_atomically
-from vpm_jax.runs.workdir import OVERRIDES, read_run
+from vpm_jax.runs.workdir import read_run
 
 if TYPE_CHECKING:
     from vpm_jax.api import VPM
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.report",
         description=__doc__,
-        epilog=OVERRIDES,
+        epilog=cli.OVERRIDES,
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the workdir")

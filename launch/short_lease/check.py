@@ -15,7 +15,7 @@ from vpm_jax.benchmark import report  # noqa: E402
 from vpm_jax.runs.checkpoints import Checkpoints  # noqa: E402
 
 print(report.versions())
-for module in ("grain", "cv2", "simplejpeg", "vpm_jax.train", "vpm_jax.evaluate", "vpm_jax.data.pipeline"):
+for module in ("grain", "cv2", "simplejpeg", "vpm_jax.training", "vpm_jax.evaluation", "vpm_jax.data.pipeline"):
     importlib.import_module(module)
 if len(sys.argv) > 1:  # the pretrained weights
     from vpm_jax import pretrained

@@ -240,7 +240,7 @@ def test_protocols_are_in_words():
 def test_two_forms_of_a_dataset_are_not_mixed_up(tmp_path):
     for form in ("labeled", "detected"):
         write(tmp_path / "cuhk03-np" / form, MARKET)
-    fails(config(tmp_path, "cuhk03_np"), "holds ", "detected and ", "labeled: set config.data.root")
+    fails(config(tmp_path, "cuhk03_np"), "contains ", "detected and ", "labeled: set config.data.root")
     dataset = load_dataset(config(tmp_path / "cuhk03-np" / "labeled", "cuhk03_np"))
     assert "These are the labeled images of CUHK03-NP." in dataset.notes
     pack(tmp_path / "cuhk03-np", tmp_path / "both.zip")
@@ -249,7 +249,7 @@ def test_two_forms_of_a_dataset_are_not_mixed_up(tmp_path):
 
 def test_partial_reid_is_not_taken_for_occluded_reid(tmp_path):
     write(tmp_path / "root", PARTIAL_REID)
-    fails(config(tmp_path / "root", "occluded_reid"), "holds no Occluded-REID")
+    fails(config(tmp_path / "root", "occluded_reid"), "contains no Occluded-REID")
     for name in ("partial_reid", "partial_reid_occluded"):
         assert len(load_dataset(config(tmp_path / "root", name)).gallery) == 2
 
@@ -258,7 +258,7 @@ def test_partial_reid_is_not_taken_for_occluded_reid(tmp_path):
 def test_folders_that_contradict_names_are_refused(tmp_path, names):
     tree = {f"{folder}/{name}": None for folder in ("occluded_body_images", "whole_body_images") for name in names}
     write(tmp_path / "root", tree)
-    fails(config(tmp_path / "root", "occluded_reid"), names[0], names[1], "different identities")
+    fails(config(tmp_path / "root", "occluded_reid"), names[0], names[1], "disagree about the identity")
 
 
 def test_lists_are_checked(tmp_path):
@@ -276,7 +276,7 @@ def test_lists_are_checked(tmp_path):
     (root / "list_val.txt").unlink()
     notes = load_dataset(config(root, "msmt17")).notes
     assert "There is no list_val.txt." in notes
-    assert "Left out 1 images of train that no list names: 0000/0000_001_15_0303noon_0016_1.jpg." in notes
+    assert "Left out 1 images of train that are in no list: 0000/0000_001_15_0303noon_0016_1.jpg." in notes
     (root / "list_gallery.txt").unlink()
     fails(config(root, "msmt17"), "has no list_gallery.txt")
 
@@ -292,7 +292,7 @@ def test_own_folders_for_training_alone(tmp_path):
     fails(config(root, "identity_folders"), "has no query image", "holdout_identities")
     held = load_dataset(config(root, "identity_folders", holdout=1))
     assert held.train.num_identities == 3 and held.query.names == ("train/c/1.jpg",)
-    assert "Ignored 1 file not named as an image of a person: train/loose.jpg." in held.notes
+    assert "Ignored 1 file not named like an image of a person: train/loose.jpg." in held.notes
     write(root, {"query/a/1.jpg": 0})
     fails(config(root, "identity_folders"), "but no gallery")
 
@@ -322,7 +322,7 @@ def test_distractors_join_the_gallery(tmp_path):
     data.distractors = "nowhere"
     fails(data, "config.data.distractors is nowhere")
     data.distractors = str(root / "query")
-    fails(data, "query (config.data.distractors) holds 0001_c1s1_000001_00.jpg, an image of a person by its name")
+    fails(data, "query (config.data.distractors) contains 0001_c1s1_000001_00.jpg, named like an image of a person")
 
 
 def test_boxes_of_a_query(tmp_path):
@@ -370,8 +370,8 @@ def test_further_training_sets_that_cannot_be(tmp_path):
     data = config(market)
     for also, part in (
         ("market", "also_train names 'market': expected NAME or NAME:PATH"),
-        (f"market1501:{market}", "which is already trained on"),
-        (f"msmt17:{market}", "holds no MSMT17"),
+        (f"market1501:{market}", "which is already a training set"),
+        (f"msmt17:{market}", "contains no MSMT17"),
         (f"partial_reid:{write(tmp_path / 'partial', PARTIAL_REID)}", "has no training images"),
     ):
         data.also_train = also
@@ -399,7 +399,7 @@ def test_identities_may_have_any_number_of_digits(tmp_path):
     root = market(tmp_path / "market", ["7_c1.jpg", "12345_c2.jpg", "1234567_c10s1.jpg", "1234567890_c1.jpg"])
     dataset = load_dataset(config(root))
     assert dataset.train.identity.tolist() == [1234567, 12345, 7] and dataset.train.camera.tolist() == [10, 2, 1]
-    assert "Ignored 1 file not named as an image of a person: bounding_box_train/1234567890_c1.jpg." in dataset.notes
+    assert "Ignored 1 file not named like an image of a person: bounding_box_train/1234567890_c1.jpg." in dataset.notes
 
 
 def test_a_folder_of_which_most_is_named_otherwise_is_refused(tmp_path):
@@ -422,7 +422,7 @@ def test_identity_0_may_be_a_person(tmp_path):
     for where in (root, tmp_path / "out"):
         data = config(where)
         notes = " ".join(load_dataset(data).notes)
-        assert "Left out 2 training images of identity 0, which stands for nobody: where it is a person" in notes
+        assert "Left out 2 training images of identity 0, which means distractor: if it is a person" in notes
         assert "1 query is of identity 0" in notes and len(load_dataset(data).train) == 1
         data.identity_zero = "person"
         dataset = load_dataset(data)
@@ -436,7 +436,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(tmp_path, split):
     root = make_folder(tmp_path / "market")
     link = root / split / "0005_c1s1_000001_00.jpg"
     link.symlink_to(".git/annex/objects/gone.jpg")
-    (root / split / "Icon.jpg").symlink_to("nowhere")  # not named as an image of a person
+    (root / split / "Icon.jpg").symlink_to("nowhere")  # not named like an image of a person
     os.mkfifo(root / split / "0006_c1s1_000001_00.jpg")
     (root / split / "0008_c1s1_000001_00.heic").write_bytes(b"")
     data = config(root)
@@ -509,9 +509,9 @@ def test_a_zip_of_zips(tmp_path):
             name, _, tree = TREES[case]
             root = tmp_path / ("Partial-REID_Dataset" if "reid" in case else "Partial_iLIDS")
             assert rows(load_dataset(config(where, name))) == expected(root, tree)
-    fails(config(outer, "market1501"), "holds no folder bounding_box_train")
+    fails(config(outer, "market1501"), "contains no folder bounding_box_train")
     write(inner, {"Partial_iLIDS.zip": b"no zip"})
-    fails(config(pack(inner, outer), "partial_ilids"), "Partial_iLIDS.zip is not a whole zip")
+    fails(config(pack(inner, outer), "partial_ilids"), "Partial_iLIDS.zip is not an intact zip")
 
 
 def test_backslashes_in_a_zip(tmp_path):
@@ -530,14 +530,14 @@ def test_locked_zips_and_other_archives_are_refused_at_once(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1  # the flag of a password
     path.write_bytes(data)
-    fails(config(path), "market.zip is locked by a password: unpack it and set config.data.root")
+    fails(config(path), "market.zip is protected by a password: unpack it and set config.data.root")
     for suffix, mode in (("tar", "w"), ("tar.gz", "w:gz"), ("tar.bz2", "w:bz2"), ("tar.xz", "w:xz")):
         archive = tmp_path / suffix / f"Market-1501.{suffix}"
         archive.parent.mkdir()
         with tarfile.open(archive, mode) as file:
             file.add(root, "market")
-        fails(config(archive), f"Market-1501.{suffix} is no zip but a", "archive: unpack it")
-        fails(config(archive.parent), f"holds no Market-1501 that can be read: unpack Market-1501.{suffix} first")
+        fails(config(archive), f"Market-1501.{suffix} is a", "archive, expected a zip: unpack it")
+        fails(config(archive.parent), f"contains no readable Market-1501: unpack Market-1501.{suffix} first")
 
 
 def test_config_keys_of_data():

@@ -70,7 +70,7 @@ def test_what_is_odd_is_counted_and_said(tmp_path, form):
     assert dataset.notes[0].startswith("Partial-REID from the ")
     assert dataset.notes[0].endswith("6 query images of 3 identities, 6 gallery images of 3 identities.")
     text = " ".join(dataset.notes)
-    assert "Ignored 5 files not named as an image of a person: whole_body_images/.DS_Store" in text
+    assert "Ignored 5 files not named like an image of a person: whole_body_images/.DS_Store" in text
     assert "Left out occluded_body_images (4 images), which the protocol does not use." in text
     assert (
         "partial_body_images is not the official one: it has 6 images of 3 identities, Partial-REID 300 of 60" in text
@@ -119,19 +119,21 @@ def test_half_a_dataset_is_refused_in_one_sentence(tmp_path, form):
     shutil.copytree(tmp_path / "Partial_iLIDS", tmp_path / "above" / "Partial_iLIDS")
     fails(config(root("above"), "partial_ilids"), "has Gallery but no Probe; expected all of Probe, Gallery")
     (tmp_path / "above" / "Partial_iLIDS").rename(tmp_path / "above" / "other")  # where "Gallery" may be anything
-    expected = "holds no Partial-iLIDS: neither the folders Probe, Gallery" if form == "folder" else "no folder Probe"
+    expected = (
+        "contains no Partial-iLIDS: neither the folders Probe, Gallery" if form == "folder" else "no folder Probe"
+    )
     fails(config(root("above"), "partial_ilids"), expected)
 
 
 def test_nothing_there_says_what_to_give(tmp_path):
-    fails(config(tmp_path / "nowhere", "partial_reid"), "nowhere does not exist", "folder or the zip of Partial-REID")
+    fails(config(tmp_path / "nowhere", "partial_reid"), "nowhere does not exist", "folder or zip of Partial-REID")
     fails(
         config(tmp_path, "partial_ilids"),
-        "is empty: put the folder or the zip of Partial-iLIDS there, or",
+        "is empty: put the folder or zip of Partial-iLIDS there, or",
         "evaluate --root",
     )
     (tmp_path / "a.rar").write_bytes(b"Rar!")
-    fails(config(tmp_path / "a.rar", "partial_reid"), "a.rar is no zip")
+    fails(config(tmp_path / "a.rar", "partial_reid"), "a.rar is a RAR archive")
 
 
 def test_a_zip_of_several_datasets_gives_each(tmp_path):

@@ -281,7 +281,7 @@ def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(cap
     error = capsys.readouterr().err
     assert all(error.count(f"{i:04d}.png") == 1 for i in broken)  # each is named once
     times = int(np.isin(asked, list(broken)).sum())
-    assert f"3 training images could not be read, and others took their place {times} times" in error
+    assert f"3 training images could not be read and were replaced {times} times" in error
 
     hosts = [list(train_batches(skipping, split_of(data), (6, 3), 3, 9, host, 2)) for host in range(2)]
     joined = [np.concatenate([h["image"] for h in batch]) for batch in zip(*hosts, strict=True)]

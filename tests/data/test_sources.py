@@ -55,9 +55,9 @@ def test_training_images_of_nobody_are_left_out(folder):
     data = load_dataset(config(folder))
     assert data.train.names == tuple(f"bounding_box_train/{name}" for name in TRAIN)
     left_out = "Left out 1 training image of identity"
-    assert f"{left_out} -1, which stands for nobody." in data.notes
-    person = "where it is a person, set config.data.identity_zero=person."
-    assert f"{left_out} 0, which stands for nobody: {person}" in data.notes
+    assert f"{left_out} -1, which means junk." in data.notes
+    person = "if it is a person, set config.data.identity_zero=person."
+    assert f"{left_out} 0, which means distractor: {person}" in data.notes
     assert data.train.read(0) == (folder / data.train.names[0]).read_bytes()
 
 
@@ -177,10 +177,10 @@ def test_holdout(folder):
 
 
 def test_bad_holdout(folder):
-    fails(config(folder, holdout=3), "holdout_identities is 3", "between 0 and 2", "has 4 identities")
+    fails(config(folder, holdout=3), "holdout_identities is 3", "expected 0 to 2", "has 4 identities")
     fails(config(folder, holdout=-1), "holdout_identities is -1")
     (folder / "bounding_box_train" / "0011_c1s1_000002_00.jpg").unlink()
-    fails(config(folder, holdout=1), "leaves the gallery empty")
+    fails(config(folder, holdout=1), "leave the gallery empty")
 
 
 def test_nothing_there(tmp_path, monkeypatch):
@@ -192,15 +192,15 @@ def test_nothing_there(tmp_path, monkeypatch):
     )
     fails(config(tmp_path), "is empty", "Market-1501")
     (tmp_path / "file.txt").write_text("")
-    fails(config(tmp_path), "holds no Market-1501", "bounding_box_train, query, bounding_box_test")
-    fails(config(tmp_path / "file.txt"), "file.txt is no zip: expected a dataset's folder or its official zip")
+    fails(config(tmp_path), "contains no Market-1501", "bounding_box_train, query, bounding_box_test")
+    fails(config(tmp_path / "file.txt"), "file.txt is not a zip: expected a dataset's folder or its official zip")
     (tmp_path / "Market-1501-v15.09.15").mkdir()
     fails(
         config(tmp_path), "the folder Market-1501-v15.09.15 has none of bounding_box_train, query, bounding_box_test; "
     )
     fails(config(tmp_path, "market"), "config.data.name is 'market'", "market1501, dukemtmc, synthetic")
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "unset"))
-    fails(config(""), "unset ($VPM_DATA) does not exist: put the folder or the zip of Market-1501 there, or")
+    fails(config(""), "unset ($VPM_DATA) does not exist: put the folder or zip of Market-1501 there, or")
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -226,15 +226,15 @@ def test_bad_zips(folder, tmp_path):
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 5):
         path.write_bytes(whole[:size])
-        fails(config(path), "market.zip is not a whole zip", "get it again")
+        fails(config(path), "market.zip is not an intact zip", "download it again")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("holiday.jpg", b"")
         archive.writestr("x/query/0001_c1.jpg", b"")
-    fails(config(path), "holds no folder bounding_box_train")
+    fails(config(path), "contains no folder bounding_box_train")
     with zipfile.ZipFile(path, "w") as archive:
         for inside in ("a", "b"):
             archive.writestr(f"{inside}/bounding_box_train/0001_c1.jpg", b"")
-    fails(config(path), "holds several datasets (a/, b/)")
+    fails(config(path), "contains several datasets (a/, b/)")
 
 
 def test_unreadable_images_are_named(folder, tmp_path):

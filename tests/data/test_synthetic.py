@@ -168,7 +168,7 @@ def test_a_print_shows_from_the_front_only() -> None:
     changes = dict(
         upper="tshirt",
         upper_pattern="print",
-        upper_colour=(0.1, 0.1, 0.1),
+        upper_color=(0.1, 0.1, 0.1),
         upper_second=(0.9, 0.1, 0.1),
         bag="none",
         hair="crop",

@@ -185,13 +185,15 @@ def test_where_a_table_is_found(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     fails(config(tmp_path / "data", "csv"), "is empty")
     (tmp_path / "data" / "readme.txt").write_text("")
-    fails(config(tmp_path / "data", "csv"), "holds no CSV: neither dataset.csv nor exactly one other")
+    fails(config(tmp_path / "data", "csv"), "contains no CSV: neither dataset.csv nor exactly one other")
     expected = content(read(make(tmp_path / "data")))
     assert content(load_dataset(config(tmp_path / "data", "csv"))) == expected
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "data"))
     assert content(load_dataset(config("", "csv"))) == expected
     (tmp_path / "data" / "other.CSV").write_text("")
-    fails(config(tmp_path / "data", "csv"), "holds several CSV files (other.CSV, own.csv): set config.data.root to one")
+    fails(
+        config(tmp_path / "data", "csv"), "contains several CSV files (other.CSV, own.csv): set config.data.root to one"
+    )
     (tmp_path / "data" / "own.csv").rename(tmp_path / "data" / "dataset.csv")
     assert content(load_dataset(config(tmp_path / "data", "csv"))) == expected
     (tmp_path / "data" / "csv.zip").write_bytes(b"another thing")
@@ -207,29 +209,29 @@ def changed(old: str, new: str) -> str:
     ("text", "line", "parts"),
     [
         (changed("identity,", "person,"), 1, ["there is no column identity in the header 'path,person,camera,split'"]),
-        (changed("path,identity", "file,name"), 1, ["no column path and no identity", "camera may be left out"]),
+        (changed("path,identity", "file,name"), 1, ["no column path and no identity", "camera is optional"]),
         (ROWS.split("\n", 1)[1], 1, ["there is no column path", "expected path,identity,camera,split"]),
-        (changed("camera", "split"), 1, ["the column split is there twice"]),
+        (changed("camera", "split"), 1, ["the column split occurs twice"]),
         (changed("carl,1,query", "carl,1,test"), 6, ["the split is 'test'", "expected train, query or gallery"]),
         (changed("carl,1,query", "carl,1,"), 6, ["the split is empty"]),
         (changed("images/b2.jpg", "images/none.jpg"), 5, ["there is no file 'images/none.jpg'", "relative to"]),
         (changed("images/b2.jpg", "images"), 5, ["there is no file 'images'"]),
         (changed("images/b2.jpg,9", ",9"), 5, ["the path is empty"]),
         (changed(",10,", ", ,"), 4, ["the identity is empty"]),
-        (changed("9,1", "9,"), 5, ["the camera is empty", "leave the column out"]),
+        (changed("9,1", "9,"), 5, ["the camera is empty", "remove the column"]),
         (changed("images/c2.jpg", "images/a2.jpg"), 7, ["images/a2.jpg is also in line 3", "every image once"]),
         (changed("images/c2.jpg", "images/../images/a2.jpg"), 7, ["is also in line 3"]),
         (changed("images/c2.jpg", "images\\a2.jpg"), 7, ["is also in line 3"]),
         (changed("anna,2,train", "anna,2"), 3, ["3 values for the 4 columns of the header", "by commas"]),
         (changed("anna,2,train", "anna,2").replace(",", ";"), 3, ["3 values for the 4 columns", "by semicolons"]),
         (changed("anna,2,train", "anna,2,train,x"), 3, ["5 values for the 4 columns"]),
-        (changed("anna,2", "Smith, Anna,2"), 3, ["a value with one needs quotes"]),
-        (changed("anna,2", '"anna,2'), 3, ["the quotes do not pair up"]),
-        (changed("anna,2", '"an"na,2'), 3, ["the quotes do not pair up"]),
+        (changed("anna,2", "Smith, Anna,2"), 3, ["quote values that contain them"]),
+        (changed("anna,2", '"anna,2'), 3, ["unbalanced quotes"]),
+        (changed("anna,2", '"an"na,2'), 3, ["unbalanced quotes"]),
         (changed("carl,1,query", "carl,1,test").replace("\n", "\r\n"), 6, ["the split is 'test'"]),
         ("\n\n" + changed("carl,1,query", "carl,1,test"), 8, ["the split is 'test'"]),
         (changed("anna,1", '"an\nna",1').replace("9,1", "9,"), 6, ["the camera is empty"]),
-        (changed("camera", "pid").replace("identity", "pid"), 1, ["the column identity is there twice"]),
+        (changed("camera", "pid").replace("identity", "pid"), 1, ["the column identity occurs twice"]),
     ],
 )
 def test_errors_name_the_line(tmp_path, text, line, parts):
@@ -240,7 +242,7 @@ def test_errors_name_the_line(tmp_path, text, line, parts):
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        (jpeg(1), "is no text: save it as UTF-8"),
+        (jpeg(1), "is not a text file: save it as UTF-8"),
         (b"", "is empty: expected the header path,identity,camera,split"),
         (b"\n\n,,\n", "is empty"),
         (ROWS.splitlines()[0].encode(), "own.csv lists no image"),

@@ -68,7 +68,8 @@ def config_of(plan: dict[str, Any]) -> Any:
 def be_victim(plan: dict[str, Any]) -> int:
     """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment, and not before the path
     `after` is there."""
-    from vpm_jax import cli, evaluation, parallel, train
+    from vpm_jax import cli, evaluation, parallel
+    from vpm_jax import training as train
     from vpm_jax.data import sources
     from vpm_jax.runs import checkpoints
 
@@ -351,7 +352,7 @@ def damage(soak: Soak) -> None:
             file.write_bytes(data)
         process = soak.start(plan)
         expect(process.returncode == 0, "the run did not go on", process)
-        fell_back = "Going on from the one of step 3" in process.stderr
+        fell_back = "Continuing from step 3" in process.stderr
         counts["passed over" if fell_back else "harmless"] += 1
         expect(("after step 3 of" if fell_back else "after step 7 of") in process.stdout, "went on elsewhere", process)
         print(f"damage: a file {kind}: {'passed over' if fell_back else 'harmless'}", flush=True)
@@ -373,7 +374,7 @@ def image(soak: Soak) -> None:
     print(f"image: {sentence}", flush=True)
     process = soak.start(plan, keys={"data__corrupt": "skip"})
     expect(process.returncode == 0 and victim.name in process.stderr, "was not skipped by name", process)
-    counted = [line for line in process.stderr.splitlines() if "took their place" in line]
+    counted = [line for line in process.stderr.splitlines() if "were replaced" in line]
     expect(len(counted) == 1, "was not counted", process)
     print(f"image: {counted[0]}", flush=True)
     soak.results.append(
@@ -400,14 +401,14 @@ def host(soak: Soak) -> None:
         config.write_text(f"from tiny_runs import tiny_run\ndef get_config():\n    return tiny_run({plan['data']!r})\n")
         program = (
             "import os, signal, sys, time\n"
-            "from vpm_jax import cli, train\n"
-            "add, (victim, step) = train.Window.add, map(int, os.environ['VICTIM'].split())\n"
+            "from vpm_jax import cli, train, training\n"
+            "add, (victim, step) = training.Window.add, map(int, os.environ['VICTIM'].split())\n"
             "def and_die(self, steps, metrics):\n"
             "    add(self, steps, metrics)\n"
             "    if steps == step and f'--process {victim}' in ' '.join(sys.argv):\n"
             "        print(f'killed at {time.time()}', file=sys.stderr, flush=True)\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "train.Window.add = and_die\n"
+            "training.Window.add = and_die\n"
             "cli.run(train.main)\n"
         )
         command = [str(LOCAL), "2", sys.executable, "-c", program]

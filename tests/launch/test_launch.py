@@ -15,8 +15,7 @@ import pytest
 import yaml
 from paths import ROOT
 
-from vpm_jax import train
-from vpm_jax.runs import hosts
+from vpm_jax import cli, train
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -153,8 +152,8 @@ def test_jobset_joins_its_pods():
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     # Its options are the command's.
     assert container["command"] == ["python", "-m", train.__name__]
-    parser = hosts.argparse.ArgumentParser()
-    hosts.add_arguments(parser)
+    parser = cli.argparse.ArgumentParser()
+    cli.add_hosts(parser)
     known = {action.dest for action in parser._actions} | {"config", "workdir", "config.data.root"}
     assert set(options) <= known
 

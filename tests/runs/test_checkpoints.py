@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, kind, capsys):
     damage(largest, kind)
     # A reader leaves everything as it is, and does not take an older state for the newest.
     with Checkpoints(tmp_path, keep=0) as checkpoints:
-        sentence = r"checkpoints/2 cannot be read \(.*\): it is damaged\. Run .* again, which goes on from step 1\.$"
+        sentence = r"checkpoints/2 cannot be read \(.*\): it is damaged\. Run .* again, which continues from step 1\.$"
         with pytest.raises(UserError, match=sentence) as error:
             checkpoints.restore(tree())
         assert "\n" not in str(error.value)
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, kind, capsys):
         assert_equal(state, tree(1))
         assert meta == {"step": 1} and checkpoints.latest == 1
         assert "checkpoints/2 cannot be read" in (said := capsys.readouterr().err)
-        assert "Going on from the one of step 1." in said
+        assert "Continuing from step 1." in said
         checkpoints.save(2, tree(2), {"step": 2})
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(tree())[0], tree(2))
@@ -172,7 +172,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
     two(tmp_path)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "meta" / "metadata").write_text("{")
-    sentence = r"checkpoints/2 cannot be read .* damaged\. There is no other that is whole: bring back a copy"
+    sentence = r"checkpoints/2 cannot be read .* damaged\. No other checkpoint is intact: restore a copy"
     for keep in (0, 2):
         with Checkpoints(tmp_path, keep) as checkpoints, pytest.raises(UserError, match=sentence):
             checkpoints.restore(tree())
@@ -201,7 +201,7 @@ def test_whatever_bytes_change_no_other_values_come_back(tmp_path, fraction):
                 try:
                     state, meta = checkpoints.restore(tree())
                 except UserError as error:
-                    assert "which goes on from step 1" in str(error)
+                    assert "which continues from step 1" in str(error)
                     refused += 1
                 else:
                     assert meta == {"step": 2}
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_whole(tmp_path, c
     unwritable(tmp_path, 1, r"size limit .*\(there is no earlier checkpoint\)\.$")
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree(1), {})
-    unwritable(tmp_path, 2, r"size limit .*\(the checkpoint of step 1 is whole\)\.$")
+    unwritable(tmp_path, 2, r"size limit .*\(the checkpoint of step 1 is intact\)\.$")
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(tree())[0], tree(1))
     assert capfd.readouterr().err == ""

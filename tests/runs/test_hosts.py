@@ -18,10 +18,10 @@ from partial_files import make
 from paths import LOCAL, PYTHON_PATH
 from tiny_runs import STEPS, quick_compiler, records, saved_state, saved_steps, tiny_run
 
-from vpm_jax import parallel
+from vpm_jax import cli, parallel
 from vpm_jax.errors import UserError
 from vpm_jax.runs import hosts
-from vpm_jax.train import train
+from vpm_jax.training import train
 
 DOUBLE = {"model__dtype": "float64"}
 
@@ -62,13 +62,13 @@ def training(pedestrians: Path, folder: Path, act: str = "", victim: int = -1, *
     )
     program = f"""
 import os, signal, sys
-from vpm_jax import cli, train
-add = train.Window.add
+from vpm_jax import cli, train, training
+add = training.Window.add
 def and_act(self, steps, metrics):
     add(self, steps, metrics)
     if steps == 5 and sys.argv[sys.argv.index("--process") + 1] == "{victim}":
         {act or "pass"}
-train.Window.add = and_act
+training.Window.add = and_act
 cli.run(train.main)
 """
     return ["-c", program, "--config", str(folder / "config.py"), "--workdir", str(folder / "run"), "--timeout", "10"]
@@ -163,10 +163,10 @@ def test_when_a_process_is_killed_the_others_say_so_and_end(victim, alone, pedes
     assert time.monotonic() - began < 300
     if victim == 1:
         assert "error: process 0 of 2" in done.stderr and "process 1 on" in done.stderr
-        assert "gave no sign of life for 10 s" in done.stderr
+        assert "for 10 s" in done.stderr
         assert "Traceback" not in done.stderr
     else:  # it holds what the others share; JAX may be the first to say so
-        assert "process 0 is gone" in done.stderr or "Terminating process" in done.stderr
+        assert "process 0 has died" in done.stderr or "Terminating process" in done.stderr
     done = run(2, environment, *training(pedestrians, tmp_path))
     assert done.returncode == 0, done.stderr
     assert_close_runs(tmp_path / "run", alone)
@@ -226,18 +226,18 @@ def test_slurm_says_who_is_who(alone, pedestrians, tmp_path, environment):
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    hosts.add_arguments(parser)
+    cli.add_hosts(parser)
     return parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--processes", "2"], "--processes was given alone"),
-        (["--coordinator", "a:1", "--processes", "2"], "--coordinator was given alone"),
+        (["--processes", "2"], "--processes is not enough"),
+        (["--coordinator", "a:1", "--processes", "2"], "--coordinator is not enough"),
         (["--coordinator", "a", "--processes", "2", "--process", "0"], "'a', expected HOST:PORT"),
-        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process is 2 of --processes 2"),
-        (["--distributed", "--process", "1"], "--distributed takes all from the cluster, but --process"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process is 2 with --processes 2"),
+        (["--distributed", "--process", "1"], "--distributed and --process exclude each other"),
         (["--distributed", "--timeout", "0"], "--timeout is 0, expected at least 5"),
     ],
 )

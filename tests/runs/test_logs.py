@@ -44,7 +44,7 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path):
 def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path):
     path = tmp_path / "a.json"
     write_atomically(path, "old")
-    sentence = rf"^{path} could not be written: a file grew past the size limit"
+    sentence = rf"^{path} could not be written: a file reached the size limit"
     with largest_file(100), pytest.raises(UserError, match=sentence):
         write_atomically(path, "new" * 100)
     assert path.read_text() == "old"

@@ -36,7 +36,9 @@ def left_behind(folder, **changes) -> None:
 
 def test_a_second_training_is_refused_by_name(tmp_path):
     with WorkdirLock(tmp_path) as lock:
-        with pytest.raises(UserError, match=rf"in use by another training \(process {os.getpid()} on .*another --work"):
+        with pytest.raises(
+            UserError, match=rf"in use by another training run \(process {os.getpid()} on .*another --work"
+        ):
             WorkdirLock(tmp_path).__enter__()
         lock.check()
     assert not list(tmp_path.iterdir())
@@ -79,7 +81,7 @@ def test_a_lock_from_elsewhere_that_nobody_touches_is_taken_over(tmp_path, capsy
         (tmp_path / ".lock").write_bytes(os.fsencode(text))
     with WorkdirLock(tmp_path) as lock:
         lock.check()
-    assert ("on node7" if text is None else "left no name") in capsys.readouterr().out
+    assert ("on node7" if text is None else "unnamed process") in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -179,7 +181,7 @@ def test_a_look_tells_who_holds_it(tmp_path):
     left_behind(tmp_path, started="long ago")
     assert locks.holder(path) is None
     left_behind(tmp_path, place="another machine", host="node7")
-    assert "on node7" in locks.holder(path) and "last heard of 0:00 ago" in locks.holder(path)
+    assert "on node7" in locks.holder(path) and "last seen 0:00 ago" in locks.holder(path)
     assert locks.holder(path, silence=-1) is None
 
 

@@ -1,1 +1,1 @@
-"""Datasets, sampling and the grain pipeline: NumPy only. Nothing here uses JAX; importing it is left to grain."""
+"""Datasets, sampling and input pipelines. Nothing here uses JAX, though grain may import it."""

@@ -1,8 +1,8 @@
-"""Datasets prepared as ArrayRecord through TFDS, which works without TensorFlow as long as it encodes no image itself.
+"""Writing and reading datasets prepared as ArrayRecord by TFDS, which needs no TensorFlow if it encodes no images.
 
-Imported only where such a dataset is written or read, since TFDS takes a second to import. A prepared folder,
-`<output>/<dataset>/<version>/`, is what any TFDS user can load, plus `index.json` with the names, identities and
-cameras, so that listing a dataset reads no image.
+Import this module only when needed: TFDS takes a second to import. A prepared folder, `<output>/<dataset>/<version>/`,
+loads with plain TFDS. Its `index.json` adds the names, identities and cameras, to list the dataset without reading
+images.
 """
 
 from __future__ import annotations
@@ -29,22 +29,20 @@ from vpm_jax.errors import UserError, disk_trouble
 VERSION = "1.0.0"
 INDEX = "index.json"
 SPLITS = ("train", "query", "gallery", "multi_query")
-Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps the loop over one split's images, named
-Look = Callable[[bytes, str], object]  # is shown every encoded image, and its name
+Progress = Callable[[Iterable[int], str], Iterable[int]]  # wraps the loop over the images of a split, given its name
+Inspect = Callable[[bytes, str], object]  # is called with every encoded image and its name
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes a listed dataset; images stay the encoded bytes they are."""
+    """Writes a dataset with its images as they are encoded."""
 
     VERSION = tfds.core.Version(VERSION)
-    code_path = (
-        None  # no checksum files beside this module; looking for them takes a package that TFDS does not require
-    )
+    code_path = None  # no checksum files; looking for them needs a package that TFDS does not require
 
-    def __init__(self, dataset: Dataset, output: Path, progress: Progress, look: Look):
+    def __init__(self, dataset: Dataset, output: Path, progress: Progress, inspect: Inspect):
         self.name = dataset.name
         self._dataset = dataset
-        self._progress, self._look = progress, look
+        self._progress, self._inspect = progress, inspect
         super().__init__(data_dir=output, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -55,7 +53,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                 {
                     "image": tfds.features.Image(),
                     "identity": np.int32,  # -1 junk, 0 distractor
-                    "camera": np.int32,  # -1: the dataset has none
+                    "camera": np.int32,  # -1: the dataset has no cameras
                     "name": tfds.features.Text(),
                 }
             ),
@@ -63,8 +61,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         )
 
     def _split_generators(self, dl_manager: Any) -> dict:
-        # TFDS fills a temporary folder and renames it at the end: the index appears with the images or not at all.
-        index: dict[str, Any] = {"notes": list(self._dataset.notes[1:])}  # the first tells the path of the source
+        # TFDS writes into a temporary folder and renames it at the end, so the index appears together with the images.
+        index: dict[str, Any] = {"notes": list(self._dataset.notes[1:])}  # without the first, which names the source
         splits: dict[str, Split] = {
             name: split for name in SPLITS if (split := getattr(self._dataset, name)) is not None
         }
@@ -77,7 +75,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     def _generate_examples(self, split: Split):
         for i in self._progress(range(len(split)), split.name):
             image = split.read(i)
-            self._look(image, split.names[i])
+            self._inspect(image, split.names[i])
             yield (
                 i,
                 {
@@ -90,7 +88,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
 
 def folder_of(output: Path, name: str) -> Path:
-    """Where `write` puts the dataset `name`."""
+    """The folder that `write` creates for the dataset `name`."""
     return output / name / VERSION
 
 
@@ -98,31 +96,33 @@ def write(
     dataset: Dataset,
     output: Path,
     progress: Progress = lambda images, name: images,
-    look: Look = lambda image, name: None,
+    inspect: Inspect = lambda image, name: None,
 ) -> Path:
-    """Writes all splits under `output`; returns the prepared folder, which appears whole or not at all.
+    """Writes all splits under `output` and returns the prepared folder, which appears only when it is complete.
 
-    UserError for an image that cannot be read, and for an output that cannot be written.
+    Raises:
+      UserError: for an image that cannot be read, or an output that cannot be written.
     """
     folder = folder_of(output, dataset.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # TFDS insists on a folder for downloads, and prints sizes that it does not know.
+        # TFDS requires a folder for downloads, and prints sizes that it does not know.
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
             tfds.disable_progress_bar()
-            _Builder(dataset, output.absolute(), progress, look).download_and_prepare(download_dir=downloads)
+            _Builder(dataset, output.absolute(), progress, inspect).download_and_prepare(download_dir=downloads)
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
         trouble = disk_trouble(error) or f"{_line(error)}: free some space or choose another output"
-        raise UserError(f"{folder} could not be written, and nothing was kept: {trouble}.") from error
+        raise UserError(f"{folder} could not be written and was removed: {trouble}.") from error
     return folder
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
-    """The splits of the dataset `name` in a prepared folder, and the notes made when it was prepared.
+    """Reads the prepared dataset `name`: (splits, the notes from its preparation).
 
-    UserError when the folder holds another dataset, or is damaged.
+    Raises:
+      UserError: if the folder has another dataset or is damaged.
     """
     _open.cache_clear()  # the folder may have been prepared again since this process last read it
     try:
@@ -136,28 +136,28 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
             camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
             splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=DATASETS[name].own)
             lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
-            if listed["names"]:  # TFDS has no split without images
+            if listed["names"]:  # TFDS leaves out empty splits
                 lengths.add(len(_open(str(folder), split, os.getpid())))
             if len(lengths) > 1:
                 raise ValueError(f"{INDEX} and the records of {split} differ in length")
-        held = tfds.builder_from_directory(folder).info.name
-    except Exception as error:  # TFDS and its formats raise a dozen kinds
+        dataset_name = tfds.builder_from_directory(folder).info.name
+    except Exception as error:  # TFDS and its formats raise many types
         raise UserError(
             f"The prepared folder {folder} is damaged ({_line(error)}): "
             "delete it and run python -m vpm_jax.prepare again."
         ) from error
-    if held != name:
+    if dataset_name != name:
         raise UserError(
-            f"{folder} holds {held}, but config.data.name is {name}: give the root of {name}, or the other name."
+            f"{folder} contains {dataset_name}, but config.data.name is {name}: change the root or the name."
         )
     for images in filter(len, splits.values()):
-        images.read(len(images) - 1)  # a truncated file opens, and fails at the first image only
+        images.read(len(images) - 1)  # opening a truncated file succeeds, but reading fails
     return splits, index["notes"]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads images of one split of a prepared folder. Holds no handle: each process opens it when it first reads."""
+    """Reads images of a prepared split. Keeps no open file, so that it pickles; each process opens its own."""
 
     folder: Path
     split: str
@@ -165,11 +165,11 @@ class Reader:
     def read(self, name: str, position: int) -> bytes:
         try:
             record = _open(str(self.folder), self.split, os.getpid())[position]
-            # TFDS's own parsing handles every kind of feature, and takes longer than the reading.
+            # TFDS's own parser is general, and slower than reading the record.
             features = tf_example_pb2.Example.FromString(record).features.feature
-            held = features["name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
-            if held != name:
-                raise ValueError(f"the record is that of {held}")
+            record_name = features["name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
+            if record_name != name:
+                raise ValueError(f"the record is that of {record_name}")
             return features["image"].bytes_list.value[0]
         except Exception as error:
             raise UserError(
@@ -180,11 +180,11 @@ class Reader:
 
 @lru_cache(maxsize=16)
 def _open(folder: str, split: str, process: int) -> Any:
-    """The TFDS data source of a split's serialised examples, one per process (`process` is its id), for all threads."""
+    """The TFDS data source of a split's serialized examples, one per process (`process` is its id)."""
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
 
 def _line(error: Exception) -> str:
-    """What went wrong, in one line without the closing stop."""
+    """The error message on one line, without the final period."""
     return " ".join(f"{error}".split())[:200].rstrip(".") or type(error).__name__

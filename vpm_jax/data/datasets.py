@@ -1,11 +1,11 @@
-"""The datasets: what each looks like, how many images it has, what is compared, and who published it.
+"""The table of datasets: layout on disk, official counts, evaluation protocol and source.
 
-Adding a dataset is one entry in `DATASETS` and one test. Readers (`vpm_jax.data.folders`), the checks of counts,
-`data.name`, `--dataset` and the table of docs/data.md follow from it.
+To add a dataset, add an entry to `DATASETS` and a test. The readers (`vpm_jax.data.folders`), the checks of counts,
+`data.name`, `--dataset` and the table in docs/data.md follow from it.
 
     python -m vpm_jax.data.datasets
 
-prints that table.
+prints the table of docs/data.md.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ _NUMBER = re.compile(r"(\d{1,9})(?![0-9A-Za-z])")
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of a dataset, and how its images are named."""
+    """The folders of a dataset and the names of its images."""
 
-    folders: Mapping[
-        str, tuple[str, ...]
-    ]  # by split, the names that its folder goes by in any case, the official first
-    # Where the identity stands: "names": at the start of an image's name; "folders": in the name of its folder;
-    # "lists": in list_SPLIT.txt, lines of a path below the split's folder and the identity.
+    # {split: names of its folder, the official one first}; case does not matter.
+    folders: Mapping[str, tuple[str, ...]]
+    # Where identities come from. "names": the start of an image's name; "folders": the name of its folder; "lists":
+    # list_SPLIT.txt, whose lines hold a path below the split's folder and an identity.
     identity: str = "names"
-    name: re.Pattern[str] = _MARKET_NAME  # from the start of an image's name: identity and, where there are any, camera
-    example: str = "IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg"  # of such a name, for messages
-    depth: int = 0  # how many folders deeper images may lie, as in one for each identity
-    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # more splits, which may be missing
-    unused: tuple[str, ...] = ()  # folders of the dataset that no split takes
-    foreign: tuple[str, ...] = ()  # folders that tell that this is another dataset
-    variants: tuple[str, ...] = ()  # names of folders that hold one form of the dataset each; one is evaluated
+    name: re.Pattern[str] = _MARKET_NAME  # matches the start of an image's name: identity and camera, if any
+    example: str = "IDENTITY_cCAMERA..., such as 0002_c1s1_000451_03.jpg"  # for error messages
+    depth: int = 0  # how deep images may be nested below the split's folder
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # like `folders`; may be missing
+    unused: tuple[str, ...] = ()  # folders that belong to no split
+    foreign: tuple[str, ...] = ()  # folders that only another dataset has
+    variants: tuple[str, ...] = ()  # folder names of the variants of the dataset, of which one is evaluated
 
     @property
     def official(self) -> dict[str, str]:
-        """{split: the official name of its folder}."""
+        """{split: official name of its folder}."""
         return {split: names[0] for split, names in self.folders.items()}
 
 
@@ -46,13 +45,12 @@ class Layout:
 class Protocol:
     """How a dataset is evaluated."""
 
-    # "drop": gallery images of the query's identity and camera are not ranked for it; "none": there are no cameras.
+    # "drop": gallery images with the query's identity and camera are not ranked for it; "none": there are no cameras.
     same_camera: str = "none"
-    queries: str = (
-        "whole"  # "whole": cropped to each of eval.gammas | "partial": partial or occluded, taken as they are
-    )
-    # "all": all gallery images at once; "single": one of each identity, the mean over every group of queries against
-    # every group of gallery images (vpm_jax.partial).
+    # "whole": whole people, cropped to each of eval.gammas; "partial": partial or occluded images, used as they are.
+    queries: str = "whole"
+    # "all": against all gallery images; "single": against one gallery image per identity, averaged over all groups of
+    # queries and gallery images (vpm_jax.partial).
     shots: tuple[str, ...] = ("all",)
     ranks: tuple[int, ...] = (1, 5, 10)
     mAP: bool = True
@@ -65,28 +63,30 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Entry:
+    """A dataset."""
+
     name: str  # in data.name and --dataset
     title: str
-    usual: str  # regular expression of a copy's usual names, lower case and without punctuation
+    usual: str  # regular expression for usual names of a copy, in lower case without punctuation
     layout: Layout | None  # None: a CSV
-    # Images and identities (above 0) of each split as its authors give them, of each form that has its own.
+    # The official (images, identities above 0) of each split, one mapping per variant.
     counts: tuple[Mapping[str, tuple[int, int]], ...] = ()
     protocol: Protocol = Protocol()
     paper: str = ""
     compared: str = ""  # queries and gallery, in words
-    distractors: bool = False  # whether identity 0 stands for nobody (unless data.identity_zero says otherwise)
-    own: bool = False  # people's own images, which are turned by their EXIF orientation
+    distractors: bool = False  # identity 0 means distractor, unless data.identity_zero says otherwise
+    own: bool = False  # the user's own images, which are rotated by their EXIF orientation
 
     @property
     def trains(self) -> bool:
         return self.layout is None or "train" in self.layout.folders
 
     def is_usual(self, file_name: str) -> bool:
-        """Whether a copy of the dataset may be called so: Market-1501-v15.09.15, DukeMTMC-reID ..."""
+        """Whether this is a usual name for a copy of the dataset, such as Market-1501-v15.09.15."""
         return re.fullmatch(self.usual, re.sub(r"[^a-z0-9]", "", file_name.lower())) is not None
 
     def official(self, split: str) -> list[tuple[int, int]]:
-        """The official (images, identities) of a split, one pair for each form of the dataset that differs."""
+        """The official (images, identities) of a split, without duplicates between variants."""
         return list(dict.fromkeys(counts[split] for counts in self.counts if split in counts))
 
 
@@ -106,7 +106,7 @@ _PARTIAL_ILIDS = Layout(
     unused=("partial_iLIDS_Probe_nocrop",),
 )
 _CROSS_CAMERA = Protocol("drop")
-_CONTAINER = "icme2018.*"  # the folder that Occluded-REID and P-DukeMTMC are distributed in
+_CONTAINER = "icme2018.*"  # Occluded-REID and P-DukeMTMC are distributed in one folder
 
 DATASETS = {
     entry.name: entry

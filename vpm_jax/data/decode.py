@@ -1,4 +1,4 @@
-"""Encoded images to RGB arrays, and resizing: simplejpeg and OpenCV where they apply, Pillow for the rest."""
+"""Decoding images to RGB arrays, and resizing them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ _OPENCV = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTE
 _PILLOW = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_bicubic": Image.Resampling.BICUBIC}
 FILTERS = (*_OPENCV, *_PILLOW)
 
-# What files of images are called.
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-_WHAT_TO_DO = "replace it by an intact copy or remove it."
-_DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits a channel, whose range nobody knows
+_WHAT_TO_DO = "replace it with an intact copy or remove it."
+_DEEP_MODES = ("I", "F")  # Pillow's modes with 32 bits per channel, whose value range is undefined
 _DAMAGED = (OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
 _SEGMENT = struct.Struct(">BBHBHH").unpack_from  # a JPEG segment's marker and length; a frame's depth, height, width
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers of JPEG segments that start a frame
-_JPEG_END, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"  # markers
-_HEADER = 2**17  # a JPEG's EXIF data lie in its first bytes
-_ORIENTATION = 0x0112  # EXIF's tag, and what undoes its values
-_TURNS = {
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG segments that start a frame
+_JPEG_END, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"  # JPEG markers
+_HEADER = 2**17  # bytes; contain a JPEG's EXIF data
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # what makes an image with this orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,27 +37,27 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# A tiny file can ask for all memory. `_check_size` refuses, in one sentence, from where Pillow would only warn.
+# A tiny file can decode to an array that fills the memory. `_check_size` raises where Pillow only warns.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
-    """The encoded image as uint8 [H, W, 3], RGB; the first one of an animation.
+    """Decodes an image, the first frame of an animation, to uint8 [H, W, 3] RGB.
 
-    JPEG (grey and CMYK too) goes through libjpeg-turbo, anything else through Pillow. A JPEG may lack its end marker,
-    and of 16 bits a channel the upper 8 are kept. By default transparency is dropped and an EXIF orientation ignored:
-    datasets store their images upright, and their published numbers come from readers that ignore both.
+    libjpeg-turbo decodes JPEG (also gray and CMYK), Pillow all other formats. A JPEG may lack its end marker. Of 16
+    bits per channel the upper 8 are kept. By default transparency is dropped and the EXIF orientation ignored, as in
+    the readers behind published results; datasets store their images upright.
 
     Args:
       data: the bytes of the file.
-      name: how messages call the image.
-      upright: as a viewer shows people's own pictures: turned by the EXIF orientation, transparency on white.
+      name: the image's name in error messages.
+      upright: decode as an image viewer does: rotated by the EXIF orientation, transparency on white.
 
     Raises:
-      UserError: if the data are no image, are cut short or damaged, have more than 16 bits a channel, or more pixels
+      UserError: if the data are not an image, truncated or damaged, have more than 16 bits per channel, or more pixels
         than Pillow's Image.MAX_IMAGE_PIXELS (89 million unless changed).
     """
-    if data[:2] == b"\xff\xd8":  # the start of every JPEG
+    if data[:2] == b"\xff\xd8":  # JPEG
         try:
             _check_size(_jpeg_size(data), name)
             pixels = _decode_jpeg(data)
@@ -73,29 +72,29 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        found = "an empty file" if not data else f"{len(data)} bytes that start with {data[:8]!r}"
+        content = "an empty file" if not data else f"{len(data)} bytes that start with {data[:8]!r}"
         expected = f"expected one of {', '.join(SUFFIXES)}"
-        raise UserError(f"{name} is not an image: found {found}, {expected}; {_WHAT_TO_DO}") from None
+        raise UserError(f"{name} is not an image: found {content}, {expected}; {_WHAT_TO_DO}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(_too_large("far too many", name)) from None
+        raise UserError(_too_large("too many", name)) from None
     except _DAMAGED as error:
         raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}", code="damaged-image") from None
     return from_pillow(picture, name, upright)
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
-    # Strict: otherwise the missing part of a truncated file is silently grey.
+    # Without strict, the missing rest of a truncated file silently becomes gray.
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError:
-        # All may be there but the end. With several scans, as a progressive one has, whole ones may be missing.
+        # Accept a file that lacks only its end marker, unless it may also lack some of several scans.
         if data.endswith(_JPEG_END) or _PROGRESSIVE in data or data.count(_SCAN) != 1:
             raise
         return simplejpeg.decode_jpeg(data + _JPEG_END, colorspace="RGB", strict=True)
 
 
 def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.ndarray:
-    """A Pillow image of any mode as uint8 [H, W, 3], RGB. Arguments and errors as those of `decode`."""
+    """A Pillow image of any mode as uint8 [H, W, 3] RGB. Arguments and errors are those of `decode`."""
     _check_size(picture.size[::-1], name)
     if 0 in picture.size:
         raise UserError(f"{name} has {picture.height} x {picture.width} pixels, expected at least one: {_WHAT_TO_DO}")
@@ -103,8 +102,8 @@ def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.nda
         picture.load()
         turn = _turn(picture) if upright else None
         if picture.mode in _DEEP_MODES:  # Pillow would clip them to white
-            raise UserError(f"{name} has more than 16 bits a channel (mode {picture.mode}): convert it to 8 bits.")
-        if picture.mode.startswith("I;16"):  # as Pillow itself does with 16 bits a color
+            raise UserError(f"{name} has more than 16 bits per channel (mode {picture.mode}): convert it to 8 bits.")
+        if picture.mode.startswith("I;16"):  # keep the upper 8 bits, as Pillow does for 16-bit colors
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -116,50 +115,50 @@ def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.nda
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
-    """Raises UserError where Pillow would warn of a bomb; size is (height, width)."""
+    """Raises UserError where Pillow warns of a decompression bomb; size is (height, width)."""
     if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
         raise UserError(_too_large(f"{size[0]} x {size[1]}", name))
 
 
-def _too_large(found: str, name: str) -> str:
-    most = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
-    return f"{name} has {found} pixels, expected at most {most} (Pillow's limit, against bombs): make it smaller."
+def _too_large(pixels: str, name: str) -> str:
+    limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
+    return f"{name} has {pixels} pixels, expected at most {limit} (Pillow's limit for safety): make it smaller."
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """(height, width) that the header claims, in a third of the time that simplejpeg takes; libjpeg believes it."""
-    at = 2
-    while at + 9 <= len(data):
-        start, marker, length, _, height, width = _SEGMENT(data, at)
+    """(height, width) according to the header, read in a third of the time that simplejpeg takes."""
+    position = 2
+    while position + 9 <= len(data):
+        start, marker, length, _, height, width = _SEGMENT(data, position)
         if start != 0xFF:
             break
         if marker in _FRAMES:
             return height, width
-        # A marker may be preceded by any number of bytes 0xff.
-        at += 1 if marker == 0xFF else 2 + length
+        # Any number of bytes 0xff may precede a marker.
+        position += 1 if marker == 0xFF else 2 + length
     return simplejpeg.decode_jpeg_header(data)[:2]
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What turns the picture as its EXIF orientation says that it is to be seen."""
+    """The rotation or reflection that makes the image upright, from its EXIF orientation; None if none is needed."""
     try:
         return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
-    except _DAMAGED:  # the pixels are whole; a tag that cannot be read turns nothing
+    except _DAMAGED:  # only the EXIF data are unreadable
         return None
 
 
 def resize(
     image: np.ndarray, size: tuple[int, int], filter: str = "linear", out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The image, uint8 [H, W, 3], at `size` (height, width) in pixels.
+    """Resizes an image, uint8 [H, W, 3].
 
     Args:
-      image: may be a slice of a larger one.
-      size: the height and width of the result.
-      filter: one of FILTERS. OpenCV's do not smooth before they shrink (except "area"); Pillow's do. Enlarging Market
-        images to 384 x 128, "linear" is within 1 grey level of Pillow's bilinear (mean 0.3), "cubic" within 15 of its
-        bicubic (mean 0.8), and the "pil_" ones are Pillow's own: see tests/data/test_preprocessing.py.
-      out: an array of the result's shape to write into; it must be contiguous.
+      image: may be a slice of a larger array.
+      size: (height, width) of the result.
+      filter: one of FILTERS. Those named pil_* are Pillow's, which smooth before shrinking; the others are OpenCV's,
+        which do not (except "area"). When enlarging Market-1501 images to 384 x 128, "linear" is within 1 gray level of
+        Pillow's bilinear (mean 0.3) and "cubic" within 15 of its bicubic (mean 0.8).
+      out: a contiguous array to write the result into.
 
     Raises:
       UserError: for an unknown filter.

@@ -1,6 +1,6 @@
-"""The files of a dataset, in a folder or in a zip as it is: listing them, and reading one by its name.
+"""Listing and reading the files of a dataset in a folder or a zip, which is never unpacked.
 
-A zip may lie in another zip, as Partial-REID's and Partial-iLIDS's do; such an inner zip is held in memory.
+A zip may be inside another zip, as for Partial-REID and Partial-iLIDS; the inner zip is then kept in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vpm_jax.errors import UserError
 
 LARGEST_INNER = 2**30  # bytes of an inner zip
 _UNPACK = "unpack it and set config.data.root to the folder inside"
-# How other archives start, and what they are called.
+# Unsupported archives by their first bytes.
 _ARCHIVES = {
     b"\x1f\x8b": "a gzip (tar.gz) archive",
     b"BZh": "a bzip2 (tar.bz2) archive",
@@ -30,11 +30,11 @@ ARCHIVE_SUFFIXES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 
 
 class Entries(NamedTuple):
-    """What a folder holds, by name."""
+    """The names in a folder."""
 
     folders: list[str]
     files: list[str]
-    broken: list[str]  # neither: links that lead nowhere, what may not be looked at
+    broken: list[str]  # broken links and entries without permission
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class FolderReader:
 
     def read(self, name: str, position: int) -> bytes:
         try:
-            path = os.path.join(self.root, name)  # which may be absolute: a CSV of own images may list such
-            file = os.open(path, os.O_RDONLY)  # in half the time of open() and read()
+            path = os.path.join(self.root, name)  # name is absolute if a CSV lists absolute paths
+            file = os.open(path, os.O_RDONLY)  # takes half the time of open()
             try:
-                parts = []
-                while part := os.read(file, 2**16):
-                    parts.append(part)
+                chunks = []
+                while chunk := os.read(file, 2**16):
+                    chunks.append(chunk)
             finally:
                 os.close(file)
-            return b"".join(parts)
+            return b"".join(chunks)
         except OSError as error:
             raise UserError(f"The image {self.root / name} cannot be read: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Reads images of a zip. Holds no handle: each process opens the zip once, when it first reads."""
+    """Reads images of a zip. Keeps no open file, so that it pickles; each process opens the zip on its first read."""
 
     path: Path
-    inside: str = ""  # the folder inside, "" or ending in "/"
-    member: str = ""  # of a zip in the zip, its name there
+    inside: str = ""  # the dataset's folder in the zip, "" or ending in "/"
+    member: str = ""  # the name of an inner zip, or ""
 
     def read(self, name: str, position: int) -> bytes:
         try:
@@ -72,7 +72,7 @@ class ZipReader:
             return archive.zip.read(archive.entries[self.inside + name])
         except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
-                f"The image {name} in the zip {self.path} cannot be read ({error}): get the zip again."
+                f"The image {name} in the zip {self.path} cannot be read ({error}): download the zip again."
             ) from error
 
 
@@ -84,17 +84,17 @@ class FolderTree:
         self._entries: dict[str, Entries] = {}
 
     def entries(self, folder: str = "") -> Entries:
-        """What `folder`, a path below the root, holds."""
+        """The entries of `folder`, a path below the root."""
         if folder not in self._entries:
-            found = Entries([], [], [])
+            entries = Entries([], [], [])
             try:
                 with os.scandir(self.root / folder) as scan:
                     for entry in scan:
                         if entry.name != "__MACOSX":
-                            found[_kind(entry)].append(entry.name)
+                            entries[_kind(entry)].append(entry.name)
             except OSError as error:
                 raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
-            self._entries[folder] = found
+            self._entries[folder] = entries
         return self._entries[folder]
 
     def read(self, name: str) -> bytes:
@@ -106,7 +106,7 @@ class FolderTree:
 
 
 def _kind(entry: os.DirEntry) -> int:
-    """The field of `Entries` that an entry of a folder belongs to."""
+    """The index of the `Entries` field for a directory entry."""
     try:
         return 0 if entry.is_dir() else 1 if entry.is_file() else 2
     except OSError:
@@ -114,12 +114,12 @@ def _kind(entry: os.DirEntry) -> int:
 
 
 class ZipTree:
-    """A folder in a zip, or in a zip in a zip. Raises UserError where the zip cannot be used."""
+    """A folder in a zip or an inner zip. Raises UserError if the zip cannot be used."""
 
     def __init__(self, path: Path, member: str = "", inside: str = "", folders: dict[str, Entries] | None = None):
         self.path, self.member, self.inside = path, member, inside
         self.where = f"The zip {path}"
-        self.folders = _folders(path, member) if folders is None else folders  # of the whole zip, by their paths
+        self.folders = _folders(path, member) if folders is None else folders  # of the whole zip
 
     def entries(self, folder: str = "") -> Entries:
         return self.folders.get((self.inside + folder).rstrip("/"), Entries([], [], []))
@@ -128,7 +128,7 @@ class ZipTree:
         return self.reader.read(name, 0)
 
     def at(self, inside: str) -> ZipTree:
-        """A folder of the zip; "" is the zip itself."""
+        """Another folder of the zip; "" is its top level."""
         return ZipTree(self.path, self.member, inside and inside + "/", self.folders)
 
     @property
@@ -137,71 +137,69 @@ class ZipTree:
 
 
 def _folders(path: Path, member: str) -> dict[str, Entries]:
-    """What every folder of a zip holds, by its path; the zip itself is ""."""
-    found = {"": Entries([], [], [])}
+    """The entries of every folder of a zip by its path; the top level is ""."""
+    folders = {"": Entries([], [], [])}
     for name in open_zip(str(path), member, os.getpid()).entries:
-        *parents, file = name.split("/")  # the name is "" where the entry is a folder
+        *parents, file = name.split("/")  # file is "" for a folder
         if "__MACOSX" in parents:
             continue
         for depth, parent in enumerate(parents):
-            here = "/".join(parents[: depth + 1])
-            if here not in found:
-                found[here] = Entries([], [], [])
-                found["/".join(parents[:depth])].folders.append(parent)
+            folder = "/".join(parents[: depth + 1])
+            if folder not in folders:
+                folders[folder] = Entries([], [], [])
+                folders["/".join(parents[:depth])].folders.append(parent)
         if file:
-            found["/".join(parents)].files.append(file)
-    return found
+            folders["/".join(parents)].files.append(file)
+    return folders
 
 
 Tree = FolderTree | ZipTree
 
 
 def below(tree: Tree, folder: str, depth: int) -> tuple[list[str], list[str]]:
-    """The files of a folder and up to `depth` folders deeper, as paths below it, and what is broken there."""
-    here = tree.entries(folder)
-    files, broken = list(here.files), list(here.broken)
-    for child in here.folders if depth else ():
-        found = below(tree, f"{folder}/{child}" if folder else child, depth - 1)
-        files += [f"{child}/{name}" for name in found[0]]
-        broken += [f"{child}/{name}" for name in found[1]]
+    """(files, broken entries) of a folder and up to `depth` levels below it, as paths relative to the folder."""
+    entries = tree.entries(folder)
+    files, broken = list(entries.files), list(entries.broken)
+    for child in entries.folders if depth else ():
+        child_files, child_broken = below(tree, f"{folder}/{child}" if folder else child, depth - 1)
+        files += [f"{child}/{name}" for name in child_files]
+        broken += [f"{child}/{name}" for name in child_broken]
     return files, broken
 
 
 class Archive(NamedTuple):
     zip: zipfile.ZipFile
-    entries: dict[str, zipfile.ZipInfo]  # by name, with slashes where Windows wrote backslashes
+    entries: dict[str, zipfile.ZipInfo]  # by name; backslashes, which Windows may write, are replaced by slashes
 
 
 @lru_cache(maxsize=4)
 def open_zip(path: str, member: str, process: int) -> Archive:
-    """One handle per process (`process` is its id), shared by its threads: a fork would share the file's offset."""
+    """The open zip, one per process (`process` is its id): after a fork, processes would share the file offset."""
     where = f"{path}/{member}" if member else path
     try:
         if member:
             outer = open_zip(path, "", process)
             if outer.entries[member].file_size > LARGEST_INNER:
-                raise UserError(f"{path} holds {member}, a zip too large to be read inside another: {_UNPACK}.")
+                raise UserError(f"{path} contains {member}, a zip too large to read inside another: {_UNPACK}.")
             archive = zipfile.ZipFile(BytesIO(outer.zip.read(outer.entries[member])))
         else:
             archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, zlib.error) as error:
         if kind := other_archive(Path(path)):
-            raise UserError(f"{path} is no zip but {kind}: {_UNPACK}.") from None
+            raise UserError(f"{path} is {kind}, expected a zip: {_UNPACK}.") from None
         if not where.lower().endswith(".zip"):
-            raise UserError(f"{path} is no zip: expected a dataset's folder or its official zip.") from None
-        raise UserError(
-            f"{where} is not a whole zip ({error}): it is truncated or of another kind, so get it again."
-        ) from error
+            raise UserError(f"{path} is not a zip: expected a dataset's folder or its official zip.") from None
+        raise UserError(f"{where} is not an intact zip ({error}): download it again.") from error
     except OSError as error:
         raise UserError(f"The zip {path} cannot be opened: {error.strerror or error}.") from error
     entries = archive.infolist()
     if any(entry.flag_bits & 1 for entry in entries):
-        raise UserError(f"{where} is locked by a password: {_UNPACK}.")
+        raise UserError(f"{where} is protected by a password: {_UNPACK}.")
     return Archive(archive, {entry.filename.replace("\\", "/"): entry for entry in entries})
 
 
 def other_archive(path: Path) -> str | None:
-    """What kind of archive a file is, if it is one that is not read; None for all else."""
+    """The type of an unsupported archive, None for any other file."""
     try:
         with path.open("rb") as file:
             start = file.read(512)

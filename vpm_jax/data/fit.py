@@ -1,4 +1,4 @@
-"""Laying pictures on the network's input: `config.data`'s fit, place, aspect, resize and mean."""
+"""Fitting images to the network's input, by the keys fit, place, aspect, resize and mean of `config.data`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vpm_jax.geometry import PLACES, Box, fit_box
 
 
 class Fit:
-    """Resizes a picture onto an input: over all of it, or with its proportions kept (see `vpm_jax.geometry`).
+    """Resizes images to the input: stretched, or padded to keep their proportions (see `vpm_jax.geometry`).
 
     Args:
       data: config.data of a resolved config.
 
     Raises:
-      UserError: for an unknown resize filter, or padding without a reference aspect.
+      UserError: for an unknown resize filter, or padding without data.aspect.
     """
 
     def __init__(self, data: ConfigDict):
@@ -27,13 +27,13 @@ class Fit:
         if self._filter not in FILTERS:
             raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
         if self.pads and not self._aspect:
-            raise UserError("config.data.fit is 'pad' but data.aspect is 0, expected a whole person's height / width.")
+            raise UserError("config.data.fit is 'pad' but data.aspect is 0: set it to a whole person's height / width.")
 
     def __call__(self, pixels: np.ndarray, out: np.ndarray, place: tuple[float, float] | None = None) -> Box:
-        """Fills `out`, uint8 [H, W, 3], with the picture, uint8 [h, w, 3]; returns the box of `out` that it covers.
+        """Writes an image, uint8 [h, w, 3], into `out`, uint8 [H, W, 3], padded with the mean color.
 
-        `place` is as in `geometry.fit_box` (default: config.data.place). What a padded picture leaves empty is the
-        mean color.
+        Returns the box of `out` that the image covers. `place` is that of `geometry.fit_box`, by default
+        config.data.place.
         """
         canvas = out.shape[0], out.shape[1]
         if not self.pads:

@@ -1,15 +1,15 @@
-"""Where a dataset lies, and the images of its splits by the layout that `vpm_jax.data.datasets` describes.
+"""Finding a dataset and listing the images of its splits, by the layouts of `vpm_jax.data.datasets`.
 
-Market-1501 and others in its layout    bounding_box_train/0002_c1s1_000451_03.jpg
-Partial-REID, Occluded-REID, ...        partial_body_images/001_001.jpg, or a folder for each identity
-MSMT17                                  list_train.txt with lines of a path and an identity
-own folders of identities               query/anna/1_c2s1.jpg
+Market-1501 and similar           bounding_box_train/0002_c1s1_000451_03.jpg
+Partial-REID, Occluded-REID ...   partial_body_images/001_001.jpg, or a folder per identity
+MSMT17                            list_train.txt, with a path and an identity per line
+own folders of identities         query/anna/1_c2s1.jpg
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from vpm_jax.data.files import ARCHIVE_SUFFIXES, FolderTree, Tree, ZipTree, belo
 from vpm_jax.data.split import Listing, Reader, number_identities, printable, some
 from vpm_jax.errors import UserError
 
-PREPARED = "dataset_info.json"  # the file that TFDS writes into a prepared dataset
+PREPARED = "dataset_info.json"  # which TFDS writes into a prepared dataset
 _FORMS = ("prepared", "csv", "folder", "zip")  # in order of preference
-_COMMON = {"train", "test", "query", "gallery"}  # folder names that alone tell no dataset
-# Endings of images that are not read, and of downloads that did not end.
+_COMMON = {"train", "test", "query", "gallery"}  # folder names that do not identify a dataset
+# Suffixes of unsupported images and unfinished downloads.
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw", ".part", ".tmp", ".crdownload")
 _LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
 _OPTIONAL_LISTS = ("list_val.txt",)
@@ -33,9 +33,9 @@ _RENAME = "rename them, or list them in a CSV (config.data.name=csv)"
 
 @dataclass(frozen=True)
 class Place:
-    """A dataset that was found: its form ("folder" | "zip" | "prepared" | "csv") and its path."""
+    """The location of a dataset."""
 
-    form: str
+    form: str  # "folder" | "zip" | "prepared" | "csv"
     path: Path
 
     def __str__(self) -> str:
@@ -43,10 +43,10 @@ class Place:
 
 
 def locate(root: Path, name: str, search: bool = True) -> Place | None:
-    """Finds the dataset `name` at `root` and, with `search`, under its usual names below `root`; None if there is none.
+    """Finds the dataset `name` at `root` and, with `search`, under usual names below `root`. None if there is none.
 
-    A prepared copy goes before a folder and a folder before a zip; among equals the first by name. UserError where
-    there are several forms of the dataset, of which one must be chosen.
+    A prepared copy is preferred to a folder and a folder to a zip; among equals, the first by name. Raises UserError
+    if several variants of the dataset are there.
     """
     entry = DATASETS[name]
     if root.is_file():
@@ -58,8 +58,8 @@ def locate(root: Path, name: str, search: bool = True) -> Place | None:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
     variants = [place for place in places if place.form == "folder" and _variant(place.path.name, entry)]
     if len(variants) > 1 and places[0] in variants:
-        have = " and ".join(str(place.path) for place in variants)
-        raise UserError(f"{root} holds {have}: set config.data.root (evaluate: --root) to one of them.")
+        paths = " and ".join(str(place.path) for place in variants)
+        raise UserError(f"{root} contains {paths}: set config.data.root (evaluate: --root) to one of them.")
     return places[0] if places else None
 
 
@@ -73,7 +73,7 @@ def _places(root: Path, entry: Entry, depth: int) -> Iterator[Place]:
         tables = [table for table in tables if table.name.lower() == "dataset.csv"] or tables
         if len(tables) > 1:
             names = ", ".join(table.name for table in tables[:5]) + ", ..." * (len(tables) > 5)
-            raise UserError(f"{root} holds several CSV files ({names}): set config.data.root to one of them.")
+            raise UserError(f"{root} contains several CSV files ({names}): set config.data.root to one of them.")
         yield from (Place("csv", table) for table in tables)
     elif _holds(FolderTree(root), entry.layout, entry.is_usual(root.name)):
         yield Place("folder", root)
@@ -87,122 +87,123 @@ def _places(root: Path, entry: Entry, depth: int) -> Iterator[Place]:
 
 
 def under_usual_name(root: Path, name: str) -> Path | None:
-    """What in `root` is called as the dataset `name` is but is no copy that can be read; None without one."""
+    """A folder or archive in `root` that has a usual name of the dataset but cannot be read as one; None if none."""
 
-    def called(path: Path) -> bool:
+    def is_called_so(path: Path) -> bool:
         archive = path.is_file() and path.suffix.lower() in ARCHIVE_SUFFIXES
         stem = path.name.removesuffix(path.suffix).removesuffix(".tar") if archive else path.name
         return (archive or path.is_dir()) and DATASETS[name].is_usual(stem)
 
-    return next(filter(called, sorted(root.iterdir())), None)
+    return next(filter(is_called_so, sorted(root.iterdir())), None)
 
 
 def _variant(folder: str, entry: Entry) -> str | None:
-    """Which of several forms of a dataset a folder is by its name."""
+    """The variant of the dataset that the name of a folder contains."""
     variants = entry.layout.variants if entry.layout else ()
     return next((variant for variant in variants if variant in folder.lower()), None)
 
 
 def _find(tree: Tree, path: str) -> str | None:
-    """The folder `path`, a name in any case or several with slashes, as it is called in the tree."""
-    found = ""
-    for part in path.split("/"):
-        same = [folder for folder in sorted(tree.entries(found).folders) if folder.lower() == part.lower()]
-        if not same:
+    """The folder at `path` spelled as in the tree, whatever its case; None if there is none."""
+    folder = ""
+    for name in path.split("/"):
+        matches = [child for child in sorted(tree.entries(folder).folders) if child.lower() == name.lower()]
+        if not matches:
             return None
-        found = f"{found}/{same[0]}" if found else same[0]
-    return found
+        folder = f"{folder}/{matches[0]}" if folder else matches[0]
+    return folder
 
 
-def _split_folders(tree: Tree, folders: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, str]:
-    """{split: its folder in the tree}, without the splits that have none."""
-    present = {split: [_find(tree, name) for name in names] for split, names in folders}
-    return {split: next(filter(None, found)) for split, found in present.items() if any(found)}
+def _split_folders(tree: Tree, names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """{split: its folder in the tree} for the splits that have one."""
+    candidates = {split: [_find(tree, name) for name in split_names] for split, split_names in names.items()}
+    return {split: next(filter(None, folders)) for split, folders in candidates.items() if any(folders)}
 
 
 def _holds(tree: Tree, layout: Layout, usual: bool) -> bool:
-    """Whether the tree is the dataset, or a part: "query" alone may be of any other, unless the tree has a `usual`
-    name."""
+    """Whether the tree holds at least some splits of the dataset.
+
+    A single folder with a common name such as "query" only counts if the tree has a `usual` name of the dataset.
+    """
     if any(_find(tree, name) for name in layout.foreign):
         return False
-    found = _split_folders(tree, layout.folders.items())
+    folders = _split_folders(tree, layout.folders)
     if layout.identity == "lists":
         return any(name in tree.entries().files for names in _LISTS.values() for name in names)
     if layout.identity == "folders":
-        return any(tree.entries(folder).folders for folder in found.values())
-    told = any(usual or folder.lower().rpartition("/")[2] not in _COMMON for folder in found.values())
-    return told or len(found) > 1
+        return any(tree.entries(folder).folders for folder in folders.values())
+    distinctive = any(usual or folder.lower().rpartition("/")[2] not in _COMMON for folder in folders.values())
+    return distinctive or len(folders) > 1
 
 
 def list_splits(place: Place, name: str) -> tuple[Reader, dict[str, Listing], list[str]]:
-    """The images of the dataset `name` in a folder or a zip: their reader, their splits, and notes.
+    """Lists the images of the dataset `name` in a folder or zip: (their reader, {split: images}, notes).
 
     Raises:
-      UserError: if a split is missing or has no images, most images are named otherwise, or a zip is truncated, locked
-        or holds no dataset or several.
+      UserError: if a split is missing or empty, most images have unexpected names, or a zip is truncated, protected by
+        a password, or does not contain exactly one dataset.
     """
     entry = DATASETS[name]
     assert entry.layout is not None
     tree = _in_zip(place.path, entry) if place.form == "zip" else FolderTree(place.path)
-    found = _split_folders(tree, entry.layout.folders.items())
-    missing = [official for split, official in entry.layout.official.items() if split not in found]
-    if entry.layout.identity == "folders" and "query" not in found and "gallery" not in found and "train" in found:
-        missing = []  # for training, where identities may be held out
+    folders = _split_folders(tree, entry.layout.folders)
+    missing = [official for split, official in entry.layout.official.items() if split not in folders]
+    if entry.layout.identity == "folders" and folders.keys() == {"train"}:
+        missing = []  # the test set may be identities held out from training
     elif entry.layout.identity == "folders":
         missing = [official for official in missing if official != "train"]
     if missing:
         raise UserError(
-            f"{tree.where} has {', '.join(found.values())} but no {' and no '.join(missing)}; expected all of "
+            f"{tree.where} has {', '.join(folders.values())} but no {' and no '.join(missing)}; expected all of "
             f"{', '.join(entry.layout.official.values())}: complete it from the official archive."
         )
     list_images = {"names": _by_names, "lists": _by_lists, "folders": _by_folders}[entry.layout.identity]
-    listings, notes = list_images(tree, entry.layout, found)
-    ignored = [file for split in found for file in listings[split].ignored]
+    listings, notes = list_images(tree, entry.layout, folders)
+    ignored = [file for split in folders for file in listings[split].ignored]
     if ignored:
-        one = "file" if len(ignored) == 1 else "files"
-        notes.insert(0, f"Ignored {len(ignored):,} {one} not named as an image of a person: {some(ignored)}.")
+        files = "file" if len(ignored) == 1 else "files"
+        notes.insert(0, f"Ignored {len(ignored):,} {files} not named like an image of a person: {some(ignored)}.")
     if variant := _variant((tree.inside.rstrip("/") if isinstance(tree, ZipTree) else place.path.name), entry):
         notes.append(f"These are the {variant} images of {entry.title}.")
     return tree.reader, listings, notes
 
 
 def _in_zip(path: Path, entry: Entry) -> ZipTree:
-    """The dataset in a zip: the one folder that holds it, in the zip or in a zip in it."""
+    """The only folder in a zip, or in the zips inside it, that holds the dataset."""
     open_zip.cache_clear()  # the file may have been replaced since this process last read it
     assert entry.layout is not None
-    tree = ZipTree(path)
-    found = _datasets(tree, entry, path.stem)
-    files = [f"{folder}/{file}" if folder else file for folder, here in tree.folders.items() for file in here.files]
+    outer = ZipTree(path)
+    trees = _datasets(outer, entry, path.stem)
+    files = [f"{folder}/{file}" if folder else file for folder, e in outer.folders.items() for file in e.files]
     inner = [file for file in sorted(files) if file.lower().endswith(".zip") and "/._" not in f"/{file}"]
-    stems = {member: Path(member).stem for member in inner}
-    usual = [member for member in inner if entry.is_usual(stems[member])]
-    for member in [] if found else usual or inner:
-        found += _datasets(ZipTree(path, member), entry, stems[member])
-    if len(found) == 1:
-        return found[0]
+    usual = [member for member in inner if entry.is_usual(Path(member).stem)]
+    for member in [] if trees else usual or inner:
+        trees += _datasets(ZipTree(path, member), entry, Path(member).stem)
+    if len(trees) == 1:
+        return trees[0]
     official = list(entry.layout.official.values())
-    names = ", ".join(f"{tree.member}/{tree.inside}" if tree.member else tree.inside for tree in found)
-    what = f"several datasets ({names})" if found else f"no folder {official[0]}"
+    names = ", ".join(f"{tree.member}/{tree.inside}" if tree.member else tree.inside for tree in trees)
+    content = f"several datasets ({names})" if trees else f"no folder {official[0]}"
     raise UserError(
-        f"The zip {path} holds {what}; expected one dataset with the folders {', '.join(official)}: "
+        f"The zip {path} contains {content}; expected one dataset with the folders {', '.join(official)}: "
         "get the official zip, or unpack this one and set config.data.root to the folder inside."
     )
 
 
 def _datasets(tree: ZipTree, entry: Entry, stem: str) -> list[ZipTree]:
-    """The folders of a zip called `stem` that hold the dataset; of several those with a usual name, if any."""
+    """The folders that hold the dataset in a zip named `stem`. Those with a usual name, if any, hide the others."""
     assert entry.layout is not None
-    folders = {path: entry.is_usual(path.rpartition("/")[2] or stem) for path in sorted(tree.folders)}
-    found = [path for path, usual in folders.items() if _holds(tree.at(path), entry.layout, usual)]
-    if len(found) > 1:
-        found = [path for path in found if folders[path]] or found
-    return [tree.at(path) for path in found]
+    usual = {path: entry.is_usual(path.rpartition("/")[2] or stem) for path in sorted(tree.folders)}
+    paths = [path for path in usual if _holds(tree.at(path), entry.layout, usual[path])]
+    if len(paths) > 1:
+        paths = [path for path in paths if usual[path]] or paths
+    return [tree.at(path) for path in paths]
 
 
-def _by_names(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
-    """The splits of a layout whose images are named by their identity."""
-    optional = _split_folders(tree, layout.optional.items())
-    listings = {split: _listing(tree, folder, layout) for split, folder in (found | optional).items()}
+def _by_names(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
+    """The splits of a layout with the identity in each image's name, and notes."""
+    optional = _split_folders(tree, layout.optional)
+    listings = {split: _listing(tree, folder, layout) for split, folder in (folders | optional).items()}
     notes = []
     for name in layout.unused:
         if folder := _find(tree, name):
@@ -229,9 +230,9 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
         (unusable if belongs else ignored).append(f"{folder}/{name}")
     others = [name for name in ignored if _is_image(name)]
     if not kept and not unusable:
-        held = f"no image among {len(ignored):,} file{'s' * (len(ignored) > 1)}" if ignored else "no file"
+        content = f"no image among {len(ignored):,} file{'s' * (len(ignored) > 1)}" if ignored else "no file"
         raise UserError(
-            f"{tree.where} has {held} in {folder}; expected images named {layout.example}: "
+            f"{tree.where} has {content} in {folder}; expected images named {layout.example}: "
             "complete it from the official archive."
         )
     if len(others) > len(kept) + len(unusable):
@@ -247,30 +248,33 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
 
 
 def _check_folders(tree: Tree, kept: list[tuple]) -> None:
-    """Refuses folders of identities, called by numbers, that contradict the numbers in the names of their images."""
-    of_folder: dict[int, tuple[int, str]] = {}
-    of_number: dict[int, tuple[int, str]] = {}
-    for name, number, *_ in kept:
+    """Raises UserError if numbered folders and the identities in image names contradict each other."""
+    by_folder: dict[int, tuple[int, str]] = {}
+    by_identity: dict[int, tuple[int, str]] = {}
+    for name, identity, *_ in kept:
         folder = name.split("/")[-2]
         if re.fullmatch(r"[0-9]{1,9}", folder):
-            one = of_folder.setdefault(int(folder), (number, name))
-            other = of_number.setdefault(number, (int(folder), name))
-            if one[0] != number or other[0] != int(folder):
-                first = printable(one[1] if one[0] != number else other[1])
+            same_folder = by_folder.setdefault(int(folder), (identity, name))
+            same_identity = by_identity.setdefault(identity, (int(folder), name))
+            if same_folder[0] != identity or same_identity[0] != int(folder):
+                other = printable(same_folder[1] if same_folder[0] != identity else same_identity[1])
                 raise UserError(
-                    f"{tree.where} has {first} and {printable(name)}, whose folders and names tell different "
-                    f"identities; expected the identity in front of each name: {_RENAME}."
+                    f"{tree.where} has {other} and {printable(name)}, whose folders and names disagree about the "
+                    f"identity; expected the identity at the start of each name: {_RENAME}."
                 )
 
 
-def _by_lists(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
-    """The splits of MSMT17's layout. Training and test identities are both counted from 0 in the lists: here the
-    training identities go from 1 on, and the test identities on from there."""
+def _by_lists(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
+    """The splits of MSMT17's layout, and notes.
+
+    The lists number training and test identities from 0 each. Here training identities start at 1 and test identities
+    follow them.
+    """
     listings, notes = {}, []
-    files = {folder: set(below(tree, folder, layout.depth)[0]) for folder in set(found.values())}
+    files = {folder: set(below(tree, folder, layout.depth)[0]) for folder in set(folders.values())}
     listed: dict[str, set[str]] = {folder: set() for folder in files}
     first = 1
-    for split, folder in found.items():
+    for split, folder in folders.items():
         rows, unusable = [], []
         for name in _LISTS[split]:
             if name not in tree.entries().files:
@@ -292,12 +296,12 @@ def _by_lists(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict[s
             first = int(numbers.max(initial=0)) + 1
     for folder, images in files.items():
         if unlisted := sorted(filter(_is_image, images - listed[folder])):
-            notes.append(f"Left out {len(unlisted):,} images of {folder} that no list names: {some(unlisted)}.")
+            notes.append(f"Left out {len(unlisted):,} images of {folder} that are in no list: {some(unlisted)}.")
     return listings, notes
 
 
 def _rows(tree: Tree, name: str, layout: Layout) -> Iterator[tuple[str, int, int]]:
-    """The path, the identity and the camera in each line of a list."""
+    """Yields the path, the identity and the camera of each line of a list."""
     for line, text in enumerate(tree.read(name).decode("utf-8", "surrogateescape").splitlines(), 1):
         if not text.strip():
             continue
@@ -306,15 +310,15 @@ def _rows(tree: Tree, name: str, layout: Layout) -> Iterator[tuple[str, int, int
         if not identity.isdecimal() or not camera:
             raise UserError(
                 f"Line {line} of {name} ({tree.where[0].lower()}{tree.where[1:]}) is {printable(text.strip())!r}, "
-                f"expected a path and an identity, the image named {layout.example}."
+                f"expected a path and an identity, with images named {layout.example}."
             )
         yield image.strip(), int(identity), int(camera[1])
 
 
-def _by_folders(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
-    """The splits of a layout with a folder for each identity, which may be called by any text."""
+def _by_folders(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict[str, Listing], list[str]]:
+    """The splits of a layout with a folder per identity, which may have any name, and notes."""
     contents = {}
-    for split, folder in found.items():
+    for split, folder in folders.items():
         files, broken = below(tree, folder, layout.depth)
         images = sorted(name for name in set(files) if "/" in name and _is_image(name))
         unusable = [name for name in files if "/" in name and name.lower().endswith(_UNREAD)]
@@ -325,14 +329,16 @@ def _by_folders(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict
     cameras = {split: [layout.name.match(_base(name)) for name in images] for split, (images, *_) in contents.items()}
     tests = [match for split in ("query", "gallery") for match in cameras.get(split, ())]
     if any(tests) and not all(tests):
-        names = [f"{found[split]}/{name}" for split in ("query", "gallery") for name in contents[split][0]]
+        names = [f"{folders[split]}/{name}" for split in ("query", "gallery") for name in contents[split][0]]
+        with_camera = [match is not None for match in tests]
         raise UserError(
-            f"{tree.where} has images with a camera in their names, such as {printable(names[_first(tests, True)])}, "
-            f"and others without, such as {printable(names[_first(tests, False)])}: {_RENAME}."
+            f"{tree.where} has images with a camera in their names, such as "
+            f"{printable(names[with_camera.index(True)])}, and others without, such as "
+            f"{printable(names[with_camera.index(False)])}: {_RENAME}."
         )
     listings = {}
     for split, (images, ignored, unusable) in contents.items():
-        folder = found[split]
+        folder = folders[split]
         listings[split] = Listing(
             tuple(f"{folder}/{name}" for name in images),
             np.array([numbers[name.partition("/")[0]] for name in images], np.int32),
@@ -343,30 +349,26 @@ def _by_folders(tree: Tree, layout: Layout, found: dict[str, str]) -> tuple[dict
     return listings, []
 
 
-def _first(values: list, true: bool) -> int:
-    return [bool(value) for value in values].index(true)
-
-
 def list_distractors(path: Path) -> tuple[Reader, Listing]:
-    """The images of a folder or a zip of distractors, all of identity 0; camera 0 where names have none.
+    """The images in a folder or zip of distractors, all with identity 0; the camera is 0 if the name has none.
 
     Raises:
-      UserError: if there are none, or if one is named as an image of a person.
+      UserError: if there are no images, or one is named like an image of a person.
     """
     tree = ZipTree(path) if path.is_file() else FolderTree(path)
     files, broken = below(tree, "", 99)
     names = sorted(filter(_is_image, files))
     unusable = sorted(filter(_is_image, broken))
     if not names and not unusable:
-        raise UserError(f"{path} (config.data.distractors) holds no image.")
+        raise UserError(f"{path} (config.data.distractors) contains no images: choose another folder or zip.")
     layout = DATASETS["market1501"].layout
     assert layout is not None
     matches = [layout.name.match(_base(name)) for name in names]
     for name, match in zip(names, matches, strict=True):
         if match and int(match[1]) > 0:
             raise UserError(
-                f"{path} (config.data.distractors) holds {printable(name)}, an image of a person by its name: expected "
-                "distractors alone."
+                f"{path} (config.data.distractors) contains {printable(name)}, named like an image of a person: "
+                "expected only distractors."
             )
     camera = np.array([int(match[2]) if match else 0 for match in matches], np.int32)
     return tree.reader, Listing(tuple(names), np.zeros(len(names), np.int32), camera, (), tuple(unusable))

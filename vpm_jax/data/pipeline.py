@@ -1,8 +1,8 @@
-"""From numbers to batches: grain pipelines that decode, flip, crop, resize and label images on the host.
+"""Grain pipelines that decode, flip, crop, resize and label images on the host.
 
-An element is a host's whole batch, so that grain's cost per element vanishes; its threads and worker
-processes work on different steps. Loading has no randomness of its own: a batch is a function of the
-configuration and the step (see `sampling`), whatever the number of threads, workers and hosts.
+A grain element is this host's whole batch, which makes grain's overhead per element negligible. Loading has no
+randomness of its own: a batch is a function of the config and the step (see `sampling`) for any number of threads,
+workers and hosts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import cv2
 import grain
@@ -35,14 +35,32 @@ from vpm_jax.geometry import Box, covered_cells, feature_shape
 from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 from vpm_jax.schedule import stage_at
 
-Batch = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
-# The threads and processes here already fill the cores: OpenCV's own would fight them.
+# Loader threads and processes already use all cores.
 cv2.setNumThreads(0)
 
 
+class Batch(TypedDict):
+    """A host's rows of a global batch: b images of H x W pixels."""
+
+    image: np.ndarray  # uint8 [b, H, W, 3] RGB
+    identity: np.ndarray  # int32 [b]; 0..K-1 in training, otherwise as in the dataset, -1 in padding
+    camera: np.ndarray  # int32 [b]; -1 in padding and in datasets without cameras
+    valid: NotRequired[np.ndarray]  # bool [b, h, w]; with data.fit "pad", the cells that the image covers
+
+
+class TrainBatch(Batch):
+    labels: np.ndarray  # int32 [b, h, w]
+    visible: np.ndarray  # bool [b, P]
+
+
+class EvalBatch(Batch):
+    real: np.ndarray  # bool [b]; False in padding
+
+
 class Axis(NamedTuple):
-    """Pixels [start, stop) of an image's `length`, laid on pixels [first, last) of the input's `canvas`."""
+    """Pixels [start, stop) of an image's `length`, placed on pixels [first, last) of the input's `canvas`."""
 
     start: int
     stop: int
@@ -55,22 +73,22 @@ class Axis(NamedTuple):
         return covered_cells(self.first, self.last, self.canvas, cells)
 
 
-@lru_cache(maxsize=16384)  # boxes in whole pixels repeat; projecting costs as much as decoding
-def _project_axis(axis: Axis, parts: int, cells: int, min_cells: int):
-    """Labels [cells] and visible parts [parts] along one axis."""
-    # The whole input as a box of the image, which the picture may fill in part.
+@lru_cache(maxsize=16384)  # boxes in whole pixels repeat, and projecting costs as much as decoding
+def _project_axis(axis: Axis, regions: int, cells: int, min_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """(labels int [cells], visible bool [regions]) along one axis."""
+    # The whole canvas in the image's pixels: larger than the kept pixels if the image is padded.
     kept, filled = axis.stop - axis.start, axis.last - axis.first
     start, size = axis.start - axis.first * kept / filled, axis.canvas * kept / filled
-    return axis_labels(start / axis.length, size / axis.length, parts, cells, min_cells, axis.cells(cells))
+    return axis_labels(start / axis.length, size / axis.length, regions, cells, min_cells, axis.cells(cells))
 
 
 def cut(image: np.ndarray, box: Box, flip: bool, fill: np.ndarray | int = 0) -> np.ndarray:
-    """The box (top, left, bottom, right) of the image, or of its mirror image if `flip`: uint8 [h, w, 3].
+    """Cuts the box (top, left, bottom, right) from the image, or from its mirror image if `flip`: uint8 [h, w, 3].
 
-    A box may reach beyond the image, where it shows the colour `fill`.
+    Where the box reaches beyond the image, the result has the color `fill`.
     """
     top, left, bottom, right = box
-    if flip:  # before the crop: the mirrored box, mirrored, is the same pixels and less work
+    if flip:  # mirroring the cut is less work than mirroring the image
         left, right = image.shape[1] - right, image.shape[1] - left
     inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     if inside.shape[:2] != (bottom - top, right - left):
@@ -83,27 +101,27 @@ def cut(image: np.ndarray, box: Box, flip: bool, fill: np.ndarray | int = 0) -> 
 
 
 def _moved(box: Box, down: float, right: float) -> Box:
-    """The box moved by these shares of its height and width, in whole pixels."""
+    """The box moved by these fractions of its height and width, in whole pixels."""
     y, x = round(down * (box[2] - box[0])), round(right * (box[3] - box[1]))
     return box[0] + y, box[1] + x, box[2] + y, box[3] + x
 
 
-def _light(image: np.ndarray, brightness: float, contrast: float) -> None:
-    """Multiplies an image's brightness, and its contrast about middle grey, in place."""
+def _jitter(image: np.ndarray, brightness: float, contrast: float) -> None:
+    """Scales an image's brightness, and its contrast around middle gray, in place."""
     table = contrast * (brightness * np.arange(256) - 128) + 128
     image[:] = cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8))
 
 
 class _Loader:
-    """What both kinds of batches share: pixels of rows [first, last) of a global batch."""
+    """Shared by both kinds of batches: loads the pixels of rows [first, last) of a global batch."""
 
     def __init__(self, config: ConfigDict, split: Split, batch: int, host_index: int, host_count: int):
         if not 0 <= host_index < host_count:
             raise ValueError(f"host {host_index} of {host_count}")
         if batch % host_count:
             raise UserError(
-                f"A batch of {batch} images cannot be divided among {host_count} hosts: "
-                "use a batch that is a multiple of the hosts."
+                f"A batch of {batch} images cannot be divided among {host_count} hosts: choose a multiple of that "
+                "number."
             )
         self._split, self._names = split, split.names
         if min(config.data.height, config.data.width) < 1:
@@ -120,7 +138,7 @@ class _Loader:
         return feature_shape(*canvas, m.stem, m.last_stride, tuple(m.strides))
 
     def read(self, index: int) -> np.ndarray:
-        """The decoded image. Raises UserError, naming it, if it cannot be read."""
+        """The decoded image. Raises UserError if it cannot be read."""
         return decode(self._split.read(index), self._names[index], self._split.upright)
 
     def _put(
@@ -133,16 +151,16 @@ class _Loader:
         shift: tuple[float, float] = (0.0, 0.0),
         jitter: Sequence[float] = (1.0, 1.0),
     ) -> tuple[Axis, Axis]:
-        """Fills `out` [H, W, 3] with the image, cropped; what of the image's height and width lies where on it."""
+        """Writes the cropped image into `out` [H, W, 3]. Returns how its height and width map to those of `out`."""
         (height, width), canvas = image.shape[:2], (out.shape[0], out.shape[1])
         top, left, bottom, right = box = _moved(pixel_box(crop, height, width), *shift)
         y, x, y_end, x_end = self._fit(cut(image, box, flip, self._fit.fill), out, place)
         if tuple(jitter) != (1, 1):
-            _light(out[y:y_end, x:x_end], *jitter)
+            _jitter(out[y:y_end, x:x_end], *jitter)
         return Axis(top, bottom, height, y, y_end, canvas[0]), Axis(left, right, width, x, x_end, canvas[1])
 
     def _pixels(self, canvas: tuple[int, int]) -> np.ndarray:
-        # Fresh for every batch: JAX on CPU may keep using the memory of an array it was given.
+        # Allocated for every batch: JAX on CPU may keep using the memory of an array it was given.
         return np.empty((self._count, *canvas, 3), np.uint8)
 
 
@@ -164,41 +182,41 @@ class _TrainLoader(_Loader):
         self._skips = config.data.corrupt == "skip"
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
-        """(index, image), or the next image of the identity that can be read, whoever loads it and when."""
+        """(index, image) of this image or, if config.data.corrupt is "skip", the next readable one of its identity."""
         try:
             return index, self.read(index)
         except UserError as error:
             if not self._skips:
-                again = "or train with --config.data.corrupt=skip, which takes another image of its identity"
-                raise UserError(f"{str(error).removesuffix('.')}; {again}.") from None
+                advice = "or train with --config.data.corrupt=skip, which uses another image of its identity"
+                raise UserError(f"{str(error).removesuffix('.')}; {advice}.") from None
             same = np.flatnonzero(self._identity == self._identity[index])
             for other in np.roll(same, -1 - np.searchsorted(same, index))[:-1].tolist():
                 with contextlib.suppress(UserError):
                     return other, self.read(other)
             raise
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> Arrays:
         plan, stage = self._sampler.plan(int(step)), stage_at(self._sampler.stages, int(step))
         canvas = stage.height, stage.width
         h, w = self._shape or self._feature_shape(canvas)
-        columns_of_labels = 1 if self._model.locator == "row" and not self._shape else w
-        mine = slice(self._first, self._last)
-        planned, indices, pixels = plan.indices[mine], plan.indices[mine].copy(), self._pixels(canvas)
+        label_width = 1 if self._model.locator == "row" and not self._shape else w
+        local = slice(self._first, self._last)
+        planned, indices, pixels = plan.indices[local], plan.indices[local].copy(), self._pixels(canvas)
         valid = np.zeros((self._count, h, w), bool)
         rows, columns = [], []
         flips, shifts, jitters, places, erased = (
-            numbers[mine].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
+            numbers[local].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
         )
         for row, (out, flip, crop, shift, jitter, place, (y, x, y_end, x_end)) in enumerate(
-            zip(pixels, flips, plan.crops[mine], shifts, jitters, places, erased, strict=True)
+            zip(pixels, flips, plan.crops[local], shifts, jitters, places, erased, strict=True)
         ):
             indices[row], image = self._readable(int(planned[row]))
             down, across = self._put(out, image, crop, place, flip, shift, jitter)
             out[y:y_end, x:x_end] = self._fit.fill
             rows.append(_project_axis(down, self._grid.rows, h, self._min_cells))
-            columns.append(_project_axis(across, self._grid.cols, columns_of_labels, self._min_cells))
+            columns.append(_project_axis(across, self._grid.cols, label_width, self._min_cells))
             valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
-        # The projection is separable: the rows' and the columns' make the whole batch's in one go.
+        # The projection is separable, so rows and columns combine for the whole batch at once.
         (row_labels, row_visible), (column_labels, column_visible) = (
             (np.stack([labels for labels, _ in axis]), np.stack([visible for _, visible in axis]))
             for axis in (rows, columns)
@@ -206,7 +224,7 @@ class _TrainLoader(_Loader):
         labels = row_labels[:, :, None] * np.int32(self._grid.cols) + column_labels[:, None, :]
         visible = (row_visible[:, :, None] & column_visible[:, None, :]).reshape(self._count, -1)
         if self._hides < 1:
-            visible &= ~self._hidden(labels, plan.erased[mine], canvas)
+            visible &= ~self._hidden(labels, plan.erased[local], canvas)
         batch = {
             "image": pixels,
             "identity": self._identity[indices],
@@ -216,13 +234,13 @@ class _TrainLoader(_Loader):
         }
         if self._fit.pads:
             batch["valid"] = valid
-        # What `_iterate` tells of: this may be another process.
+        # `_iterate` reports these in the main process.
         return batch | {"unread": np.where(planned != indices, planned, -1)} if self._skips else batch
 
     def _hidden(self, labels: np.ndarray, erased: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-        """Of which regions erasing takes more than data.erasing_hides: bool [b, P], of labels [b, h, w]."""
+        """Regions that lose more than data.erasing_hides of their cells: bool [b, P], from labels [b, h, w]."""
 
-        def covered(start: np.ndarray, stop: np.ndarray, cells: int, length: int) -> np.ndarray:  # [b, cells], shares
+        def covered(start: np.ndarray, stop: np.ndarray, cells: int, length: int) -> np.ndarray:  # fractions [b, cells]
             edges = np.arange(cells + 1) / cells * length
             inside = np.minimum(edges[1:], stop[:, None]) - np.maximum(edges[:-1], start[:, None])
             return np.maximum(inside, 0) * (cells / length)
@@ -243,7 +261,7 @@ class _EvalLoader(_Loader):
         self._canvas = int(config.data.height), int(config.data.width)
         self._shape = self._feature_shape(self._canvas)
 
-    def __call__(self, number: int) -> Batch:
+    def __call__(self, number: int) -> Arrays:
         first = int(number) * self._batch + self._first
         count = max(0, min(self._count, len(self._split) - first))
         pixels = self._pixels(self._canvas)
@@ -261,16 +279,16 @@ class _EvalLoader(_Loader):
 
 
 def eval_crops(crop: str, gamma: float, count: int) -> list[Crop]:
-    """What `eval_batches` keeps of each of `count` images."""
+    """The crops that `eval_batches` cuts from `count` images."""
     if crop in ("bilateral", "horizontal", "any"):
-        # The protocol's own stream, not the training seed's: every run is asked the same question.
+        # The key does not depend on config.seed: all runs are evaluated on the same crops.
         draws = uniform((0, 0, 3), 3 * count).reshape(-1, 3).tolist()
         return [draw_crop(crop, gamma, (a, b, c)) for a, b, c in draws]
     return [draw_crop(crop, gamma, (0.0, 0.0, 0.0))] * count
 
 
 def eval_picture(split: Split, index: int, crop: Crop) -> np.ndarray:
-    """An image of the split as people are shown it: cropped, not resized. uint8 [h, w, 3]; UserError as `decode`."""
+    """A cropped image of the split for display, not resized: uint8 [h, w, 3]. Raises as `decode` does."""
     image = decode(split.read(index), split.names[index], split.upright)
     return cut(image, pixel_box(crop, *image.shape[:2]), flip=False)
 
@@ -283,27 +301,23 @@ def train_batches(
     total_steps: int,
     host_index: int = 0,
     host_count: int = 1,
-) -> Generator[Batch]:
+) -> Generator[TrainBatch]:
     """This host's rows of the training batches of steps [start_step, total_steps) (Sections 3.3 and 3.4).
 
-    Each image is flipped with probability config.data.flip, cropped (config.data.crop and .gamma), and
-    the box is resized to config.data.height x width. Labels and visible set are projected from the box
-    of whole pixels that was cut.
+    Images are flipped, cropped and resized to the stage's input size as config.data says. Labels and the visible set
+    are projected from the box of whole pixels that was cut.
 
     Args:
-      config: the experiment's.
+      config: of the experiment.
       split: the training images.
-      shape: (h, w) of the feature map that labels are for; None: the model's, (h, 1) for a row locator.
-      start_step: the first step; the batches are those a run from step 0 gives.
-      total_steps: the step to stop before, at most that of the schedule's end.
-      host_index: this host; it loads its contiguous rows of the global batch of B images.
-      host_count: the number of hosts, a divisor of B.
+      shape: (h, w) of the feature map that the labels are for; None: the model's, (h, 1) for a row locator.
+      start_step: the first step.
+      total_steps: the step to stop before, at most the end of the schedule.
+      host_index: this host, which loads contiguous rows of the global batch.
+      host_count: the number of hosts, a divisor of the batch size.
 
     Returns:
-      An iterator (`close()` ends its threads and processes) of dicts, b = B / host_count:
-      image uint8 [b, H, W, 3] RGB; identity int32 [b], 0..K-1; camera int32 [b], -1 where there are none;
-      labels int32 [b, h, w]; visible bool [b, P]; with data.fit "pad" valid bool [b, h, w], the cells of T that the
-      picture covers. H x W is the stage's.
+      An iterator; `close()` ends its threads and processes.
 
     Raises:
       UserError: at once for values out of range; while iterating for an image that cannot be read.
@@ -323,26 +337,22 @@ def eval_batches(
     gamma: float = 1.0,
     host_index: int = 0,
     host_count: int = 1,
-) -> Generator[Batch]:
-    """Every image of the split once and in order, in batches of config.eval.batch, the last one padded.
+) -> Generator[EvalBatch]:
+    """All images of the split in order, in batches of config.eval.batch, the last one padded.
 
-    Queries of the paper's Table 1 are cropped with `crop=config.eval.crop` at a fixed `gamma`; nothing is
-    flipped. A strategy that draws ("bilateral", "horizontal", "any") draws the same for an image at every
-    gamma and in every run.
+    The random strategies ("bilateral", "horizontal", "any") draw the same numbers for an image at every gamma and in
+    every run.
 
     Args:
-      config: the experiment's.
+      config: of the experiment.
       split: query or gallery.
-      crop: one of vpm_jax.regions.CROPS; the default keeps the image whole.
+      crop: one of vpm_jax.regions.CROPS; the default keeps images whole.
       gamma: the kept area ratio, in (0, 1].
-      host_index: this host; it loads its contiguous rows of every batch.
-      host_count: the number of hosts, a divisor of config.eval.batch.
+      host_index: this host, which loads contiguous rows of every batch.
+      host_count: the number of hosts, a divisor of config.eval.batch. All hosts get the same number of batches.
 
     Returns:
-      An iterator (`close()` ends its threads and processes) of dicts, b = config.eval.batch / host_count:
-      image uint8 [b, H, W, 3] RGB; identity and camera int32 [b], as in the dataset, -1 in padding;
-      real bool [b], False in padding; with data.fit "pad" valid bool [b, h, w] as in `train_batches`. Every host gets
-      the same number of batches.
+      An iterator; `close()` ends its threads and processes.
 
     Raises:
       UserError: at once for values out of range; while iterating for an image that cannot be read.
@@ -359,7 +369,7 @@ def eval_batches(
 
 
 def _begin_worker(worker_index: int, worker_count: int) -> None:
-    """A loader process ends with the main one: not by Ctrl-C, which reaches both, and even when that was killed."""
+    """Makes a loader process end with the main process, even a killed one, but not by Ctrl-C, which reaches both."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -371,11 +381,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Batch]:
-    """loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
+def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Any]:
+    """Yields loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
     threads, workers = int(config.data.threads), int(config.data.workers)
     if threads < 0 or workers < 0:
-        raise UserError(f"config.data has {threads} threads and {workers} workers, expected none below 0.")
+        raise UserError(f"config.data has {threads} threads and {workers} workers, expected numbers from 0.")
     dataset = (
         grain.MapDataset.range(start, stop)
         .map(loader)
@@ -384,7 +394,7 @@ def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generato
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts processes
             flags.FLAGS.mark_as_parsed()
-        # A loader that is stopped early leaves batches in shared memory. Python's tracker frees them, and would say so.
+        # A loader that is stopped early leaves batches in shared memory. Python's tracker frees them with a warning.
         quiet = "ignore:resource_tracker"
         if quiet not in os.environ.get("PYTHONWARNINGS", ""):
             os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
@@ -397,7 +407,7 @@ def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generato
     return batches
 
 
-def _iterate(dataset: grain.IterDataset, loader: _Loader, copy: bool) -> Generator[Batch]:
+def _iterate(dataset: grain.IterDataset, loader: _Loader, copy: bool) -> Generator[Any]:
     iterator = iter(dataset)
     unread: Counter[int] = Counter()
     try:
@@ -405,43 +415,42 @@ def _iterate(dataset: grain.IterDataset, loader: _Loader, copy: bool) -> Generat
             for index in batch.pop("unread", np.empty(0)).tolist():
                 if index >= 0:
                     if index not in unread:
-                        _tell(loader, index)
+                        _warn(loader, index)
                     unread[index] += 1
-            # Plain arrays, not views of the shared memory that a worker process sent.
+            # Copied out of the shared memory of a worker process.
             yield {key: np.array(value) for key, value in batch.items()} if copy else batch
     except UserError as error:
-        raise UserError(str(error)) from None  # without the notes and frames that grain adds
+        raise UserError(str(error)) from None  # drops the notes and frames that grain adds
     except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):  # grain's words
+        if "terminated unexpectedly" not in str(error):
             raise
         code = str(error).partition("exit code ")[2].partition(".")[0]
         raise UserError(
-            f"A loader process died (exit code {code}; -9 is most often the system's, when memory runs out): "
+            f"A loader process died (exit code {code}; -9 usually means out of memory): "
             "run the same command again, with fewer config.data.workers if it dies again."
         ) from None
     finally:
         iterator.close()
         if unread:
             print(
-                f"warning: {len(unread)} training images could not be read, and others took their place "
-                f"{unread.total()} times.",
+                f"warning: {len(unread)} training images could not be read and were replaced {unread.total()} times.",
                 file=sys.stderr,
             )
 
 
-def _tell(loader: _Loader, index: int) -> None:
+def _warn(loader: _Loader, index: int) -> None:
     try:
         loader.read(index)
     except UserError as error:
-        print(f"warning: another image of the identity takes the place of one: {error}", file=sys.stderr)
+        print(f"warning: replaced an image by another of its identity: {error}", file=sys.stderr)
 
 
-_running: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+_running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Ends the processes of iterators nobody closed while the interpreter still can do so quietly."""
+    """Ends the processes of iterators that were never closed, before the interpreter shuts down."""
     for batches in list(_running):
-        with contextlib.suppress(ValueError):  # another thread is inside it
+        with contextlib.suppress(ValueError):  # running in another thread
             batches.close()

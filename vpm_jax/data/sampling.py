@@ -1,8 +1,8 @@
-"""Which images a training step sees, how they are flipped and cropped: pure functions of (seed, step).
+"""Planning training batches: which images, and how to flip, crop and augment them, from (seed, step) alone.
 
-The whole global batch is drawn as numbers before any image is read, so it depends neither on how many
-hosts and workers load it nor on the step at which a run was resumed. The numbers come from the raw
-stream of Philox, which NumPy keeps from version to version (the methods of its Generator may change).
+The whole global batch is drawn as numbers before any image is read, so it does not depend on the number of hosts and
+workers or on where a run was resumed. The numbers come from the raw stream of Philox, which is stable across NumPy
+versions, unlike the methods of Generator.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from vpm_jax.geometry import PLACES
 from vpm_jax.regions import CROPS, Crop, draw_crop
 from vpm_jax.schedule import Stage, schedule, stage_at
 
-# What a stream of random numbers is for: one word of its key.
+# The purpose of a random stream, a part of its key.
 _ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE, _PLACE = range(8)
 
 
 class Plan(NamedTuple):
-    """A global batch as numbers."""
+    """How to make a global batch of B images."""
 
     indices: np.ndarray  # int64 [B], into the split
-    flips: np.ndarray  # bool [B], mirrored before the crop
-    crops: tuple[Crop, ...]  # B boxes, fractions of the (flipped) image
-    shifts: np.ndarray  # float64 [B, 2], by how much of its height and width each box moves down and right
+    flips: np.ndarray  # bool [B], mirror before the crop
+    crops: tuple[Crop, ...]  # B boxes, fractions of the flipped image
+    shifts: np.ndarray  # float64 [B, 2], move the box down and right by these fractions of its height and width
     jitters: np.ndarray  # float64 [B, 2], brightness and contrast
-    places: np.ndarray  # float64 [B, 2], where padded pictures lie: see `geometry.fit_box`
-    erased: np.ndarray  # int64 [B, 4], (top, left, bottom, right) in pixels of the network's input, all 0 for nothing
+    places: np.ndarray  # float64 [B, 2], positions of padded images, see `geometry.fit_box`
+    erased: np.ndarray  # int64 [B, 4], (top, left, bottom, right) in pixels of the input; all 0: nothing
 
 
 def uniform(key: tuple[int, ...], count: int) -> np.ndarray:
-    """float64 [count] in [0, 1), a function of `key` (non-negative integers) alone, in any NumPy version."""
+    """float64 [count] in [0, 1), determined by `key` (non-negative integers) in any NumPy version."""
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return (raw >> np.uint64(11)) * 2.0**-53
 
@@ -44,7 +44,7 @@ def _shuffled(key: tuple[int, ...], count: int) -> np.ndarray:
     return np.argsort(uniform(key, count), kind="stable")
 
 
-@lru_cache(maxsize=8)  # a batch needs one pass, rarely two; loader threads may be some steps apart
+@lru_cache(maxsize=8)  # a batch needs one pass, rarely two, and loader threads may be several steps apart
 def _pass_order(seed: int, stage: int, number: int, count: int) -> np.ndarray:
     """The order of one pass over `count` images or identities, int64 [count]."""
     order = _shuffled((seed, stage, _ORDER, number), count)
@@ -53,38 +53,39 @@ def _pass_order(seed: int, stage: int, number: int, count: int) -> np.ndarray:
 
 
 def kept_ratios(quantiles: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Kept area ratios of the distribution that config.data.gamma gives, from numbers in [0, 1): float64 [B].
+    """Kept area ratios drawn from the distribution of config.data.gamma: float64 [B].
 
     Args:
-      quantiles: float64 [n] from 2, ascending, at equal steps: linear in between, U(low, high) for n = 2. Above 1 is 1.
-      draws: float64 [B].
+      quantiles: float64 [n >= 2], ascending and equally spaced, with linear interpolation: U(low, high) for n = 2.
+        Ratios above 1 become 1.
+      draws: float64 [B] in [0, 1).
     """
-    place = (len(quantiles) - 1) * draws
-    below = np.minimum(place.astype(int), len(quantiles) - 2)  # a draw just below 1 may be rounded up
-    return np.minimum(1.0, quantiles[below] + np.diff(quantiles)[below] * (place - below))
+    position = (len(quantiles) - 1) * draws
+    below = np.minimum(position.astype(int), len(quantiles) - 2)  # a draw just below 1 may be rounded up
+    return np.minimum(1.0, quantiles[below] + np.diff(quantiles)[below] * (position - below))
 
 
 class Sampler:
-    """Plans batches of a split; stateless: `plan(step)` is a function of the configuration and the step.
+    """Plans batches of a split. Stateless: `plan(step)` depends only on the config and the step.
 
-    A "plain" stage goes through the images in a new order each pass, without replacement, across the
-    bounds of epochs. A "pk" stage goes through the identities in a new order each pass (what does not
-    fill a batch is left out of that pass), and takes `images_per_identity` images of each without
-    replacement; an identity with fewer repeats each equally often, but for a remainder.
+    A "plain" stage runs through the images without replacement, in a new order each pass; passes ignore epochs. A "pk"
+    stage does the same with identities, except that it drops an incomplete batch at the end of a pass. It draws
+    `images_per_identity` images of each identity without replacement; identities with fewer images repeat them as
+    evenly as possible.
 
     Args:
-      config: the experiment's.
+      config: of the experiment.
       labels: int [N], the identities of the split's images, 0..K-1.
 
     Raises:
-      UserError: see `schedule`; also for crop, gamma, flip or seed out of range.
+      UserError: as `schedule`, and for crop, gamma, flip or seed out of range.
     """
 
     def __init__(self, config: ConfigDict, labels: np.ndarray):
         labels = np.asarray(labels)
         if not len(labels):
             raise UserError("The training set has no images: check config.data.root.")
-        # Sorted by identity, and where each identity ends: its images without a loop over them.
+        # The images of each identity.
         self._images = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
         self._num_images = len(labels)
         self.stages = schedule(config, self._num_images, len(self._images))
@@ -100,8 +101,8 @@ class Sampler:
             raise UserError(f"config.data.crop is {self._crop!r}, expected one of {', '.join(CROPS)}.")
         if len(self._gamma) < 2 or not self._gamma[0] > 0 or (np.diff(self._gamma) < 0).any():
             raise UserError(
-                f"config.data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high, or quantiles "
-                "that ascend so."
+                f"config.data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high, or ascending "
+                "quantiles above 0."
             )
         if not 0 <= self._flip <= 1:
             raise UserError(f"config.data.flip is {self._flip}, expected a probability in [0, 1].")
@@ -111,12 +112,9 @@ class Sampler:
         return self.stages[0].batch
 
     def plan(self, step: int) -> Plan:
-        """The global batch of a step: images, flips (before the crop), crops of `kept_ratios`, ...
+        """Plans the global batch of a step. Raises ValueError for a step outside the schedule.
 
-        What a key adds has a stream of its own: the other numbers stay what they are without it.
-
-        Raises:
-          ValueError: for a step outside the schedule.
+        Every augmentation has its own stream, so that turning it on does not change the other numbers.
         """
         stage = stage_at(self.stages, step)
         step -= stage.first_step
@@ -148,7 +146,7 @@ class Sampler:
         return Plan(indices, draws[:, 0] < self._flip, crops, shifts, jitters, places, erased)
 
     def _erasures(self, stage: Stage, draws: np.ndarray) -> np.ndarray:
-        """Rectangles of Plan.erased from numbers in [0, 1), both [B, ...]; none is larger than the picture."""
+        """Plan.erased from draws [B, 5] in [0, 1). Rectangles fit into the image."""
         low, high = self._erasing_area
         size = np.array([stage.height, stage.width])
         area = (low + (high - low) * draws[:, 1]) * size.prod()
@@ -160,18 +158,18 @@ class Sampler:
         return np.where(draws[:, :1] < self._erasing, boxes, 0)
 
     def _plain(self, stage: Stage, step: int) -> np.ndarray:
-        """Positions [step * B, (step + 1) * B) of the passes laid end to end."""
+        """Positions [step * B, (step + 1) * B) of the concatenated passes."""
         first, last = step * stage.batch, (step + 1) * stage.batch
-        pieces = []
+        slices = []
         while first < last:
             number, start = divmod(first, self._num_images)
             stop = min(self._num_images, start + last - first)
-            pieces.append(_pass_order(self._seed, stage.index, number, self._num_images)[start:stop])
+            slices.append(_pass_order(self._seed, stage.index, number, self._num_images)[start:stop])
             first += stop - start
-        return np.concatenate(pieces)
+        return np.concatenate(slices)
 
     def _balanced(self, stage: Stage, step: int) -> np.ndarray:
-        """P identities of the pass, K images of each, identity by identity."""
+        """The next P identities of the pass with K images each, identity by identity."""
         number, position = divmod(step, len(self._images) // stage.identities)
         order = _pass_order(self._seed, stage.index, number, len(self._images))
         chosen = order[position * stage.identities : (position + 1) * stage.identities]
@@ -186,5 +184,5 @@ class Sampler:
 
 
 def plan(config: ConfigDict, labels: np.ndarray, step: int) -> Plan:
-    """One step's `Sampler(config, labels).plan(step)`; a Sampler is quicker for many."""
+    """`Sampler(config, labels).plan(step)`. For many steps, keep a Sampler."""
     return Sampler(config, labels).plan(step)

@@ -1,4 +1,4 @@
-"""A dataset as names and numbers: splits of images that are read when asked for."""
+"""Splits of a dataset: names, identities and cameras, with images read on demand."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import numpy as np
 
 
 class Reader(Protocol):
-    """Reads one image of a source by its name, or by its position there. Picklable."""
+    """Reads one image of a source, by its name or its position there. Must pickle."""
 
     def read(self, name: str, position: int) -> bytes: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """N images of one split; picklable."""
+    """The N images of one split. Pickles."""
 
     name: str  # "train" | "query" | "gallery" | "multi_query"
-    names: tuple[str, ...]  # an image's path inside the dataset
+    names: tuple[str, ...]  # paths inside the dataset
     identity: np.ndarray  # int32 [N], as in the dataset: -1 junk, 0 distractor
-    camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras, so metrics drop nothing by camera
+    camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras, and metrics drop nothing by camera
     reader: Reader | None = None
-    position: np.ndarray | None = None  # int64 [N], of each image in the reader's source; None: 0..N-1
-    upright: bool = False  # whether images are turned as their EXIF orientation says: own pictures, no dataset's
+    position: np.ndarray | None = None  # int64 [N], in the reader's source; None: 0..N-1
+    upright: bool = False  # rotate by the EXIF orientation; for the user's own images
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, i: int) -> bytes:
-        """The encoded image i. UserError, naming it, if it cannot be read."""
+        """The encoded image i. Raises UserError if it cannot be read."""
         assert self.reader is not None, "this split has no files"
         return self.reader.read(self.names[i], int(i if self.position is None else self.position[i]))
 
-    def take(self, indices) -> Split:
-        """The images `indices` (integers [M], or a mask bool [N]), in that order, as a Split."""
+    def take(self, indices: np.ndarray | list[int]) -> Split:
+        """Selects images by integers [M], in that order, or by a bool mask [N]."""
         chosen = np.arange(len(self))[indices]
         return replace(
             self,
@@ -50,50 +50,52 @@ class Split:
         )
 
     def labels(self) -> np.ndarray:
-        """int32 [N]: the identities renumbered 0..K-1, in increasing order."""
+        """int32 [N]: the identities renumbered 0..K-1, in ascending order."""
         return np.unique(self.identity, return_inverse=True)[1].astype(np.int32)
 
     @property
     def num_identities(self) -> int:
-        """K, the number of different identities."""
+        """K, the number of identities."""
         return len(np.unique(self.identity))
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
+    """The splits of a dataset."""
+
     name: str
-    train: Split  # empty where there is nothing to train on: Partial-REID, Partial-iLIDS
+    train: Split  # empty for test-only datasets, such as Partial-REID
     query: Split
     gallery: Split
-    notes: tuple[str, ...]  # plain sentences: where it was found, what is missing or unexpected
-    multi_query: Split | None = None  # more boxes of the query identities, for multi-query evaluation: see `boxes`
+    notes: tuple[str, ...]  # sentences for the user: the location, and what is missing or unexpected
+    multi_query: Split | None = None  # more images of the query identities, for multi-query evaluation: see `boxes`
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of one split, sorted by file name so that every file system and form gives the same order."""
+    """The files of one split, sorted by name so that folders and zips give the same order."""
 
     names: tuple[str, ...]  # "bounding_box_train/0002_c1s1_000451_03.jpg"
     identity: np.ndarray  # int32 [N]
     camera: np.ndarray | None  # int32 [N]; None: the dataset has no cameras
-    ignored: tuple[str, ...] = ()  # names of files that are no images of a person
-    unusable: tuple[str, ...] = ()  # names of images that cannot be read, such as links that lead nowhere
+    ignored: tuple[str, ...] = ()  # files not named like an image of a person
+    unusable: tuple[str, ...] = ()  # images that cannot be read, such as broken links
 
 
 @dataclass(frozen=True, eq=False)
 class _Joined:
-    """Reads images of several splits, by their position in all of them."""
+    """Reads images of concatenated splits by position."""
 
     splits: tuple[Split, ...]
     first: tuple[int, ...]  # the position of each split's first image
 
     def read(self, name: str, position: int) -> bytes:
-        part = bisect.bisect_right(self.first, position) - 1
-        return self.splits[part].read(position - self.first[part])
+        i = bisect.bisect_right(self.first, position) - 1
+        return self.splits[i].read(position - self.first[i])
 
 
 def join(*splits: Split) -> Split:
-    """One split of all images, named as the first; without cameras if any split has none."""
+    """Concatenates splits under the name of the first. The result has cameras if all splits do."""
     name = splits[0].name
     splits = tuple(filter(len, splits)) or splits[:1]
     cameras = [split.camera for split in splits if split.camera is not None]
@@ -109,7 +111,7 @@ def join(*splits: Split) -> Split:
 
 
 def boxes(query: Split, multi_query: Split) -> list[np.ndarray]:
-    """For each query, the images of `multi_query` of its identity and camera: int arrays of indices."""
+    """For each query, the indices of the images of `multi_query` with its identity and camera."""
     assert query.camera is not None and multi_query.camera is not None
     groups: dict[tuple[int, int], list[int]] = {}
     for i, key in enumerate(zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)):
@@ -119,7 +121,7 @@ def boxes(query: Split, multi_query: Split) -> list[np.ndarray]:
 
 
 def number(texts: Collection[str], start: int) -> dict[str, int]:
-    """A number from `start` on for each text: whole numbers first and in their order, then the rest by name."""
+    """Numbers texts from `start`: whole numbers first, in numeric order, then the rest in alphabetical order."""
 
     def order(text: str) -> tuple[bool, int, str]:
         whole = re.fullmatch(r"-?[0-9]{1,18}", text)
@@ -129,12 +131,12 @@ def number(texts: Collection[str], start: int) -> dict[str, int]:
 
 
 def number_identities(texts: Collection[str]) -> dict[str, int]:
-    """A number from 1 on for each identity, as `number`, and -1 for "-1", which is junk."""
+    """Numbers identities from 1 with `number`. Junk, "-1", stays -1."""
     return number(set(texts) - {"-1"}, 1) | {"-1": -1}
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are not UTF-8, as file names may hold them, written as backslash escapes."""
+    """The text with undecodable bytes of file names as backslash escapes."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

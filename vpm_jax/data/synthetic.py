@@ -1,11 +1,11 @@
-"""The synthetic pedestrians: a re-ID dataset of nobody, rendered on first use in the Market-1501 layout.
+"""Synthetic pedestrians: a re-ID dataset without real people, rendered on first use in the Market-1501 layout.
 
-`ensure` renders a folder once and returns it ever after; every byte is a function of its arguments. Who walks there
-and how they are drawn is in `vpm_jax.data.pedestrians`; here are the cameras, the pictures they take and the folder.
+`ensure` renders the dataset once; every byte is determined by its arguments. This module has the cameras, their images
+and the folder; `vpm_jax.data.pedestrians` has the people and how they are drawn.
 
-What makes it a re-ID problem: families of people who dress alike but for one or two attributes, cameras whose light and
-colour cast make raw colours unreliable, viewpoints that hide a print or show a backpack, boxes that are a little off,
-and things in front of people. The attributes are spread from hair to shoes, so that each region says a little.
+The dataset poses a re-ID problem: people of a family differ in only one or two attributes, every camera has its own
+light and color cast, viewpoints hide a print or reveal a backpack, boxes are slightly off, and objects occlude people.
+Attributes range from hair to shoes, so that every region is informative.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 
 from vpm_jax.data.pedestrians.canvas import Canvas, Paint
 from vpm_jax.data.pedestrians.figure import Pose, draw_person
-from vpm_jax.data.pedestrians.people import Colour, person
+from vpm_jax.data.pedestrians.people import Color, person
 from vpm_jax.errors import UserError
 
-VERSION = 1  # part of the folder's name: raise it with any change of the pictures
+VERSION = 1  # part of the folder's name; increase it with any change of the images
 HEIGHT, WIDTH = 128, 64
-_SCALE = 2  # pictures are drawn at twice their size
-TRAIN, TEST, STRANGERS = 0, 1, 2  # streams of people: none is in two of them
+_SCALE = 2  # images are drawn at twice their size
+TRAIN, TEST, STRANGERS = 0, 1, 2  # disjoint streams of people
 
 Progress = Callable[[int, int], None]
 
@@ -44,15 +44,24 @@ def ensure(
     cameras: int = 4,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder of these pedestrians under `root`, rendered now if it is not there yet.
+    """The folder of a synthetic dataset under `root`, rendered if it does not exist.
 
-    It holds `bounding_box_train`, `query` (one image per test identity and camera) and `bounding_box_test` (the other
-    images of the test identities, strangers as distractors `0000`, bad boxes as junk `-1`): JPEG, 128 high, 64 wide,
-    named `0002_c1s1_000151_01.jpg`. Every identity passes every camera `images_per_camera` times.
+    It contains `bounding_box_train`, `query` (one image per test identity and camera) and `bounding_box_test` (the
+    other images of test identities, strangers as distractors `0000`, bad boxes as junk `-1`). Images are 128 x 64 JPEGs
+    named like `0002_c1s1_000151_01.jpg`. A temporary folder is renamed at the end, so an incomplete dataset never
+    appears.
 
-    `progress(done, total)` is called after each image. The folder appears whole or not at all: it is rendered beside
-    its place and renamed. Raises UserError for numbers that make no dataset, a full disk and a folder that cannot be
-    written.
+    Args:
+      root: the parent folder.
+      seed: of all random numbers.
+      train_identities: number of identities for training.
+      test_identities: number of identities for evaluation.
+      images_per_camera: images of each identity per camera.
+      cameras: number of cameras, which all see every identity.
+      progress: called with (finished images, all images) after each image.
+
+    Raises:
+      UserError: for numbers out of range, a full disk or a folder that cannot be written.
     """
     counts = dict(train=train_identities, test=test_identities, images=images_per_camera, cameras=cameras)
     _check(seed, **counts)
@@ -61,7 +70,7 @@ def ensure(
     if folder.is_dir():
         return folder
     shots = list(_shots(**counts))
-    # A name of its own for each process: two that render at once, or a leftover of a killed one, cannot meet.
+    # A unique name, since another process may be rendering too.
     temporary = root / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         for split in ("bounding_box_train", "query", "bounding_box_test"):
@@ -73,7 +82,7 @@ def ensure(
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
+            if not folder.is_dir():  # otherwise another process was first, with the same bytes
                 raise
     except OSError as error:
         raise _explain(error, root, len(shots)) from error
@@ -85,19 +94,19 @@ def ensure(
 def _check(seed: int, train: int, test: int, images: int, cameras: int) -> None:
     where = "config.data.synthetic"
     if seed < 0:
-        raise UserError(f"{where}.seed is {seed}; it must be 0 or more.")
+        raise UserError(f"{where}.seed is {seed}, expected 0 or more.")
     if train < 1 or test < 1 or train + test > 9999:
         raise UserError(
-            f"{where} asks for {train} training and {test} test identities; it takes at least 1 of each and at most"
-            " 9999 together, since file names number them with four digits."
+            f"{where} has {train} training and {test} test identities, expected at least 1 each and at most 9999 "
+            "together, because file names have four digits for them."
         )
     if not 2 <= cameras <= 9:
         raise UserError(
-            f"{where}.cameras is {cameras}; it must be 2 to 9, so that a query has matches in another camera."
+            f"{where}.cameras is {cameras}, expected 2 to 9, so that queries have matches in other cameras."
         )
     if not 2 <= images <= 99:
         raise UserError(
-            f"{where}.images_per_camera is {images}; it must be 2 to 99: one for the query, the rest for the gallery."
+            f"{where}.images_per_camera is {images}, expected 2 to 99: one for the query and the rest for the gallery."
         )
 
 
@@ -106,28 +115,28 @@ def _explain(error: OSError, root: Path, images: int) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         size = f"about {max(1, round(images * 4 / 1024))} MB"
         return UserError(
-            f"{doing}: no space left ({error.strerror}); they need {size}: free some or set config.data.root elsewhere."
+            f"{doing}: no space left ({error.strerror}); free {size}, or set config.data.root to a folder elsewhere."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(
-            f"{doing}: the folder cannot be written ({error.strerror}); set config.data.root to one that can."
+            f"{doing}: the folder cannot be written ({error.strerror}); set config.data.root to a writable folder."
         )
-    return UserError(f"{doing}: {error.strerror or error}; set config.data.root to a folder that can be written.")
+    return UserError(f"{doing}: {error.strerror or error}; set config.data.root to a writable folder.")
 
 
-# ---------------------------------------------------------------- what is photographed
+# ---- Shots ----
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One image: person `index` of `stream` before a camera, the `take`-th time. `kind`: person, junk, distractor."""
+    """One image to render."""
 
     path: str
     stream: int
-    index: int
+    index: int  # of the person in the stream
     camera: int
-    take: int
-    kind: str = "person"
+    take: int  # of this person by this camera
+    kind: str = "person"  # "person" | "junk" | "distractor"
 
 
 def _shots(train: int, test: int, images: int, cameras: int) -> Iterator[Shot]:
@@ -142,7 +151,7 @@ def _shots(train: int, test: int, images: int, cameras: int) -> Iterator[Shot]:
                 yield Shot(
                     f"{split}/{name(number + 1, camera, 7 * number + 3 * take, take)}", stream, index, camera, take
                 )
-    # About a tenth of the gallery each, as bad boxes and passers-by are in Market-1501.
+    # Junk and distractors are about a tenth of the gallery each, as in Market-1501.
     for extra in range(-(-test * cameras * (images - 1) // 10)):
         camera = 1 + extra % cameras
         junk = f"-1_c{camera}s1_{extra * 25 + 1:06d}_01.jpg"
@@ -151,17 +160,17 @@ def _shots(train: int, test: int, images: int, cameras: int) -> Iterator[Shot]:
         yield Shot(f"bounding_box_test/{distractor}", STRANGERS, extra, camera, 0, "distractor")
 
 
-# ---------------------------------------------------------------- cameras
+# ---- Cameras ----
 
 
 @dataclass(frozen=True)
 class Camera:
-    """What all pictures of a camera share."""
+    """Properties shared by all images of a camera."""
 
-    yaw: float  # the direction most people walk in, in the picture
-    spread: float  # of the others around it
+    yaw: float  # the mean direction in which people walk
+    spread: float  # its standard deviation
     pitch: float
-    light: np.ndarray  # towards the lamp: right, down, towards the viewer
+    light: np.ndarray  # direction to the light: right, down, towards the viewer
     ambient: float
     gain: float
     cast: np.ndarray  # a factor per channel
@@ -171,18 +180,18 @@ class Camera:
     blur: float
     noise: float
     quality: int
-    scene: np.ndarray  # float32 [3, h, w], wider and higher than a picture
+    scene: np.ndarray  # float32 [3, h, w], larger than an image
 
 
 @functools.lru_cache(maxsize=16)
 def camera(seed: int, number: int) -> Camera:
-    """Camera `number` (1, 2, ...): a pure function of the seed and its number."""
+    """Camera `number` (from 1), determined by the seed and the number."""
     rng = np.random.default_rng((seed, 23, number))
     start = np.random.default_rng((seed, 24)).uniform(0, 2 * np.pi)
     light = np.array([rng.uniform(-0.8, 0.8), rng.uniform(-0.9, -0.3), rng.uniform(0.3, 0.8)])
     warm = rng.normal(0, 0.10)
     return Camera(
-        yaw=start + (number - 1) * 2.4,  # the golden angle: neighbours see different sides
+        yaw=start + (number - 1) * 2.4,  # the golden angle, so that cameras see different sides
         spread=rng.uniform(0.5, 0.9),
         pitch=rng.uniform(0.06, 0.26),
         light=light / np.linalg.norm(light),
@@ -199,23 +208,23 @@ def camera(seed: int, number: int) -> Camera:
     )
 
 
-def _colour(values: np.ndarray) -> Colour:
+def _color(values: np.ndarray) -> Color:
     return float(values[0]), float(values[1]), float(values[2])
 
 
 def _texture(rng: np.random.Generator, shape: tuple[int, int], size: float, stretch: float = 1.0) -> np.ndarray:
-    """Smooth noise of unit deviation, with grains `size` pixels wide."""
+    """Smooth noise with standard deviation 1 and grains of `size` pixels."""
     noise = cv2.GaussianBlur(rng.normal(0, 1, shape).astype(np.float32), (0, 0), sigmaX=size * stretch, sigmaY=size)
     return noise / noise.std()
 
 
 def _scene(rng: np.random.Generator) -> np.ndarray:
-    """A street, 330 high and 900 wide: ground in perspective, what stands behind it, and clutter at its edge."""
+    """A street, 330 x 900 pixels: the ground in perspective, a background, and clutter at its foot."""
     height, width = 330, 900
     horizon = int(rng.uniform(0.18, 0.42) * height)
     scene = np.empty((height, width, 3), np.float32)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    # The ground: its grain and joints widen towards the viewer.
+    # The ground, with grain and joints in perspective.
     ground = np.array(((0.55, 0.54, 0.53), (0.62, 0.57, 0.50), (0.43, 0.44, 0.46), (0.52, 0.46, 0.43))[rng.integers(4)])
     far = 1 / np.maximum(y - horizon + 12, 4)
     tone = 1 + 0.05 * _texture(rng, (height, width), 1.2, 2.5) + 0.07 * _texture(rng, (height, width), 14, 3)
@@ -224,7 +233,7 @@ def _scene(rng: np.random.Generator) -> np.ndarray:
         joints = (np.abs(depth % 6 - 3) > 2.7) | (np.abs(across % 1 - 0.5) > 0.46)
         tone -= 0.13 * cv2.GaussianBlur(joints.astype(np.float32), (0, 0), 0.8)
     scene[:] = ground * tone[..., None]
-    # What stands behind it.
+    # The background.
     back = ("wall", "windows", "hedge", "hedge", "shop")[rng.integers(5)]
     top = scene[:horizon]
     shape = top.shape[:2]
@@ -241,24 +250,24 @@ def _scene(rng: np.random.Generator) -> np.ndarray:
                 cv2.rectangle(top, (left, 12), (left + 38, horizon - 30), (0.20, 0.24, 0.29), -1)
                 cv2.rectangle(top, (left, 12), (left + 38, horizon - 30), (0.75, 0.75, 0.73), 2)
             elif back == "shop":
-                colour = _colour(rng.uniform(0.15, 0.85, 3))
-                cv2.rectangle(top, (left, 4), (left + 60, 30), colour, -1)
+                color = _color(rng.uniform(0.15, 0.85, 3))
+                cv2.rectangle(top, (left, 4), (left + 60, 30), color, -1)
                 cv2.rectangle(top, (left, 34), (left + 56, horizon), (0.14, 0.15, 0.17), -1)
     top *= np.linspace(1.05, 0.85, horizon, dtype=np.float32)[:, None, None]
-    cv2.rectangle(scene, (0, horizon - 3), (width, horizon + 2), (0.36, 0.35, 0.34), -1)  # the kerb
-    # Clutter at its foot: parked bicycles, posts, bins and bags of anything.
+    cv2.rectangle(scene, (0, horizon - 3), (width, horizon + 2), (0.36, 0.35, 0.34), -1)  # the curb
+    # Clutter: bicycles, posts, bins.
     for _ in range(int(rng.integers(6, 18))):
         at, foot = int(rng.integers(0, width)), horizon + int(rng.integers(0, 50))
-        colour = _colour(rng.uniform(0.08, 0.75) * rng.uniform(0.6, 1.2, 3))
+        color = _color(rng.uniform(0.08, 0.75) * rng.uniform(0.6, 1.2, 3))
         match rng.integers(4):
             case 0 | 1:
-                _bicycle(scene, at, foot, int(rng.integers(22, 34)), colour)
+                _bicycle(scene, at, foot, int(rng.integers(22, 34)), color)
             case 2:
                 tall = int(rng.integers(60, 160))
-                cv2.rectangle(scene, (at, foot - tall), (at + int(rng.integers(4, 9)), foot), colour, -1)
+                cv2.rectangle(scene, (at, foot - tall), (at + int(rng.integers(4, 9)), foot), color, -1)
             case _:
                 wide = int(rng.integers(25, 70))
-                cv2.rectangle(scene, (at, foot - int(rng.integers(25, 60))), (at + wide, foot), colour, -1)
+                cv2.rectangle(scene, (at, foot - int(rng.integers(25, 60))), (at + wide, foot), color, -1)
     return _planes(np.clip(cv2.GaussianBlur(scene, (0, 0), 1.3), 0, 1))
 
 
@@ -270,8 +279,8 @@ def _picture(planes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(planes.transpose(1, 2, 0))
 
 
-def _bicycle(picture: np.ndarray, x: int, foot: int, radius: int, colour: Colour) -> None:
-    """A bicycle from the side, its left wheel standing at (x, foot)."""
+def _bicycle(picture: np.ndarray, x: int, foot: int, radius: int, color: Color) -> None:
+    """Draws a bicycle from the side, its left wheel standing at (x, foot)."""
     left, right = (x, foot - radius), (x + int(2.3 * radius), foot - radius)
     saddle, bar = (x + int(0.8 * radius), foot - int(2.1 * radius)), (x + int(1.9 * radius), foot - int(2.2 * radius))
     pedal = (x + int(1.1 * radius), foot - radius)
@@ -288,20 +297,20 @@ def _bicycle(picture: np.ndarray, x: int, foot: int, radius: int, colour: Colour
                 1,
             )
     for a, b in ((left, pedal), (pedal, bar), (saddle, pedal), (saddle, bar), (bar, right), (left, saddle)):
-        cv2.line(picture, a, b, colour, 3)
+        cv2.line(picture, a, b, color, 3)
     cv2.ellipse(picture, saddle, (9, 4), 0, 0, 360, (0.08, 0.08, 0.08), -1)
 
 
-# ---------------------------------------------------------------- pictures
+# ---- Images ----
 
 
 def render(seed: int, shot: Shot) -> np.ndarray:
-    """The picture of a shot: uint8 [128, 64, 3] RGB."""
+    """The image of a shot: uint8 [128, 64, 3] RGB."""
     rng = np.random.default_rng((seed, 31, shot.stream, shot.index, shot.camera, shot.take))
     cam = camera(seed, shot.camera)
     who = person(seed, shot.stream, shot.index)
     height, width = HEIGHT * _SCALE, WIDTH * _SCALE
-    # The detector's box: nearly right, unless the box itself is what is wrong.
+    # A detection box with small errors, or large ones for junk and half of the distractors.
     tall = rng.uniform(0.88, 0.97) * height
     x, ground = width * (0.5 + rng.normal(0, 0.035)), height * (0.965 + rng.normal(0, 0.012))
     if shot.kind == "junk" or (shot.kind == "distractor" and rng.random() < 0.5):
@@ -316,15 +325,15 @@ def render(seed: int, shot: Shot) -> np.ndarray:
         ambient=cam.ambient,
         seed=int(rng.integers(1000)),
     )
-    stretch = rng.uniform(1.15, 1.4)  # boxes are squeezed to 1:2
-    if rng.random() < 0.22:  # somebody further back
+    stretch = rng.uniform(1.15, 1.4)  # boxes are resized to 1:2
+    if rng.random() < 0.22:  # a person further back
         other = person(seed, STRANGERS, int(rng.integers(400)))
         aside = rng.choice((-1, 1)) * rng.uniform(0.25, 0.55) * width
         draw_person(
             canvas, other, _pose(rng, cam), x + aside, ground - 0.07 * height, tall * rng.uniform(0.72, 0.9), stretch
         )
     _shadow(canvas, x, ground, tall)
-    # The box follows the person, so that stature shows only in part.
+    # Boxes are fitted to people, so stature is only partly visible.
     scale = tall * (0.4 + 0.6 / who.stature)
     draw_person(canvas, who, _pose(rng, cam), x, ground, scale, stretch)
     if rng.random() < 0.18:
@@ -339,7 +348,7 @@ def encode(seed: int, shot: Shot) -> bytes:
 
 
 def _pose(rng: np.random.Generator, cam: Camera) -> Pose:
-    # Most people walk along the camera's path, either way; some cross it.
+    # Most people walk along the camera's direction, a quarter of them the other way.
     yaw = cam.yaw + rng.normal(0, cam.spread) + (np.pi if rng.random() < 0.25 else 0.0)
     walking = rng.random() < 0.8
     stride = rng.uniform(0.22, 0.46) if walking else rng.uniform(0.02, 0.10)
@@ -349,15 +358,14 @@ def _pose(rng: np.random.Generator, cam: Camera) -> Pose:
         phase=float(rng.uniform(0, 2 * np.pi)),
         stride=float(stride),
         swing=float(stride * rng.uniform(0.5, 1.3)),
-        bend=float(
-            rng.uniform(0.15, 0.7) if rng.random() < 0.85 else rng.uniform(1.4, 2.2)
-        ),  # a hand raised: a telephone
+        # Some hold a phone.
+        bend=float(rng.uniform(0.15, 0.7) if rng.random() < 0.85 else rng.uniform(1.4, 2.2)),
         lean=float(rng.normal(0, 0.02)),
     )
 
 
 def _shadow(canvas: Canvas, x: float, ground: float, tall: float) -> None:
-    """The shadow on the ground, away from the light."""
+    """Draws the shadow on the ground, away from the light."""
     height, width = canvas.pixels.shape[1:]
     mask = np.zeros((height, width), np.float32)
     reach = -canvas.light[0] * 0.28 * tall
@@ -378,12 +386,12 @@ def _shadow(canvas: Canvas, x: float, ground: float, tall: float) -> None:
 
 
 def _occlude(rng: np.random.Generator, seed: int, cam: Camera, canvas: Canvas, tall: float, stretch: float) -> None:
-    """Something between the camera and the person."""
+    """Draws an object between the camera and the person."""
     height, width = canvas.pixels.shape[1:]
-    colour = _colour(rng.uniform(0.12, 0.7) * rng.uniform(0.75, 1.2, 3))
+    color = _color(rng.uniform(0.12, 0.7) * rng.uniform(0.75, 1.2, 3))
     side = int(rng.choice((-1, 1)))
     match rng.integers(4):
-        case 0:  # the edge of somebody nearer
+        case 0:  # the side of another person
             other = person(seed, STRANGERS, int(rng.integers(400)))
             at = width * (0.5 + side * rng.uniform(0.42, 0.62))
             draw_person(
@@ -398,31 +406,31 @@ def _occlude(rng: np.random.Generator, seed: int, cam: Camera, canvas: Canvas, t
         case 1:  # a post
             at, half = width * (0.5 + side * rng.uniform(0.1, 0.4)), rng.uniform(3, 7)
             y = np.array((height * (0.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.6)), float(height)))
-            canvas.solid(y, np.full(2, at), np.full(2, half), Paint(colour), tall)
+            canvas.solid(y, np.full(2, at), np.full(2, half), Paint(color), tall)
         case 2:  # a box, a bin, a low wall
             at, edge = width * (0.5 + side * rng.uniform(0.2, 0.6)), int(height * rng.uniform(0.6, 0.85))
             half = rng.uniform(18, 50)
             for top, bottom, light in ((edge, edge + 8, 1.25), (edge + 8, height, 0.85)):
                 canvas.pixels[:, top:bottom, max(int(at - half), 0) : int(at + half)] = (
-                    light * np.array(colour)[:, None, None]
+                    light * np.array(color)[:, None, None]
                 )
         case _:
             picture = _picture(canvas.pixels)
             foot, radius = int(height * rng.uniform(0.96, 1.08)), int(rng.integers(26, 40))
-            _bicycle(picture, int(rng.integers(-60, width - 30)), foot, radius, colour)
+            _bicycle(picture, int(rng.integers(-60, width - 30)), foot, radius, color)
             canvas.pixels = _planes(picture)
 
 
 def _expose(rng: np.random.Generator, cam: Camera, pixels: np.ndarray) -> np.ndarray:
-    """What the camera makes of the light: optics, exposure, colour, noise."""
+    """Applies the camera: optics, exposure, color and noise."""
     image = cv2.resize(_picture(pixels), (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (0, 0), cam.blur * rng.uniform(0.8, 1.3))
-    if rng.random() < 0.3:  # the edge of a shadow, or of the sun, across the picture
+    if rng.random() < 0.3:  # the edge of a large shadow across the image
         down, right = np.linspace(-1, 1, HEIGHT, dtype=np.float32), np.linspace(-1, 1, WIDTH, dtype=np.float32)
         beyond = float(rng.choice((-5, 5))) * (down[:, None] + rng.uniform(-0.8, 0.8) * right - rng.uniform(-0.6, 0.6))
         image = image * (1 - rng.uniform(0.15, 0.4) * np.clip(beyond + 0.5, 0, 1))[..., None].astype(np.float32)
-    grey = image.mean(axis=2, keepdims=True)
-    image = grey + cam.saturation * rng.uniform(0.9, 1.1) * (image - grey)
+    gray = image.mean(axis=2, keepdims=True)
+    image = gray + cam.saturation * rng.uniform(0.9, 1.1) * (image - gray)
     image *= (cam.gain * rng.uniform(0.85, 1.15) * cam.cast * np.exp(rng.normal(0, 0.02, 3))).astype(np.float32)
     image = cam.haze + (1 - cam.haze) * np.minimum(np.maximum(image, 0), 1) ** cam.contrast
     image += cam.noise * cv2.blur(rng.standard_normal((HEIGHT, WIDTH, 3), np.float32), (2, 2))

@@ -1,4 +1,4 @@
-"""Own images, listed in a CSV: the path, the identity, the split and, where it is known, the camera of each.
+"""Reading a dataset from a CSV with the path, identity, split and optionally camera of each image.
 
     path,identity,camera,split
     images/anna_1.jpg,anna,1,train
@@ -6,9 +6,9 @@
     images/bob_1.jpg,bob,entrance,query
     images/bob_2.jpg,bob,hall,gallery
 
-Paths are relative to the CSV's folder. Identities and cameras are any text or numbers, 7 and 007 the same identity;
-identity -1 is junk, which is neither trained on nor ranked. Without cameras nothing is dropped by them. Columns may
-have other usual names (`ALIASES`); the separator and the encoding are guessed. Every error names the line it is about.
+Paths are relative to the CSV's folder. Identities and cameras are text or numbers; 7 and 007 are the same identity.
+Identity -1 is junk, which is neither trained on nor ranked. Without cameras, metrics drop nothing by camera. Columns
+may have other common names (`ALIASES`); the separator and the encoding are detected. Errors name the line.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ALIASES = {
 }
 _SPLIT_ALIASES = {"training": "train", "probe": "query"}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# Of files that are not UTF-8. The first leaves bytes as they are: so may the names of the files on the disk be.
+# Tried in order if a file is not UTF-8. The first one keeps undecodable bytes, which names of files on disk may have.
 _ENCODINGS = (("utf-8", "surrogateescape"), ("gb18030", "strict"), ("latin-1", "strict"))
 
 
 class _Row(NamedTuple):
-    line: int  # from 1, as an editor counts
+    line: int  # from 1
     path: str
     identity: str
     camera: str
@@ -49,20 +49,18 @@ class _Row(NamedTuple):
 
 
 def read(path: Path) -> tuple[dict[str, Listing], list[str]]:
-    """The images of each split that has any, sorted by path, and notes.
+    """Reads a CSV: ({split: images sorted by path}, notes).
 
-    Identities are numbered from 1, numbers first and in their order, then the rest by name. Cameras that are not all
-    whole numbers are numbered likewise.
+    Identities are numbered from 1 (see `split.number`). So are cameras, unless all are whole numbers.
 
     Raises:
-      UserError: that names the file and the line, for a missing column or file, an unknown split, an empty value, a
-        path that is there twice.
+      UserError: naming the line, for a missing column or file, an unknown split, an empty value or a duplicate path.
     """
     rows, notes = _rows_and_notes(path)
     if not rows:
-        raise UserError(f"{path} lists no image: expected a line for each below the header.")
+        raise UserError(f"{path} lists no images: expected one line per image below the header.")
     with_query = any(row.split == "query" for row in rows)
-    first: dict[str, int] = {}  # the line of each path
+    lines: dict[str, int] = {}  # by path
     for row in rows:
         for column in ("path", "identity", "split"):
             if not getattr(row, column):
@@ -70,12 +68,12 @@ def read(path: Path) -> tuple[dict[str, Listing], list[str]]:
         if row.split not in SPLITS and not (row.split == "test" and with_query):
             expected = f"expected {', '.join(SPLITS[:2])} or gallery"
             if row.split == "test":
-                expected += " (test means gallery where there are query images)"
+                expected += " (test means gallery if there are query images)"
             raise _error(path, row.line, f"the split is {row.split!r}", expected)
         key = os.path.normpath(row.path)
-        if key in first:
-            raise _error(path, row.line, f"{row.path} is also in line {first[key]}", "list every image once")
-        first[key] = row.line
+        if key in lines:
+            raise _error(path, row.line, f"{row.path} is also in line {lines[key]}", "list every image once")
+        lines[key] = row.line
         if not _exists(path, row):
             raise _error(
                 path,
@@ -102,7 +100,7 @@ def _exists(path: Path, row: _Row) -> bool:
 
 
 def _rows_and_notes(path: Path) -> tuple[list[_Row], list[str]]:
-    """The rows that hold anything, read by the encoding by which most of their files are there."""
+    """The non-empty rows, decoded with the encoding under which most listed files exist, and notes."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -111,15 +109,15 @@ def _rows_and_notes(path: Path) -> tuple[list[_Row], list[str]]:
         if data.startswith(bom) and (text := _decode(data, encoding)) is not None and "\0" not in text:
             return _rows(path, text)
     if b"\0" in data:
-        raise UserError(f"{path} is no text: save it as UTF-8 (in Excel: 'CSV UTF-8 (Comma delimited)').")
+        raise UserError(f"{path} is not a text file: save it as UTF-8 (in Excel: 'CSV UTF-8 (Comma delimited)').")
     best: tuple[int, str, list[_Row], list[str]] = (-1, "", [], [])
     for encoding, errors in _ENCODINGS:
         if (text := _decode(data, encoding, errors)) is not None:
             rows, notes = _rows(path, text)
-            there = sum(_exists(path, row) for row in rows)
-            if there > best[0]:
-                best = there, encoding, rows, notes
-            if there == len(rows):
+            existing = sum(_exists(path, row) for row in rows)
+            if existing > best[0]:
+                best = existing, encoding, rows, notes
+            if existing == len(rows):
                 break
     *_, encoding, rows, notes = best
     if encoding != "utf-8":
@@ -135,14 +133,14 @@ def _decode(data: bytes, encoding: str, errors: str = "strict") -> str | None:
 
 
 def _rows(path: Path, text: str) -> tuple[list[_Row], list[str]]:
-    """The rows that hold anything, their values stripped, and notes."""
+    """The non-empty rows with stripped values, and notes."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     separator = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
     notes: list[str] = []
     rows = []
-    end = 0  # the line at which the last row ended
+    end = 0  # the last line of the previous row
     try:
         for values in reader:
             line, end = end + 1, reader.line_num
@@ -153,56 +151,54 @@ def _rows(path: Path, text: str) -> tuple[list[_Row], list[str]]:
                 header = _header(path, line, values, notes)
                 continue
             if len(values) != len(header):
-                found = f"{len(values)} value{'s' * (len(values) > 1)} for the {len(header)} columns of the header"
-                raise _error(
-                    path, line, found, f"separate them by {_SEPARATORS[separator]}; a value with one needs quotes"
-                )
+                problem = f"{len(values)} value{'s' * (len(values) > 1)} for the {len(header)} columns of the header"
+                separators = _SEPARATORS[separator]
+                raise _error(path, line, problem, f"separate values by {separators} and quote values that contain them")
             row = dict(zip(header, values, strict=True))
             identity = row["identity"]
             if re.fullmatch(r"[+-]?[0-9]{1,18}", identity):
                 identity = str(int(identity))  # 007 is 7
-            # Windows writes a\b.jpg, which is a/b.jpg everywhere.
             image, split = row["path"].replace("\\", "/"), row["split"].lower()
             rows.append(_Row(line, image, identity, row.get("camera", ""), _SPLIT_ALIASES.get(split, split)))
     except csv.Error as error:
-        raise _error(path, end + 1, f"the quotes do not pair up ({error})", "mend them") from None
+        raise _error(path, end + 1, f"unbalanced quotes ({error})", "fix them") from None
     if not header:
         raise UserError(f"{path} is empty: expected the header {','.join(COLUMNS)} and a line for each image.")
     return rows, notes
 
 
 def _separator(text: str) -> str:
-    """The separator by which most columns of the header are known."""
+    """The separator that splits the header into the most known columns."""
     header = next(filter(str.strip, text.split("\n")), "")
 
-    def known(separator: str) -> int:
+    def known_columns(separator: str) -> int:
         return sum(_column(value) is not None for value in header.split(separator))
 
-    return max(_SEPARATORS, key=known)
+    return max(_SEPARATORS, key=known_columns)
 
 
 def _column(value: str) -> str | None:
-    """The column that a value of the header names; None if it is none of ours."""
+    """The column that a header value means, None if it is unknown."""
     name = value.strip().strip('"').lower()
-    return next((column for column, others in ALIASES.items() if name == column or name in others), None)
+    return next((column for column, aliases in ALIASES.items() if name == column or name in aliases), None)
 
 
 def _header(path: Path, line: int, values: list[str], notes: list[str]) -> list[str]:
     header = [value.lower() for value in values]
-    for column, others in ALIASES.items():
-        if column not in header:  # else another name is that of a column that is not used
-            header = [column if value in others else value for value in header]
+    for column, aliases in ALIASES.items():
+        if column not in header:  # otherwise a column with an alias is an unrelated one
+            header = [column if value in aliases else value for value in header]
     missing = [column for column in COLUMNS if column not in header and column != "camera"]
     if missing:
         raise _error(
             path,
             line,
             f"there is no column {' and no '.join(missing)} in the header {','.join(values)!r}",
-            f"expected {','.join(COLUMNS)}, where camera may be left out",
+            f"expected {','.join(COLUMNS)}; camera is optional",
         )
     for column in COLUMNS:
         if header.count(column) > 1:
-            raise _error(path, line, f"the column {column} is there twice", "remove one")
+            raise _error(path, line, f"the column {column} occurs twice", "remove one")
     unknown = [value for value, column in zip(values, header, strict=True) if value and column not in COLUMNS]
     if unknown:
         notes.append(f"Ignored the column{'s' * (len(unknown) > 1)} {', '.join(unknown)}.")
@@ -210,17 +206,17 @@ def _header(path: Path, line: int, values: list[str], notes: list[str]) -> list[
 
 
 def _cameras(path: Path, rows: list[_Row]) -> np.ndarray | None:
-    """int32 [rows], or None if no row has a camera."""
+    """int32 [rows]; None if no row has a camera."""
     if not any(row.camera for row in rows):
         return None
     for row in rows:
         if not row.camera:
-            raise _error(path, row.line, "the camera is empty", "fill it in, or leave the column out for all images")
+            raise _error(path, row.line, "the camera is empty", "fill it in, or remove the column")
     if all(re.fullmatch(r"[0-9]{1,9}", row.camera) for row in rows):
         return np.array([int(row.camera) for row in rows], np.int32)
     numbers = number({row.camera for row in rows}, 1)
     return np.array([numbers[row.camera] for row in rows], np.int32)
 
 
-def _error(path: Path, line: int, found: str, advice: str) -> UserError:
-    return UserError(printable(f"Line {line} of {path}: {found}; {advice}."))
+def _error(path: Path, line: int, problem: str, advice: str) -> UserError:
+    return UserError(printable(f"Line {line} of {path}: {problem}; {advice}."))

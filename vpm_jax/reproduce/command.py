@@ -250,9 +250,9 @@ def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
 
 
 def train(run: Run, workdirs: Path) -> int:
-    from vpm_jax import train
+    from vpm_jax import training
 
-    return train.train(run.config, workdirs / run.name)
+    return training.train(run.config, workdirs / run.name)
 
 
 def evaluate(run: Run, folder: Path, workdirs: Path) -> None:

@@ -1,1 +1,1 @@
-"""A run on disk and on many machines: its folder, checkpoints, locks, logs, interrupts and hosts."""
+"""A run on disk and across processes: workdir, checkpoints, locks, logs, interrupts and hosts."""

@@ -1,6 +1,6 @@
-"""Checkpoints through Orbax: the whole training state and what goes with it, written atomically, checked when read.
+"""Checkpoints of the whole training state: Orbax, with checksums.
 
-Of many processes the first alone reads and writes, and sends the others what it read.
+Only process 0 reads and writes; it sends the others what it read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DAMAGED = ": it is damaged."
 
 @functools.cache
 def _hush_libraries() -> None:
-    """Keeps quiet what the threads of Orbax and tensorstore say of a failed read or write: exceptions say it too."""
+    """Silences threads of Orbax and tensorstore after a failed read or write, which also raises an exception."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
@@ -47,7 +47,7 @@ def _finite(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _checksum(state: Any, meta: dict) -> int:
-    """Of every array's bytes and of the JSON: what a disk or a copy has changed does not pass for a checkpoint."""
+    """CRC-32 of all arrays and the JSON, which detects damage by a disk or a copy."""
     total = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
         total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
@@ -55,26 +55,26 @@ def _checksum(state: Any, meta: dict) -> int:
 
 
 def _unwrap(saved: dict) -> tuple[dict, int | None]:
-    """(meta, checksum) of the JSON that a checkpoint holds; those from before there were checksums have none."""
+    """(meta, checksum) from the JSON of a checkpoint; early versions had no checksums."""
     if saved.keys() == {"meta", "crc32"}:
         return saved["meta"], saved["crc32"]
     if "seconds" in saved:
         return saved, None
-    raise ValueError("its meta is not what was saved")
+    raise ValueError("its meta has an unknown format")
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, newest last; a context manager that waits for writes before it leaves.
+    """The checkpoints of a workdir; a context manager that waits for writes on exit.
 
     Args:
-      workdir: checkpoints go to its folder `checkpoints`.
-      keep: how many of the newest stay; 0 only reads, and touches nothing.
+      workdir: the run's folder; checkpoints are in its folder `checkpoints`.
+      keep: the number of checkpoints to keep, newest first; 0 opens them read-only.
 
     Attributes:
-      latest: the newest step, None without any; after `restore` without a step, the one that it found whole.
+      latest: the newest step, None without checkpoints. `restore` without a step sets it to the restored one.
 
     Raises:
-      UserError: if the folder cannot be made.
+      UserError: if the folder cannot be created.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
@@ -89,13 +89,13 @@ class Checkpoints:
         if self._writes:
             with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
-            self._remove_unfinished()  # what a killed run left half-written
-        # Orbax is told that this process is alone, else it waits for the others.
+            self._remove_unfinished()
+        # Only this process takes part; otherwise Orbax waits for the others.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None, read_only=not self._writes, create=False, multiprocessing_options=alone
         )
-        # Named handlers, so that the shapes of a checkpoint are known before anything was saved or restored.
+        # With named handlers, item_metadata works before anything was saved or restored.
         handlers = {
             "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
@@ -103,7 +103,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def _steps(self) -> list[int]:
-        # By their names, for Orbax passes over some that are damaged.
+        # Orbax's own list leaves out some damaged checkpoints.
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def __enter__(self) -> Checkpoints:
@@ -113,27 +113,27 @@ class Checkpoints:
         try:
             self.wait()
         except Exception:
-            if error is None:  # else the error under way says more
+            if error is None:  # otherwise the current error is more informative
                 raise
         finally:
             if self._first:
-                with contextlib.suppress(Exception):  # it waits again, for what `wait` has told
+                with contextlib.suppress(Exception):  # close raises what `wait` already raised
                     self._manager.close()
                 if error is not None and self._writes:
                     self._remove_unfinished()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
-        """Starts writing; `meta` is JSON. The last save is waited for first, and its failure raised.
+        """Waits for the previous save, then starts to write the state and `meta`, which must be JSON.
 
         Raises:
-          FloatingPointError: if the state is not finite, so that every checkpoint can be gone on from.
-          UserError: when a disk is full or read-only; earlier checkpoints are whole.
+          FloatingPointError: if the state is not finite; training could not continue from it.
+          UserError: when the disk is full or read-only, for this save or the previous one.
         """
         if not _finite(jax.tree.leaves(state)):
             raise FloatingPointError(f"The state after step {step} is not finite")
         self.wait()
         if self._first:
-            # A copy: the next steps reuse the memory of the devices.
+            # Copied because the next step donates these buffers.
             copy = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
             meta = {"meta": json.loads(json.dumps(meta)), "crc32": _checksum(copy, meta)}
             try:
@@ -144,7 +144,7 @@ class Checkpoints:
         self.latest = step
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises as `save`."""
+        """Waits for the save in progress. Raises as `save` does."""
         if not self._first:
             return
         try:
@@ -162,25 +162,24 @@ class Checkpoints:
             return error
         self._remove_unfinished()
         steps = self._steps()
-        kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier checkpoint"
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).", code="not-written")
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, meta) of `step`, or of the newest checkpoint.
+        """Reads a checkpoint.
 
-        Training goes on from the newest that is whole, and says which it passed over. Who only reads (keep=0) gets no
-        older state in its place.
+        Training falls back to the newest intact checkpoint and sets damaged ones aside. Readers (keep=0) never fall
+        back to an older checkpoint.
 
         Args:
           like: arrays or shapes of a state.
-          step: this checkpoint and no other.
+          step: the step to read; None: the newest.
 
         Returns:
-          The state in NumPy arrays, and the meta.
+          The state as NumPy arrays, and the meta.
 
         Raises:
-          UserError: if there is no checkpoint, none is whole (for a reader: the newest is not), or it is of another
-            model.
+          UserError: if there is no intact checkpoint (for readers: the newest is damaged), or it is of another model.
         """
         number, state, meta = hosts.from_first(lambda: self._restore(like, step))
         if step is None:
@@ -191,27 +190,27 @@ class Checkpoints:
         steps = self._steps()
         if step is None and not steps:
             raise UserError(f"There is no checkpoint in {self.folder}: train first (python -m vpm_jax.train).")
-        damaged: dict[int, UserError] = {}
+        errors: dict[int, UserError] = {}
         for number in reversed(steps) if step is None else (step,):
             try:
-                found = self._read(number, like)
+                state, meta = self._read(number, like)
             except UserError as error:
-                damaged[number] = error
+                errors[number] = error
                 continue
-            if damaged and not self._writes:
-                newest = next(iter(damaged.values()))
-                raise UserError(f"{newest} Run its training's command again, which goes on from step {number}.")
-            for other, reason in damaged.items():
-                print(f"{reason} Going on from the one of step {number}.", file=sys.stderr)
+            if errors and not self._writes:
+                newest = next(iter(errors.values()))
+                raise UserError(f"{newest} Run its training command again, which continues from step {number}.")
+            for other, reason in errors.items():
+                print(f"{reason} Continuing from step {number}.", file=sys.stderr)
                 self._set_aside(other)
-            return number, *found
-        newest = next(iter(damaged.values()))
+            return number, state, meta
+        newest = next(iter(errors.values()))
         if str(newest).endswith(_DAMAGED):
-            raise UserError(f"{newest} There is no other that is whole: bring back a copy, or use another --workdir.")
+            raise UserError(f"{newest} No other checkpoint is intact: restore a copy, or use another --workdir.")
         raise newest
 
     def _set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, for its step will be saved again."""
+        """Renames a damaged checkpoint, so that its step can be saved again."""
         if self._writes:
             aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -226,14 +225,14 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
             state, (meta, checksum) = restored.state, _unwrap(restored.meta)
             if checksum is not None and _checksum(state, meta) != checksum:
-                raise ValueError("its values are not those that were saved")
+                raise ValueError("its checksum does not match")
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"The checkpoint {self.folder / str(step)} cannot be read ({reason}){_DAMAGED}") from error
         return state, meta
 
     def meta(self) -> dict:
-        """The meta of the newest checkpoint, without its state; {} without any."""
+        """The meta of the newest checkpoint; {} without checkpoints."""
         if self.latest is None:
             return {}
         step = self.latest
@@ -242,6 +241,8 @@ class Checkpoints:
         )
 
     def _compare(self, step: int, like: Any) -> None:
+        """Raises UserError if the parameters of a checkpoint have other shapes than `like`."""
+
         def shapes(tree) -> dict[str, tuple]:
             def name(path):
                 return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
@@ -249,19 +250,19 @@ class Checkpoints:
             return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # Orbax leaves coroutines behind when a file is broken
+            warnings.simplefilter("ignore", RuntimeWarning)  # Orbax abandons coroutines when a file is damaged
             try:
                 metadata = self._manager.item_metadata(step)["state"]
-                found, expected = shapes(metadata), shapes(like)
-            except Exception:  # unreadable: restoring says why
-                found = expected = {}
+                actual, expected = shapes(metadata), shapes(like)
+            except Exception:  # unreadable: restoring it reports why
+                return
         differ = [
-            f"{key} is {found.get(key, 'absent')} there and {expected.get(key, 'absent')} here"
-            for key in sorted(set(found) | set(expected))
-            if found.get(key) != expected.get(key) and key.startswith("params")
+            f"{key} is {actual.get(key, 'absent')} there and {expected.get(key, 'absent')} here"
+            for key in sorted(set(actual) | set(expected))
+            if actual.get(key) != expected.get(key) and key.startswith("params")
         ]
         if differ:
             raise UserError(
                 f"The checkpoint of step {step} in {self.folder} is of another model ({len(differ)} arrays differ: "
-                f"{differ[0]}): use the config it was trained with, or another workdir."
+                f"{differ[0]}): use the config that it was trained with, or another workdir."
             )

@@ -1,4 +1,4 @@
-"""Stopping in order: a signal asks, the training ends its step and saves."""
+"""Orderly interrupts: after a signal, training finishes its step and saves."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A request to stop came in the middle of something that can be done again."""
+    """Raised to abandon work that can be done again, because a stop was requested."""
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; a second Ctrl-C ends at once.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop. A second Ctrl-C ends the process at once.
 
     Args:
-      agree: gives all processes one answer, see `hosts.Agreement`.
+      agree: makes all processes agree on the signal, see `hosts.Agreement`.
 
     Attributes:
-      received: the signal that this process got, 0 before.
-      stop: the signal that all processes stop for, 0 before.
+      received: the signal that this process received, 0 until then.
+      stop: the signal that all processes stop for, 0 until then.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
@@ -35,16 +35,16 @@ class Interrupts:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        # Not print: the signal may have come in the middle of one.
+        # Not print, which is not reentrant: the signal may have interrupted one.
         os.write(2, b"\nStopping after this step; press Ctrl-C again to stop without saving.\n")
 
     def agreed(self) -> int:
-        """`stop`, looked up anew: every process asks as often."""
+        """Updates and returns `stop`. All processes must call it equally often."""
         self.stop = self.stop or self._agree(self.received)
         return self.stop
 
     def check(self) -> None:
-        """Raises Stopped once all processes are to stop."""
+        """Raises Stopped if all processes should stop. All of them must call it equally often."""
         if self.agreed():
             raise Stopped
 

@@ -1,4 +1,4 @@
-"""A lock that is a file: one process's own thing, also among machines that share a disk, whatever died before."""
+"""Cross-host file lock with stale-lock takeover."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from vpm_jax.runs.logs import duration
 
 
 class Lock:
-    """The file at `path` says who holds it, and the holder touches it every BEAT seconds.
+    """A lock file at `path` that names its holder, who touches it every BEAT seconds.
 
-    The lock of a process that is gone is taken over: at once if it ran on this machine, else after watching for
-    PATIENCE seconds that nobody touches it (no clocks are compared).
+    The lock of a dead process is taken over: at once if the process ran on this machine, otherwise after nobody has
+    touched the file for PATIENCE seconds of watching (clocks of different machines are never compared).
     """
 
     BEAT, PATIENCE = 5.0, 20.0
 
     def __init__(self, path: Path):
         self._path = path
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "started": _started(os.getpid())}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "started": _started(os.getpid())}
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._text = json.dumps(who | {"since": since, "token": uuid.uuid4().hex}).encode()
+        self._text = json.dumps(owner | {"since": since, "token": uuid.uuid4().hex}).encode()
         self._ended = threading.Event()
 
     def acquire(self) -> str | None:
-        """None once the lock is this object's; else who holds it.
+        """Acquires the lock and returns None, or returns who holds it.
 
         Raises:
-          UserError: if the file could not be written.
+          UserError: if the file cannot be written.
         """
         while not self._create():
             text = self._read()
-            if text is None:  # released in between
+            if text is None:  # released meanwhile
                 continue
             holder = _Holder(text)
             if holder.lives_here if holder.is_here else self._is_touched(holder):
@@ -53,14 +53,14 @@ class Lock:
         return None
 
     def release(self) -> None:
-        """Removes the file, unless it is another's by now."""
+        """Removes the file, unless another process has taken it over."""
         self._ended.set()
         with contextlib.suppress(OSError), self._alone() as file:
             if file.read() == self._text:
                 self._path.unlink()
 
     def is_lost(self) -> bool:
-        """Whether another holds it by now, since this process slept for long, or was thought dead."""
+        """Whether another process has taken over the lock, for example while this one was suspended."""
         return self._read() != self._text and not self._create()
 
     def _create(self) -> bool:
@@ -86,11 +86,11 @@ class Lock:
     def _beat(self) -> None:
         while not self._ended.wait(self.BEAT):
             with contextlib.suppress(OSError):
-                if self._read() == self._text:  # not the name of another, who took it over
+                if self._read() == self._text:  # do not keep another holder's lock alive
                     os.utime(self._path)
 
     def _take_over(self, text: bytes) -> bool:
-        """Writes this holder's name over that of a dead one, or into an empty file; False if another was quicker."""
+        """Replaces `text`, a dead holder's or empty, by this holder's. Returns False if another process was faster."""
         with writing(self._path):
             try:
                 with self._alone() as file:
@@ -99,27 +99,27 @@ class Lock:
                     file.seek(0)
                     file.write(self._text)
                     file.truncate()
-            except FileNotFoundError:  # released in between
+            except FileNotFoundError:  # released meanwhile
                 return False
         return True
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[IO[bytes]]:
-        """The open file, which those that change or remove it take turns at, by the system's own lock of it.
+        """The open file under an exclusive system lock. All changes and removals hold it.
 
         Raises:
-          FileNotFoundError: if there is none, or it was removed while another had its turn.
+          FileNotFoundError: if there is no file, or it was removed while waiting.
         """
         with open(self._path, "r+b") as file:
-            with contextlib.suppress(OSError):  # a file system without such locks
+            with contextlib.suppress(OSError):  # some file systems do not support it
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
                 raise FileNotFoundError(self._path)
             yield file
 
     def _is_touched(self, holder: _Holder) -> bool:
-        """Whether a holder elsewhere, or about to write its name, gives a sign of life."""
-        print(f"{self._path} is held by {holder}: watching for {self.PATIENCE:.0f} s whether it still is", flush=True)
+        """Whether a holder on another machine, or one that has not written its name yet, touches the file."""
+        print(f"{self._path} is held by {holder}: checking for {self.PATIENCE:.0f} s if it is alive", flush=True)
         try:
             before, end = _modified(self._path), time.monotonic() + self.PATIENCE
             while time.monotonic() < end:
@@ -132,67 +132,67 @@ class Lock:
 
 
 def holder(path: Path, silence: float = 900.0) -> str | None:
-    """Who holds the lock at `path`, as far as a look tells: None if nobody does, or nobody that lives.
+    """Who holds the lock at `path`, None if nobody alive does. Unlike `Lock.acquire` it does not watch the file.
 
-    A holder on another machine passes for dead after `silence` seconds, by this machine's clock.
+    A holder on another machine counts as dead after `silence` seconds by this machine's clock.
     """
     try:
-        found, age = _Holder(path.read_bytes()), time.time() - _modified(path) / 1e9
+        owner, age = _Holder(path.read_bytes()), time.time() - _modified(path) / 1e9
     except FileNotFoundError:
         return None
-    if found.is_here:
-        return str(found) if found.lives_here else None
-    return f"{found}, last heard of {duration(max(age, 0))} ago" if age < silence else None
+    if owner.is_here:
+        return str(owner) if owner.lives_here else None
+    return f"{owner}, last seen {duration(max(age, 0))} ago" if age < silence else None
 
 
 class _Holder:
-    """What a lock's file says of its holder."""
+    """The holder that a lock file names."""
 
     def __init__(self, text: bytes):
-        self._found: dict[str, Any] = {"place": None}
-        self._who = "a process that left no name"  # it died between making and filling the file, or does so now
+        self._fields: dict[str, Any] = {"place": None}
+        self._description = "an unnamed process"  # one that created the file without writing its name yet
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(text)
-            self._who = f"process {int(found['pid'])} on {found['host']}, since {found['since']}"
-            self._found = {key: found[key] for key in ("place", "pid", "started")}
+            fields = json.loads(text)
+            self._description = f"process {int(fields['pid'])} on {fields['host']}, since {fields['since']}"
+            self._fields = {key: fields[key] for key in ("place", "pid", "started")}
 
     def __str__(self) -> str:
-        return self._who
+        return self._description
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs, or ran, where this process can see it."""
-        return self._found["place"] == _place()
+        """Whether its process is visible from here, if it still exists."""
+        return self._fields["place"] == _place()
 
     @property
     def lives_here(self) -> bool:
-        return _started(self._found["pid"]) == self._found["started"]
+        return _started(self._fields["pid"]) == self._fields["started"]
 
 
 def _modified(path: Path) -> int:
-    """When a file was last touched, in ns; opened, so that a network file system asks its server."""
+    """The modification time in ns. Opening the file makes a network file system ask its server."""
     with open(path, "rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _place() -> str:
-    """What processes have in common that can see each other: a host since its start, and not another container."""
-    parts = [socket.gethostname()]
+    """Equal for processes that can see each other: the same boot of the same host, in the same container."""
+    names = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(names)
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in its own words; None if there is none. Process numbers are reused."""
+    """The start time of a process on this machine, None if it is dead. It tells processes with a reused pid apart."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         pass
     with contextlib.suppress(OSError, ValueError, IndexError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]  # a zombie is dead; else clock ticks since boot
-    return "unknown"  # no /proc: it lives, that is all
+        return None if state in "ZX" else fields[18]  # a zombie counts as dead; field 18 is in clock ticks since boot
+    return "unknown"  # alive, on a system without /proc

@@ -1,4 +1,4 @@
-"""What a run says as it goes: JSON lines always, trackers on request, a status line for people."""
+"""Files written atomically, and the logs of a run: JSON lines, optional trackers, a status line."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vpm_jax.errors import UserError, no_writing, writing
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: never a part of a file.
+    """Gives a temporary path beside `path` and renames it to `path` when the block succeeds.
 
     Raises:
-      UserError: when a disk is full or read-only.
+      UserError: when the disk is full or read-only.
     """
-    # Not by the process's number: containers that share a disk often run as the same.
+    # Not named by the process id, which may be the same in several containers that share a disk.
     temporary = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
     try:
         with writing(path):
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder with its parents. Raises UserError if it is not one that can be written."""
+    """Creates the folder and its parents. Raises UserError if it cannot be written."""
     if trouble := no_writing(folder):
         raise UserError(f"{folder} could not be written: {trouble}.", code="not-written")
     with writing(folder):
@@ -46,20 +46,20 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the new one. Raises as `replacing`."""
+    """Writes a text file that is never seen half-written. Raises as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
 class Records:
-    """A file of JSON lines, each with a "step"; on resuming, what was written after the checkpoint is dropped.
+    """A file of JSON lines, each with a "step".
 
     Args:
-      path: the file, made if need be.
-      step: the step training goes on from; records of later steps, and a line cut short by a kill, are removed.
+      path: the file, created if missing.
+      step: the step that training continues from. Records of later steps and truncated lines are removed.
 
     Attributes:
-      last: the step of the last record, 0 without any.
+      last: the step of the last record, 0 without records.
     """
 
     def __init__(self, path: Path, step: int = 0):
@@ -70,10 +70,10 @@ class Records:
             self.last = int(max(map(_step_of, kept), default=0))
             write_atomically(path, "".join(line + "\n" for line in kept))
         with writing(path):
-            self._file = path.open("ab", buffering=0)  # nothing is left to flush when a disk is full
+            self._file = path.open("ab", buffering=0)  # buffers could not be flushed to a full disk
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a line, all of it or nothing. Raises UserError when a disk is full."""
+        """Appends a line, or nothing if it does not fit. Raises UserError when the disk is full."""
         line, start = json.dumps(record).encode() + b"\n", self._file.seek(0, os.SEEK_END)
         try:
             with writing(self.path):
@@ -96,7 +96,7 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, in the folder `tensorboard` of the workdir (needs the extra `tensorboard`)."""
+    """Logs scalars for TensorBoard into the workdir's folder `tensorboard`. Needs the extra `tensorboard`."""
 
     def __init__(self, workdir: Path, step: int = 0):
         try:
@@ -108,7 +108,6 @@ class TensorBoard:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Every number of a record; a list becomes one scalar for each position."""
         for key, value in _scalars(record).items():
             self._board.add_scalar(key, value, record["step"])
 
@@ -117,10 +116,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same scalars, and the config, for Weights & Biases, which its own environment variables steer.
+    """Logs scalars and the config to Weights & Biases, whose environment variables apply.
 
-    The run is called as the workdir and belongs to $WANDB_PROJECT, else "vpm_jax". Its id is kept in the workdir's file
-    wandb_id, so that a resumed training goes on with it.
+    The run is named after the workdir, in the project $WANDB_PROJECT or "vpm_jax". The file wandb_id in the workdir
+    keeps its id, so that resumed training continues the same run.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
@@ -141,11 +140,11 @@ class Wandb:
                 dir=str(workdir),
                 config=dict(config),
             )
-        except Exception as error:  # of many kinds: no login, no network, no such project
+        except Exception as error:  # many types: no login, no network, no such project
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"Weights & Biases did not start ({reason}): log in (wandb login), work without a network "
-                '(WANDB_MODE=offline), or set tracker="none".'
+                f"Weights & Biases did not start ({reason}): log in (wandb login), work offline (WANDB_MODE=offline), "
+                'or set tracker="none".'
             ) from error
 
     def write(self, record: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ class Wandb:
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record but its step; a list gives one for each position."""
+    """The numbers of a record without its step; a list gives one scalar per position."""
     scalars: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):
@@ -167,13 +166,13 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Training's records: metrics.jsonl always, trackers on request.
+    """Writes training metrics to metrics.jsonl and to the trackers.
 
     Args:
       workdir: the run's folder.
-      step: the step training goes on from (see `Records`).
-      tracker: where the numbers go too: "none", "tensorboard", "wandb" or "tensorboard,wandb".
-      config: what the tracker is told of the run.
+      step: the step that training continues from (see `Records`).
+      tracker: "none", "tensorboard", "wandb" or "tensorboard,wandb".
+      config: the run's config, for trackers that show it.
     """
 
     def __init__(
@@ -200,7 +199,7 @@ class MetricsLog:
 
 
 class Status:
-    """A line that is rewritten on a terminal; plain lines, at most one in `every` seconds, in a log."""
+    """A status line: rewritten in place on a terminal, otherwise printed at most once in `every` seconds."""
 
     def __init__(self, every: float = 15.0):
         self._terminal = sys.stdout.isatty()
@@ -216,11 +215,11 @@ class Status:
 
 
 class Progress:
-    """A status line of images that are done, their rate and the time that is left.
+    """A status line with the number of finished images, their rate and the remaining time.
 
     Args:
-      title: how the line begins.
-      total: how many images there are; may be corrected on the way.
+      title: the start of the line.
+      total: the number of images; may be changed later.
     """
 
     def __init__(self, title: str, total: int):

@@ -1,1 +1,1 @@
-"""The people of the synthetic dataset: who they are (`people`), and how they are drawn (`figure`, on a `canvas`)."""
+"""The people of the synthetic dataset: their appearance (`people`) and how to draw them (`figure`, on a `canvas`)."""

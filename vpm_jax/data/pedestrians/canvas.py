@@ -1,7 +1,7 @@
-"""Shaded, anti-aliased solids on a picture: limbs are tapered capsules, everything else is a stack of ellipses.
+"""Drawing shaded, anti-aliased solids: limbs are tapered capsules, everything else is a stack of ellipses.
 
-Coverage is computed from distances, so that edges are smooth without drawing many times larger. Patterns are painted
-in the angle around the body: a print on the chest leaves the picture as the person turns.
+Pixel coverage is computed from distances, so edges are smooth without supersampling. Patterns depend on the angle
+around the body, so a print on the chest turns out of sight with the person.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from vpm_jax.data.pedestrians.people import Colour
+from vpm_jax.data.pedestrians.people import Color
 
 
 @dataclass(frozen=True)
 class Paint:
-    """A surface: its colour, and a pattern of a second one. `turn` is the angle of the body's front."""
+    """A surface: its color, and a pattern in a second color. `turn` is the angle of the body's front."""
 
-    colour: Colour
-    second: Colour = (0.0, 0.0, 0.0)
+    color: Color
+    second: Color = (0.0, 0.0, 0.0)
     pattern: str = "plain"
     turn: float = 0.0
     folds: float = 0.0
 
     def mix(self, angle: np.ndarray, along: np.ndarray) -> np.ndarray | None:
-        """The share of the second colour where the body's angle is `angle` and `along` the length from the top."""
+        """The fraction of the second color at an angle around the body and a length `along` from the top."""
         front = np.abs((angle + np.pi) % (2 * np.pi) - np.pi)
         match self.pattern:
             case "stripes":
@@ -53,7 +53,7 @@ class Paint:
 
 @functools.lru_cache(maxsize=1)
 def _cloth() -> np.ndarray:
-    """Smooth noise in about [-1, 1] to fold cloth with."""
+    """Smooth noise in [-1, 1], the shading of folds in cloth."""
     noise = np.random.default_rng(7).normal(0, 1, (2, 640, 640)).astype(np.float32)
     folds = np.zeros((640, 640), np.float32)
     for layer, degrees in zip(noise, (15, -55), strict=True):
@@ -64,10 +64,10 @@ def _cloth() -> np.ndarray:
 
 @dataclass
 class Canvas:
-    """A picture (float32 [3, h, w] RGB in [0, 1]: planes are twice as fast here) and the light on what is drawn."""
+    """An image to draw on, and the light."""
 
-    pixels: np.ndarray
-    light: np.ndarray  # towards the lamp: right, down, towards the viewer
+    pixels: np.ndarray  # float32 [3, h, w] RGB in [0, 1]; planes are twice as fast here
+    light: np.ndarray  # direction to the light: right, down, towards the viewer
     ambient: float = 0.5
     seed: int = 0  # of the folds
     drawn: int = 0
@@ -75,7 +75,7 @@ class Canvas:
     def limb(
         self, points: list[tuple[float, float]], radii: list[float], paint: Paint, scale: float, cut: bool
     ) -> None:
-        """A chain of tapered capsules through `points` (x, y), in pixels; `cut` ends it flat, as cloth does."""
+        """Draws a chain of tapered capsules through `points` (x, y) in pixels. `cut` gives it a flat end."""
         reach = max(radii) + 1.0
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         x, y = self._grid(min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach)
@@ -107,17 +107,17 @@ class Canvas:
         depth, nx, ny, across, along = best
         self._lay(x, y, depth + 0.5, nx, ny, across, along / scale, paint)
 
-    def solid(self, rows: np.ndarray, centres: np.ndarray, halves: np.ndarray, paint: Paint, scale: float) -> None:
-        """A stack of ellipses: at each of the knots `rows` (increasing y) its centre and half width, in pixels."""
+    def solid(self, rows: np.ndarray, centers: np.ndarray, halves: np.ndarray, paint: Paint, scale: float) -> None:
+        """Draws a stack of ellipses, given their centers and half widths at increasing `rows`, all in pixels."""
         wide = float(halves.max()) + 1
-        x, y = self._grid(centres.min() - wide, rows[0], centres.max() + wide, rows[-1])
+        x, y = self._grid(centers.min() - wide, rows[0], centers.max() + wide, rows[-1])
         if x.size == 0 or y.size == 0:
             return
-        centre = np.interp(y[:, 0], rows, centres)[:, None].astype(np.float32)
+        center = np.interp(y[:, 0], rows, centers)[:, None].astype(np.float32)
         half = np.interp(y[:, 0], rows, halves)[:, None].astype(np.float32) + 0.01
         slope = np.gradient(half[:, 0])[:, None] if len(half) > 1 else np.zeros_like(half)
         steep = np.sqrt(1 + slope * slope)
-        off = x - centre
+        off = x - center
         across = np.minimum(np.maximum(off / half, -1), 1)
         cover = (half - np.abs(off)) / steep + 0.5
         self._lay(x, y, cover, across / steep, -slope / steep, across, (y - float(rows[0])) / scale, paint)
@@ -139,11 +139,14 @@ class Canvas:
         along: np.ndarray,
         paint: Paint,
     ) -> None:
-        """Lays a surface over the pixels (x, y): its coverage, normal, and the place on it in [-1, 1] and lengths."""
+        """Draws a surface on the pixels (x, y), given its coverage, normal and surface coordinates.
+
+        `across` runs over the surface from -1 to 1, `along` from the top in body heights.
+        """
         cover = np.minimum(np.maximum(cover, 0), 1)
         nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0))
         lx, ly, lz = (0.8 * float(v) for v in self.light)
-        # Wrapped diffuse light: the dark side keeps its form instead of going flat.
+        # Wrapped diffuse light keeps some shading on the dark side.
         lit = np.maximum(nx * lx + ny * ly + nz * lz + 0.2, 0)
         shade = self.ambient + (1 - self.ambient) * lit
         if paint.folds:
@@ -155,6 +158,6 @@ class Canvas:
             mix = paint.mix(np.arcsin(np.minimum(np.maximum(across, -1), 1)) - paint.turn, along)
         x0, y0 = int(x[0, 0]), int(y[0, 0])
         region = self.pixels[:, y0 : y0 + y.shape[0], x0 : x0 + x.shape[1]]
-        for plane, first, second in zip(region, paint.colour, paint.second, strict=True):
-            colour = first * shade if mix is None else (first + (second - first) * mix) * shade
-            plane += cover * (colour - plane)
+        for plane, first, second in zip(region, paint.color, paint.second, strict=True):
+            color = first * shade if mix is None else (first + (second - first) * mix) * shade
+            plane += cover * (color - plane)

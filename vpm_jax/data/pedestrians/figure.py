@@ -1,6 +1,6 @@
-"""How a pedestrian is drawn: a walking skeleton of three dimensions, turned by the viewpoint and dressed.
+"""Drawing a pedestrian: a walking 3D skeleton, rotated to the viewpoint and dressed.
 
-Places on the body are (across, up, forward) in body heights, from the ground between the feet.
+Points on the body are (across, up, forward) in body heights, from the ground between the feet.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from vpm_jax.data.pedestrians.canvas import Canvas, Paint
-from vpm_jax.data.pedestrians.people import Colour, Person, dimmed
+from vpm_jax.data.pedestrians.people import Color, Person, dimmed
 
 Point = tuple[float, float, float]  # across (the person's left is positive), up, forward
 
 
 class Pose(NamedTuple):
-    """What differs from picture to picture; angles in radians."""
+    """The pose of a person in one image. Angles are in radians."""
 
     yaw: float  # 0 faces the camera, pi shows the back
     pitch: float  # how far the camera looks down
@@ -43,14 +43,14 @@ def _ellipse(count: int = 11) -> tuple[np.ndarray, np.ndarray]:
     return np.sin(t), np.cos(t)
 
 
-def _between(a: Point, b: Point, share: float) -> Point:
-    return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1]), a[2] + share * (b[2] - a[2])
+def _between(a: Point, b: Point, t: float) -> Point:
+    return a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]), a[2] + t * (b[2] - a[2])
 
 
 class _Figure:
     def __init__(self, canvas: Canvas, who: Person, pose: Pose, x: float, ground: float, scale: float, stretch: float):
         self.canvas, self.who, self.pose = canvas, who, pose
-        # Python floats: a NumPy scalar would turn every float32 array it meets into float64.
+        # Python floats: NumPy scalars would promote float32 arrays to float64.
         self.x, self.ground, self.stretch = float(x), float(ground), float(stretch)
         self.scale = float(scale) * who.stature
         self.sin, self.cos = math.sin(pose.yaw), math.cos(pose.yaw)
@@ -58,7 +58,7 @@ class _Figure:
         self.top = self.hip + 0.335  # of the shoulders
         self.wide = 0.5 * (1 + who.weight)  # limbs thicken less than the trunk
 
-    # -- from the body to the picture
+    # -- from the body to the image
 
     def nearness(self, across: float, forward: float) -> float:
         return forward * self.cos - across * self.sin
@@ -69,33 +69,33 @@ class _Figure:
         py = up * math.cos(self.pose.pitch) - self.nearness(across, forward) * math.sin(self.pose.pitch)
         return self.x + self.scale * px, self.ground - self.scale * py
 
-    def paint(self, colour: Colour, second: Colour = (0, 0, 0), pattern: str = "plain", folds: float = 0.0) -> Paint:
-        return Paint(colour, second, pattern, self.pose.yaw, folds)
+    def paint(self, color: Color, second: Color = (0, 0, 0), pattern: str = "plain", folds: float = 0.0) -> Paint:
+        return Paint(color, second, pattern, self.pose.yaw, folds)
 
     def limb(self, joints: list[Point], radii: tuple[float, ...], paint: Paint, cut: bool = False) -> None:
         points = [self.at(*joint) for joint in joints]
         self.canvas.limb(points, [r * self.scale * (1 + self.stretch) / 2 for r in radii], paint, self.scale, cut)
 
     def solid(self, knots: list[tuple[float, float, float, float]], paint: Paint) -> None:
-        """Knots from the top down: height, half width across, half depth, and how far forward the centre lies."""
-        centres, rows, halves = [], [], []
+        """Draws a solid through knots, from the top down: (height, half width, half depth, forward shift)."""
+        centers, rows, halves = [], [], []
         for up, across, deep, forward in knots:
             cx, cy = self.at(0, up, forward)
-            centres.append(cx)
+            centers.append(cx)
             rows.append(cy)
             halves.append(self.scale * self.stretch * math.hypot(across * self.cos, deep * self.sin))
-        # Looking down can fold knots over one another: keep them in order.
+        # A camera that looks down can reverse the order of knots.
         ordered = np.maximum.accumulate(np.array(rows) + 1e-3 * np.arange(len(rows)))
-        self.canvas.solid(ordered, np.array(centres), np.array(halves), paint, self.scale)
+        self.canvas.solid(ordered, np.array(centers), np.array(halves), paint, self.scale)
 
     # -- the parts
 
     def draw(self) -> None:
         who = self.who
-        layers: list[tuple[float, Callable[[], None]]] = []  # drawn from the smallest number to the largest
+        layers: list[tuple[float, Callable[[], None]]] = []  # (depth, drawing), back to front
         for side in (-1, 1):
             layers.append((-3 + self.nearness(0.05 * side, 0), functools.partial(self.leg, side)))
-            # An arm seen from the side hides the trunk or is hidden by it; from the front it hangs beside it.
+            # From the side, an arm is in front of the trunk or behind it; from the front, it hangs beside it.
             layers.append((0.1 if self.nearness(0.1 * side, 0) > -0.03 else -1.5, functools.partial(self.arm, side)))
         layers += [(-2.0, self.hips), (0.0, self.trunk), (0.05, self.straps), (0.3, self.head)]
         hair = 0.35 if self.cos < 0.25 else -0.5  # long hair hangs over the back
@@ -121,22 +121,20 @@ class _Figure:
             self.limb([_between(ankle, knee, 0.3), ankle], (0.025 * w, 0.022 * w), self.paint(who.skin))
         else:
             self.limb(joints, (0.050 * w, 0.036 * w, 0.022 * w), self.paint(who.skin))
-        # The shoe: it points down the picture when it comes towards a camera that looks down.
+        # The shoe points down in the image when it moves towards a camera that looks down.
         tilt = 0.5 * (shank - 0.08)
         heel = (ankle[0], ankle[1] - 0.016, ankle[2] - 0.018)
         toe = (ankle[0] * 1.2, ankle[1] - 0.022 + 0.075 * math.sin(tilt), ankle[2] + 0.075)
         if who.shoes == "sneakers":
             sole = [(p[0], p[1] - 0.010, p[2]) for p in (heel, toe)]
             self.limb(sole, (0.021, 0.020), self.paint((0.85, 0.85, 0.83)))
-        self.limb(
-            [heel, toe], (0.023, 0.019) if who.shoes != "sandals" else (0.021, 0.014), self.paint(who.shoe_colour)
-        )
+        self.limb([heel, toe], (0.023, 0.019) if who.shoes != "sandals" else (0.021, 0.014), self.paint(who.shoe_color))
         if who.shoes == "sandals":
             self.limb([ankle, heel], (0.021, 0.02), self.paint(who.skin))
         if who.shoes == "boots":
             calf = _between(ankle, knee, 0.5)
-            self.limb([calf, ankle, heel], (0.037 * w, 0.028 * w, 0.025), self.paint(who.shoe_colour, folds=0.1))
-        cloth = self.paint(who.lower_colour, who.lower_second, who.lower_pattern, folds=0.13)
+            self.limb([calf, ankle, heel], (0.037 * w, 0.028 * w, 0.025), self.paint(who.shoe_color, folds=0.1))
+        cloth = self.paint(who.lower_color, who.lower_second, who.lower_pattern, folds=0.13)
         if who.lower in ("trousers", "slim", "wide"):
             ease = {"trousers": 0.006, "slim": 0.0, "wide": 0.018}[who.lower]
             cuff = _between(ankle, knee, 0.04)
@@ -149,7 +147,7 @@ class _Figure:
 
     def hips(self) -> None:
         who, w, hip = self.who, self.who.weight, self.hip
-        cloth = self.paint(who.lower_colour, who.lower_second, who.lower_pattern, folds=0.13)
+        cloth = self.paint(who.lower_color, who.lower_second, who.lower_pattern, folds=0.13)
         waist = (hip + 0.10, 0.085 * w, 0.062 * w, 0.0)
         if "skirt" in who.lower:
             hem = hip - (0.17 if who.lower == "skirt" else 0.34)
@@ -176,14 +174,14 @@ class _Figure:
         ]
         if hem < hip + 0.025:
             knots.append((hem, 0.106 * w + 1.3 * loose, 0.083 * w + 1.3 * loose, 0.0))
-        self.solid(knots, self.paint(who.upper_colour, who.upper_second, who.trunk_pattern, folds=0.12))
+        self.solid(knots, self.paint(who.upper_color, who.upper_second, who.trunk_pattern, folds=0.12))
         if who.upper == "hoodie":
             y, r = _ellipse(7)
             knots = [(top + 0.03 - 0.03 * a, 0.07 * b, 0.05 * b, -0.035) for a, b in zip(y, r, strict=True)]
-            self.solid(knots, self.paint(dimmed(who.upper_colour, 0.85), folds=0.2))
+            self.solid(knots, self.paint(dimmed(who.upper_color, 0.85), folds=0.2))
 
     def arm_joints(self, side: int) -> list[Point]:
-        """Shoulder, elbow, wrist and hand: an arm swings against the leg of its side."""
+        """Shoulder, elbow, wrist and hand of an arm, which swings against the leg of its side."""
         angle = -self.pose.swing * math.sin(self.pose.phase + (0 if side > 0 else np.pi))
         out = (0.106 * self.who.shoulders + 0.004) * side
         joints = [(0.95 * out, self.top - 0.034, -0.004)]
@@ -204,9 +202,9 @@ class _Figure:
             self.limb([wrist, hand], (0.019 * w, 0.019), self.paint(who.skin))
         if who.upper == "tank":
             return
-        colour = who.upper_second if who.upper_pattern == "raglan" else who.upper_colour
+        color = who.upper_second if who.upper_pattern == "raglan" else who.upper_color
         pattern = who.upper_pattern if who.upper_pattern in ("stripes", "checks", "dots") else "plain"
-        cloth = self.paint(colour, who.upper_second, pattern, folds=0.12)
+        cloth = self.paint(color, who.upper_second, pattern, folds=0.12)
         if who.upper == "tshirt":
             sleeve = _between(shoulder, elbow, 0.8)
             self.limb([shoulder, sleeve], (0.038 * w, 0.041 * w), cloth, cut=True)
@@ -222,7 +220,7 @@ class _Figure:
         y, r = _ellipse(13)
         knots = [(up - 0.073 * a, 0.052 * b, 0.062 * b, forward) for a, b in zip(y, r, strict=True)]
         self.solid(knots, self.paint(who.skin))
-        # The face is a slight shadow at the eyes; it vanishes as the person turns.
+        # The face is a slight shadow at the eyes, visible from the front.
         if self.cos > 0.2:
             for side in (-1, 1):
                 eye = (0.022 * side, up + 0.008, forward + 0.05)
@@ -231,8 +229,8 @@ class _Figure:
             return
         low = {"crop": 0.0, "cap": 0.004, "hat": 0.004}.get(who.hair, -0.012)
         full = 0.004 if who.hair == "crop" else 0.010
-        colour = who.hat_colour if who.hair in ("cap", "hat") else who.hair_colour
-        # The cap of hair sits further back than the head, so that the face shows in front of it.
+        color = who.hat_color if who.hair in ("cap", "hat") else who.hair_color
+        # Hair sits further back than the head and leaves the face free.
         back = 0.0 if who.hair in ("cap", "hat") else 0.016
         y, r = y[: 9 if self.cos < 0.3 else 6], r[: 9 if self.cos < 0.3 else 6]
         knots = [
@@ -243,7 +241,7 @@ class _Figure:
             knots = [knot for knot in knots if knot[0] > up + 0.012 + low] + [
                 (up + 0.022 + low, 0.06, 0.058, forward - back)
             ]
-        self.solid(knots, self.paint(colour, folds=0.15))
+        self.solid(knots, self.paint(color, folds=0.15))
         if who.hair == "cap":
             if self.cos >= 0:
                 self.brim(up)
@@ -253,21 +251,21 @@ class _Figure:
                 (up + 0.026, 0.10, 0.10, forward),
                 (up + 0.018, 0.098, 0.098, forward),
             ]
-            self.solid(brim, self.paint(dimmed(colour, 0.85)))
+            self.solid(brim, self.paint(dimmed(color, 0.85)))
         if -0.3 < self.cos < 0.75 and who.hair not in ("cap", "hat", "crop"):  # the side of the head
             self.limb(
                 [(0, up + 0.03, -0.025), (0, up - 0.015, -0.036)],
                 (0.044, 0.032),
-                self.paint(who.hair_colour, folds=0.15),
+                self.paint(who.hair_color, folds=0.15),
             )
 
     def brim(self, up: float) -> None:
         points = [(0.0, up + 0.03, 0.05), (0.0, up + 0.022, 0.115)]
-        self.limb(points, (0.034, 0.020), self.paint(dimmed(self.who.hat_colour, 0.8)))
+        self.limb(points, (0.034, 0.020), self.paint(dimmed(self.who.hat_color, 0.8)))
 
     def hair_behind(self) -> None:
         who, up = self.who, self.top + 0.112
-        paint = self.paint(who.hair_colour, folds=0.2)
+        paint = self.paint(who.hair_color, folds=0.2)
         if who.hair in ("medium", "long"):
             length = 0.10 if who.hair == "medium" else 0.21
             end = 0.062 if who.hair == "medium" else 0.055
@@ -292,7 +290,7 @@ class _Figure:
 
     def straps(self) -> None:
         who = self.who
-        paint = self.paint(dimmed(who.bag_colour, 0.7))
+        paint = self.paint(dimmed(who.bag_color, 0.7))
         s, deep = 0.066 * who.shoulders, 0.062 * who.weight
         if who.bag == "backpack" and self.cos > -0.1:
             for side in (-1, 1):
@@ -315,7 +313,7 @@ class _Figure:
 
     def backpack(self) -> None:
         who = self.who
-        centre = -0.065 * who.weight - 0.045
+        center = -0.065 * who.weight - 0.045
         top = self.top - 0.005
         shape = (
             (0.0, 0.035, 0.02),
@@ -325,11 +323,11 @@ class _Figure:
             (0.245, 0.085, 0.055),
             (0.26, 0.06, 0.03),
         )
-        self.solid([(top - down, a, d, centre) for down, a, d in shape], self.paint(who.bag_colour, folds=0.12))
+        self.solid([(top - down, a, d, center) for down, a, d in shape], self.paint(who.bag_color, folds=0.12))
         if self.cos < 0.3:  # the pocket
             pocket = ((0.13, 0.04, 0.02), (0.145, 0.06, 0.03), (0.21, 0.064, 0.03), (0.225, 0.05, 0.02))
-            dark = dimmed(who.bag_colour, 0.78)
-            self.solid([(top - down, a, d, centre - 0.045) for down, a, d in pocket], self.paint(dark, folds=0.12))
+            dark = dimmed(who.bag_color, 0.78)
+            self.solid([(top - down, a, d, center - 0.045) for down, a, d in pocket], self.paint(dark, folds=0.12))
 
     def bag(self) -> None:
         who, side = self.who, self.who.bag_side
@@ -337,11 +335,11 @@ class _Figure:
             across, up, forward = self.arm_joints(side)[-1]
             grip = [(across, up, forward + 0.03), (across, up - 0.05, forward)]
             size, drop = (0.036, 0.062), 0.09
-            self.limb(grip, (0.008, 0.01), self.paint(dimmed(who.bag_colour, 0.7)))
+            self.limb(grip, (0.008, 0.01), self.paint(dimmed(who.bag_color, 0.7)))
         else:
             across, up, forward = 0.135 * side * self.wide, self.hip + 0.085, 0.01
             size, drop = (0.034, 0.058), 0.075
-        # A flat box: wide when seen from the side of the body that carries it.
+        # A flat box, widest when the person is seen from the side.
         half = math.hypot(size[0] * self.cos, size[1] * self.sin) + 0.012
         cx, cy = self.at(across, up - drop, forward)
         scale = self.scale
@@ -350,6 +348,6 @@ class _Figure:
             y,
             np.full(5, cx),
             scale * self.stretch * half * np.array((0.7, 0.92, 1.0, 1.02, 0.85)),
-            self.paint(who.bag_colour, folds=0.12),
+            self.paint(who.bag_color, folds=0.12),
             scale,
         )

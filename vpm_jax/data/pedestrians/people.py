@@ -1,4 +1,4 @@
-"""Who the synthetic pedestrians are: builds, outfits, and families that dress alike but for a few attributes."""
+"""The appearance of synthetic pedestrians: builds, outfits, and families that differ in only a few attributes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-FAMILY = 4  # people of a family are dressed alike but for one or two attributes
+FAMILY = 4  # people per family
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "black": (0.09, 0.09, 0.10),
     "charcoal": (0.25, 0.25, 0.27),
-    "grey": (0.50, 0.50, 0.51),
+    "gray": (0.50, 0.50, 0.51),
     "silver": (0.72, 0.72, 0.73),
     "white": (0.93, 0.93, 0.91),
     "navy": (0.11, 0.14, 0.31),
@@ -68,44 +68,44 @@ BAGS = ("none", "none", "backpack", "backpack", "handbag", "shoulder")
 
 @dataclass(frozen=True)
 class Person:
-    """What stays the same in every picture of a person. Lengths are multiples of the average."""
+    """The appearance of a person in all images. Lengths are multiples of the average."""
 
     stature: float
     weight: float
     shoulders: float
     legs: float
-    skin: Colour
+    skin: Color
     hair: str
-    hair_colour: Colour
-    hat_colour: Colour
+    hair_color: Color
+    hat_color: Color
     upper: str
     upper_pattern: str
-    upper_colour: Colour
-    upper_second: Colour
+    upper_color: Color
+    upper_second: Color
     lower: str
     lower_pattern: str
-    lower_colour: Colour
-    lower_second: Colour
+    lower_color: Color
+    lower_second: Color
     shoes: str
-    shoe_colour: Colour
+    shoe_color: Color
     bag: str
-    bag_colour: Colour
+    bag_color: Color
     bag_side: int
 
     @property
     def trunk_pattern(self) -> str:
-        """A jacket is open over something of the second colour unless it is striped or checked."""
+        """The pattern of the trunk: jackets and coats are open over the second color unless striped or checked."""
         is_open = self.upper in ("jacket", "coat") and self.upper_pattern not in ("stripes", "checks")
         return "open" if is_open else self.upper_pattern
 
 
-def dimmed(colour: Colour, by: float) -> Colour:
-    """The colour, darker by a factor."""
-    return colour[0] * by, colour[1] * by, colour[2] * by
+def dimmed(color: Color, by: float) -> Color:
+    """The color, darkened by a factor."""
+    return color[0] * by, color[1] * by, color[2] * by
 
 
-def _colour(rng: np.random.Generator, names: tuple[str, ...] = ()) -> Colour:
-    """A colour of the palette, slightly off: two blue shirts are seldom the same blue."""
+def _color(rng: np.random.Generator, names: tuple[str, ...] = ()) -> Color:
+    """A color of the palette with a small random change."""
     name = rng.choice(names or tuple(PALETTE))
     r, g, b = np.clip(np.array(PALETTE[str(name)]) * rng.uniform(0.9, 1.1) + rng.normal(0, 0.015, 3), 0.03, 0.97)
     return float(r), float(g), float(b)
@@ -115,7 +115,7 @@ _SOBER = (
     "black",
     "black",
     "charcoal",
-    "grey",
+    "gray",
     "navy",
     "denim",
     "denim",
@@ -129,7 +129,7 @@ _SOBER = (
 
 
 def _outfit(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """One draw of each group of attributes, head to feet."""
+    """Draws each group of attributes, from head to feet."""
 
     def pick(options: tuple[str, ...]) -> str:
         return str(rng.choice(options))
@@ -137,41 +137,41 @@ def _outfit(rng: np.random.Generator) -> list[dict[str, Any]]:
     return [
         dict(
             hair=pick(HAIR_STYLES),
-            hair_colour=HAIR[int(rng.choice(len(HAIR), p=(0.4, 0.2, 0.15, 0.1, 0.1, 0.05)))],
-            hat_colour=_colour(rng),
+            hair_color=HAIR[int(rng.choice(len(HAIR), p=(0.4, 0.2, 0.15, 0.1, 0.1, 0.05)))],
+            hat_color=_color(rng),
         ),
         dict(upper=pick(UPPERS), upper_pattern=pick(UPPER_PATTERNS)),
-        dict(upper_colour=_colour(rng, _SOBER if rng.random() < 0.5 else ()), upper_second=_colour(rng)),
+        dict(upper_color=_color(rng, _SOBER if rng.random() < 0.5 else ()), upper_second=_color(rng)),
         dict(lower=pick(LOWERS), lower_pattern=pick(LOWER_PATTERNS)),
-        dict(lower_colour=_colour(rng, _SOBER), lower_second=_colour(rng)),
-        dict(shoes=pick(SHOES), shoe_colour=_colour(rng, (*_SOBER, "red", "pink", "sky", "orange"))),
+        dict(lower_color=_color(rng, _SOBER), lower_second=_color(rng)),
+        dict(shoes=pick(SHOES), shoe_color=_color(rng, (*_SOBER, "red", "pink", "sky", "orange"))),
         dict(
             bag=pick(BAGS),
-            bag_colour=_colour(rng, _SOBER if rng.random() < 0.5 else ()),
+            bag_color=_color(rng, _SOBER if rng.random() < 0.5 else ()),
             bag_side=int(rng.choice((-1, 1))),
         ),
     ]
 
 
 def visible_differences(a: Person, b: Person) -> int:
-    """In how many of the seven groups two people visibly differ, build and skin aside.
+    """The number of attribute groups in which two people visibly differ, apart from build and skin.
 
-    A bald head has no hair colour, and a plain shirt no second one.
+    Hidden attributes do not count, such as a bald person's hair color.
     """
 
-    def looks(p: Person) -> tuple[tuple[str, Colour | None, Colour | None], ...]:
-        hair = None if p.hair == "bald" else p.hat_colour if p.hair in ("cap", "hat") else p.hair_colour
+    def looks(p: Person) -> tuple[tuple[str, Color | None, Color | None], ...]:
+        hair = None if p.hair == "bald" else p.hat_color if p.hair in ("cap", "hat") else p.hair_color
         return (
             (p.hair, hair, None),
             (p.upper + p.trunk_pattern, None, None),
-            ("", p.upper_colour, p.upper_second if p.trunk_pattern != "plain" else None),
+            ("", p.upper_color, p.upper_second if p.trunk_pattern != "plain" else None),
             (p.lower + p.lower_pattern, None, None),
-            ("", p.lower_colour, p.lower_second if p.lower_pattern != "plain" else None),
-            (p.shoes, p.shoe_colour, None),
-            (p.bag, p.bag_colour if p.bag != "none" else None, None),
+            ("", p.lower_color, p.lower_second if p.lower_pattern != "plain" else None),
+            (p.shoes, p.shoe_color, None),
+            (p.bag, p.bag_color if p.bag != "none" else None, None),
         )
 
-    def differ(x: tuple[str, Colour | None, Colour | None], y: tuple[str, Colour | None, Colour | None]) -> bool:
+    def differ(x: tuple[str, Color | None, Color | None], y: tuple[str, Color | None, Color | None]) -> bool:
         return x[0] != y[0] or any(c and d and math.dist(c, d) > 0.25 for c, d in zip(x[1:], y[1:], strict=True))
 
     return sum(differ(x, y) for x, y in zip(looks(a), looks(b), strict=True))
@@ -186,7 +186,7 @@ def _family(seed: int, stream: int, number: int) -> tuple[Person, ...]:
     build = rng.normal(0, 1, 4)
     people: list[Person] = []
     while len(people) < FAMILY:
-        # Relatives have much the same build: a silhouette alone does not tell them apart either.
+        # Builds within a family are similar, so that silhouettes do not separate people either.
         z = 0.8 * build + 0.6 * rng.normal(0, 1, 4)
         body = dict(stature=1 + 0.03 * z[0], weight=1 + 0.11 * z[1], shoulders=1 + 0.05 * z[2], legs=1 + 0.03 * z[3])
         attributes = base | {k: float(np.clip(v, 0.78, 1.3)) for k, v in body.items()}
@@ -200,5 +200,5 @@ def _family(seed: int, stream: int, number: int) -> tuple[Person, ...]:
 
 
 def person(seed: int, stream: int, index: int) -> Person:
-    """Person `index` of a stream (training, test, strangers): a pure function of the three numbers."""
+    """Person `index` of a stream (training, test, strangers), determined by the three numbers."""
     return _family(seed, stream, index // FAMILY)[index % FAMILY]

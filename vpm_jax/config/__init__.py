@@ -1,45 +1,37 @@
-"""Configs: how they are made, checked, saved and compared. `keys` lists every key.
+"""Configs: building, checking, saving and comparing them. `keys` defines every key.
 
-A file under `configs/` starts from `default()` and sets what differs. Recipes are values: no code asks which recipe it
-runs.
+A file under `configs/` starts from `default()` and changes some keys. Recipes are values: no code branches on the
+recipe's name.
 
-A config is *asked*: a file and overrides. Training makes it *resolved*: `train.resolve` sets what the training set
-decides, `for_weights` what pretrained weights presuppose. config.json holds the resolved config, and models, steps and
-evaluations take it.
-
-    python -m vpm_jax.config [WORD ...]
-
-prints the keys, with their defaults and meanings.
+The *asked* config comes from a file and overrides. Training turns it into the *resolved* config: `training.resolve`
+sets the keys that depend on the training set, `for_weights` those that depend on the pretrained weights. config.json
+holds the resolved config; models, steps and evaluations use it.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import shutil
-import textwrap
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
-from vpm_jax.keys import ANY, EVALUATE, KEYS, LISTED, RESUME, RETIRED, STAGE, WEIGHTS, Key, keys_with
+from vpm_jax.keys import ANY, KEYS, LISTED, RESUME, RETIRED, STAGE, WEIGHTS, Key, keys_with
 from vpm_jax.regions import HEIGHTS
 
-# What may differ from the run that a workdir holds; epochs may be added too, see `changed_keys`.
+# Keys that may change when a run is resumed. `changed_keys` also allows more epochs.
 RESUMABLE = keys_with(RESUME)
 
 _KEY = {key.name: key for key in KEYS}
 
 
-# ---- Making a config ----
+# ---- Building ----
 
 
 def default() -> ConfigDict:
-    """The paper's recipe; where the paper is silent, the authors' released code."""
+    """The paper's recipe. Where the paper is silent, values are those of the authors' released code."""
     values: dict[str, Any] = {}
     for key in KEYS:
         *groups, last = key.name.split(".")
@@ -54,15 +46,15 @@ def stage(**changes: Any) -> ConfigDict:
     """One training stage. Raises UserError for a key that stages do not have."""
     values = {key.name: key.default for key in STAGE}
     if unknown := set(changes) - set(values):
-        raise UserError(f"A stage has no key {', '.join(sorted(unknown))}: it has {', '.join(values)}.")
+        raise UserError(f"A stage has no key {', '.join(sorted(unknown))}: its keys are {', '.join(values)}.")
     return ConfigDict(values | changes)
 
 
 def small() -> ConfigDict:
-    """A width-24 ResNet-18 on 128x64 images, T 16 x 8 x 192, and what makes so short a training converge.
+    """A width-24 ResNet-18 on 128x64 images (T is 16 x 8 x 192) with settings that converge in a short run.
 
-    Many identities of few images in a batch, above all: after 600 steps on Market-1501 (100 identities held out), 32 x
-    2 ranks 70.0 / 52.5 on whole queries where 16 x 4 ranks 64.4 / 46.5 (docs/results).
+    Batches of many identities with few images each matter most: after 600 steps on Market-1501 (100 identities held
+    out), 32 x 2 reaches 70.0 / 52.5 on whole queries and 16 x 4 reaches 64.4 / 46.5 (docs/results).
     """
     config = default()
     config.recipe = "small"
@@ -91,7 +83,7 @@ def small() -> ConfigDict:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"data.height": 384, ...}: every leaf by its dotted key."""
+    """The value of every key by its dotted name: {"data.height": 384, ...}."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -102,37 +94,31 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def set_key(config: ConfigDict, key: str, value: Any) -> None:
-    """config.a.b = value for the key "a.b"."""
-    *path, last = key.split(".")
-    for part in path:
-        config = config[part]
-    with config.ignore_type():  # an int where a float stood
+    """Sets the value of a dotted key."""
+    *groups, last = key.split(".")
+    for group in groups:
+        config = config[group]
+    with config.ignore_type():  # an int may replace a float
         config[last] = value
 
 
 def for_weights(resolved: ConfigDict, weights: Any) -> ConfigDict:
-    """A copy of the config with what pretrained weights presuppose: the normalization of their input, and what their
-    network does otherwise than torchvision's.
-
-    Args:
-      resolved: the config.
-      weights: a `pretrained.Pretrained`, or anything else with its stride_on, bn_epsilon, mean and std.
-    """
+    """A copy of the config with the keys that a `pretrained.Pretrained` determines: input normalization and every
+    difference from torchvision's backbone."""
     resolved = resolved.copy_and_resolve_references()
     for key in keys_with(WEIGHTS):
-        group, last = key.split(".")
-        resolved[group][last] = getattr(weights, last)
+        set_key(resolved, key, getattr(weights, key.rpartition(".")[2]))
     return resolved
 
 
-# ---- Checking one ----
+# ---- Checking ----
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that no part can use, and those that contradict each other.
+    """Checks that every key is present, in range and consistent with the others.
 
     Raises:
-      UserError: that names the key, the value and what was expected.
+      UserError: naming the key, its value and what was expected.
     """
     leaves = flatten(config)
     for name in sorted(set(leaves) ^ set(_KEY)):
@@ -157,18 +143,18 @@ def _check_value(key: Key, value: Any) -> None:
 
 
 def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
-    """(whether values contradict each other, the sentence that says so), by values that are fine alone."""
+    """Rules about several keys: (whether the config breaks the rule, the error message)."""
     data, model = config.data, config.model
     channels = model.width * 2 ** (model.locator_stage - 1) * (4 if model.depth >= 50 else 1)
     return [
         (
             data.whole + data.mix > 1,
-            f"Config keys data.whole and data.mix are {data.whole} and {data.mix}, expected shares that leave none "
-            "below 0 for data.crop: lower one.",
+            f"Config keys data.whole and data.mix are {data.whole} and {data.mix}, expected shares that add up to at "
+            "most 1: lower one.",
         ),
         (
             model.locator_stage == 3 and model.last_stride != 1,
-            "Config key model.locator_stage is 3, whose map is larger than T: set model.last_stride to 1.",
+            "Config key model.locator_stage is 3 but that stage's map is larger than T: set model.last_stride to 1.",
         ),
         (
             model.locator_hidden and model.locator != "pixel",
@@ -177,8 +163,8 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
         ),
         (
             model.locator == "row" and channels % model.locator_groups,
-            f"Config key model.locator_groups is {model.locator_groups}, no divisor of the {channels} channels that "
-            "the row locator reads: choose one that does.",
+            f"Config key model.locator_groups is {model.locator_groups}, expected a divisor of the {channels} channels "
+            "that the row locator reads: choose another.",
         ),
         (
             config.match.feature == "after" and model.neck == "none",
@@ -192,7 +178,8 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
 
 
 def check_gallery_gammas(config: ConfigDict) -> None:
-    """Refuses a match.gallery_gammas that the model cannot be evaluated with, or together with re-ranking."""
+    """Raises UserError if match.gallery_gammas does not fit the model, the training crops, the queries or
+    re-ranking."""
     gammas, model, known = config.match.gallery_gammas, config.model, sides(config)
     _check_value(_KEY["match.gallery_gammas"], gammas)
     reasons = [
@@ -202,13 +189,13 @@ def check_gallery_gammas(config: ConfigDict) -> None:
         ),
         (
             model.grid[0] < 2 or model.locator == "stripes",
-            "the model does not tell how much a query shows: expected two rows of regions or more, and no stripes",
+            "the model cannot estimate how much a query shows: expected at least two rows of regions and no stripes",
         ),
-        (config.match.rerank, "match.rerank is on: leave one of them out"),
+        (config.match.rerank, "match.rerank is on: turn off one of them"),
         (
             set(HEIGHTS.get(config.eval.crop, ())) - set(known),
-            f"eval.crop is {config.eval.crop!r}: expected queries cropped on the sides of training crops "
-            f"({' and '.join(known)}), as the gallery is",
+            f"eval.crop is {config.eval.crop!r}: expected query crops on the same sides as training crops "
+            f"({' and '.join(known)})",
         ),
     ]
     for wrong, reason in reasons:
@@ -217,12 +204,12 @@ def check_gallery_gammas(config: ConfigDict) -> None:
 
 
 def sides(config: ConfigDict) -> list[str]:
-    """Which parts of a height training crops keep, of "top" and "bottom": what a gallery may be cropped to."""
+    """The sides that training crops keep, "top" and "bottom". The gallery may be cropped to the same sides."""
     return sorted({side for strategy in crops(config) for side in HEIGHTS.get(strategy, ())}, reverse=True)
 
 
 def crops(config: ConfigDict) -> set[str]:
-    """The strategies, of `regions.CROPS`, that crop training images."""
+    """The strategies of `regions.CROPS` that crop training images."""
     data = config.data
     return set([data.crop] * (data.whole + data.mix < 1) + [data.mix_crop] * (data.mix > 0))
 
@@ -231,20 +218,20 @@ def crops(config: ConfigDict) -> set[str]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON text, one key a line."""
+    """The config as JSON text with one key per line."""
     return json.dumps(config.to_dict(), indent=2)
 
 
 def from_json(text: str, source: str) -> ConfigDict:
-    """The config that `to_json` wrote; keys added since take their defaults, and what has become of others is set.
+    """The config that this or an earlier version wrote with `to_json`. Keys that it lacks take their defaults.
 
     Raises:
-      UserError: if `source` (a file's name) does not hold a config of this program.
+      UserError: if `source` (the file's name) does not hold such a config.
     """
     try:
         saved = json.loads(text)
         config = default()
-        if saved.get("tensorboard"):  # earlier versions had this key beside the tracker
+        if saved.get("tensorboard"):  # a separate key in earlier versions
             saved["tracker"] = "tensorboard" + ",wandb" * (saved.get("tracker") == "wandb")
 
         def fill(target, values, prefix=""):
@@ -264,21 +251,21 @@ def from_json(text: str, source: str) -> ConfigDict:
     except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error.args[0] if error.args else error).splitlines()[0].removesuffix(".")
         raise UserError(
-            f"{source} is not a config that this version reads ({reason}): mend it, or choose another workdir."
+            f"{source} is not a config that this version can read ({reason}): fix it, or choose another workdir."
         ) from error
     return config
 
 
 def read(workdir: Path) -> ConfigDict | None:
-    """The resolved config of the run in a workdir, None without one. Raises UserError as `from_json`."""
+    """The resolved config of the run in a workdir, None without a run. Raises UserError as `from_json` does."""
     file = workdir / "config.json"
     return from_json(file.read_text(errors="replace"), str(file)) if file.is_file() else None
 
 
 def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:
-    """Keys by which `now` may not continue the run of `saved`, as "key: old -> new".
+    """Changes that prevent `now` from continuing the run of `saved`, as "key: old -> new".
 
-    The last stage may get more epochs where its schedule does not depend on their number.
+    The last stage may get more epochs if its schedule does not depend on their number.
     """
     old, new = flatten(saved), flatten(now)
     last = "stage2" if saved.stage2.epochs else "stage1"
@@ -291,50 +278,3 @@ def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:
             continue
         changed.append(f"{key}: {old[key]} -> {value}")
     return changed
-
-
-# ---- The list of keys ----
-
-
-def listing(keys: Iterable[Key], width: int) -> str:
-    """NAME = DEFAULT, the meaning and the values of each key, in lines of `width` characters; a paragraph a group."""
-    column = 38  # where meanings begin
-    paragraphs = []
-    for _, group in itertools.groupby(keys, lambda key: key.name.rpartition(".")[0]):
-        lines = []
-        for key in group:
-            values = key.values.expected.removeprefix("one of ").removeprefix("a number from ")
-            text = key.meaning + f" [{values}]" * (key.values is not ANY)
-            text += " (evaluate)" if EVALUATE in key.flags else " (resume)" if RESUME in key.flags else ""
-            told = textwrap.wrap(text, max(width - column, 40))
-            start = f"{key.name} = {key.default}".rstrip()
-            if len(start) >= column:
-                lines.append(start)
-                start = ""
-            lines += [f"{left:{column}}{line}" for left, line in itertools.zip_longest([start], told, fillvalue="")]
-        paragraphs.append("\n".join(lines))
-    return "\n\n".join(paragraphs)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    from vpm_jax import cli
-
-    parser = cli.Parser(
-        prog="python -m vpm_jax.config",
-        description="Lists the keys of a config with their defaults, meanings and values.",
-        epilog="(resume): may change when a run is resumed; (evaluate): and when it is evaluated or reported.",
-    )
-    parser.add_argument("word", nargs="*", metavar="WORD", help="only keys whose name has one of these in it")
-    words = parser.parse_args(argv).word
-    chosen = [key for key in KEYS if not words or any(word in key.name for word in words)]
-    if not chosen:
-        raise UserError(f"No config key has {' or '.join(words)} in its name: leave it out to see all.")
-    print(listing(chosen, shutil.get_terminal_size((120, 0)).columns))
-    print(f"\n{parser.epilog}")
-    return 0
-
-
-if __name__ == "__main__":
-    from vpm_jax import cli
-
-    cli.run(main)

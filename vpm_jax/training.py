@@ -1,0 +1,317 @@
+"""Training a run: from a config to checkpoints, metrics and an evaluation in its workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import config as config_lib
+from vpm_jax import evaluation, models, paper, parallel, plots, pretrained, step
+from vpm_jax.data.decode import decode
+from vpm_jax.data.pipeline import Batch, train_batches
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.split import Split
+from vpm_jax.description import Describer
+from vpm_jax.errors import UserError
+from vpm_jax.runs import hosts
+from vpm_jax.runs.checkpoints import Checkpoints
+from vpm_jax.runs.interrupts import Interrupts, Stopped
+from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.workdir import WorkdirLock, continue_run, find_run
+from vpm_jax.schedule import ends_epochs, schedule, stage_of
+
+
+def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
+    """Trains and evaluates a config in `workdir`, continuing the run there if there is one.
+
+    With several processes (see `hosts.joined`) all of them call it; only process 0 uses the workdir.
+
+    Args:
+      asked: the config, not yet resolved.
+      workdir: the run's folder.
+      resume: whether a run in the workdir may be continued.
+
+    Returns:
+      The exit code of the command: 0, or 128 plus the signal that stopped it.
+
+    Raises:
+      UserError: for any problem the user can fix.
+    """
+    parallel.prepare_backend()
+
+    # ---- The run in the workdir ------------------------------------------------------------------------
+    workdir = Path(workdir)
+    saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
+
+    # ---- Data, and the config resolved with it ---------------------------------------------------------
+    dataset = hosts.in_turn(lambda: load_dataset(asked.data))
+    print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
+    for note in dataset.notes:
+        print(f"  {note}")
+    if not len(dataset.train):
+        raise UserError(
+            f"{dataset.name} has no training images: train on another dataset, then evaluate on this one with "
+            f"python -m vpm_jax.evaluate --workdir RUN --dataset {dataset.name}."
+        )
+    evaluation.check(asked, dataset)
+    config = resolve(asked, dataset.train)
+    hosts.check_job(config, dataset)
+    backbone = None
+    if not has_checkpoint and config.pretrained != "none":
+        backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
+        config = config_lib.for_weights(config, backbone)
+        print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
+    if saved is not None:
+        config = continue_run(saved, config, workdir)
+
+    # ---- Devices, state, checkpoints -------------------------------------------------------------------
+    stage = schedule(config)[-1]  # the batch size is the same in all stages
+    batch_size, total, steps = stage.batch, stage.end_step, 0
+    mesh = parallel.data_mesh(batch_size)
+    place = parallel.placement(config.parallel, mesh)
+    describer = Describer(config, mesh)  # shared by all evaluations, so that it compiles once
+    # Shapes are enough to restore a checkpoint.
+    state = step.state_shapes(config) if has_checkpoint else step.init_state(config)
+    if backbone is not None:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        state = step.new_state(config, pretrained.apply_to(variables, backbone))
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    print(
+        f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
+        f"on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+    if first := hosts.is_first():
+        make_folder(workdir)
+    with (
+        WorkdirLock(workdir) if first else contextlib.nullcontext() as lock,
+        Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+        Interrupts(hosts.Agreement(mesh)) as interrupts,
+    ):
+        meta: dict[str, Any] = {"seconds": 0.0, "pending": [], "best": None}
+        if has_checkpoint != (checkpoints.latest is not None):
+            raise UserError(f"{workdir} changed while this run was starting: run the same command again.")
+        if has_checkpoint:
+            state, meta = checkpoints.restore(state)
+            steps = int(state.step)
+            print(f"resuming {workdir} after step {steps} of {total}")
+        log = records = None
+        if first:
+            write_atomically(workdir / "config.json", config_lib.to_json(config))
+            log = MetricsLog(workdir, steps, config.tracker, config.to_dict())
+            records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None
+        last_evaluated = hosts.from_first(lambda: records.last if records else 0)
+
+        # ---- The loop ----------------------------------------------------------------------------------
+        train_step, state = place.compile(step.make_step, config), place.put_state(state)
+        share = jax.process_index(), jax.process_count()
+        batches = train_batches(config, dataset.train, None, steps, total, *share)
+        window = Window(config, meta["pending"], steps, total)
+        status, started, spent = Status(), time.monotonic(), meta["seconds"]
+
+        def save(state: step.State) -> None:
+            window.fetch()
+            if lock is not None:
+                lock.check()
+            meta.update(seconds=spent + time.monotonic() - started, pending=window.pending)
+            with jax.transfer_guard("allow"):
+                checkpoints.save(steps, place.whole(state), meta)
+
+        def evaluate_if_due(state: step.State) -> tuple[evaluation.Results, float] | None:
+            nonlocal last_evaluated
+            if last_evaluated >= steps or not config.eval.every or not ends_epochs(config, steps, config.eval.every):
+                return None
+            window.fetch()
+            began, variables = time.monotonic(), step.evaluated(place.whole(state))
+            try:
+                with jax.transfer_guard("allow"):
+                    results = evaluation.evaluate(describer, variables, dataset, interrupts.check)
+            except Stopped:  # still due when the run resumes
+                return None
+            last_evaluated, means = steps, {"step": steps} | evaluation.means(results)
+            if meta["best"] is None or means["mAP"] > meta["best"]["mAP"]:
+                meta["best"] = means
+            gammas = {str(g): {"rank1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
+            if records is not None:
+                records.write(means | {"gammas": gammas})
+            print(
+                f"step {steps}/{total} mean over gamma: rank-1 {means['rank1']:.1%}, mAP {means['mAP']:.1%} "
+                f"(best mAP {meta['best']['mAP']:.1%} at step {meta['best']['step']})"
+            )
+            seconds = time.monotonic() - began
+            window.pause(seconds)
+            return results, seconds
+
+        try:
+            results = evaluate_if_due(state)  # an evaluation that an interrupt left unfinished
+            with contextlib.closing(batches), jax.transfer_guard("disallow"):  # no implicit host-device transfers
+                # If that evaluation was interrupted again, take no step: it would no longer be due.
+                for batch in () if interrupts.stop else parallel.prefetch(window.waits(batches), place.put_batch):
+                    state, metrics = train_step(state, batch)
+                    steps += 1
+                    window.add(steps, place.whole(metrics))
+                    if steps % config.log_every == 0 or steps == total:
+                        record = window.close()
+                        if log is not None:
+                            log.write(record)
+                        status.show(describe(record, total), final=steps == total)
+                    results = evaluate_if_due(state)
+                    if ends_epochs(config, steps, config.checkpoint_every):
+                        save(state)
+                    if interrupts.agreed():
+                        break
+            if checkpoints.latest != steps:
+                save(state)
+        except FloatingPointError as error:
+            checkpoints.wait()
+            last = checkpoints.latest
+            kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
+            precise = "" if models.compute_dtype(config.model.dtype) == "float32" else " or model.dtype=float32"
+            raise UserError(
+                f"{error}: {kept}; train in another --workdir with a lower learning_rate{precise}."
+            ) from None
+        for file in (log, records):
+            if file is not None:
+                file.close()
+        if interrupts.stop:
+            checkpoints.wait()
+            print(f"\nStopped after step {steps} of {total} and saved in {workdir}: run the same command to continue.")
+            return 128 + interrupts.stop
+    print(f"trained {total} steps in {duration(meta['seconds'])}")
+    if first:
+        with replacing(workdir / "training.png") as path:
+            title = plots.run_title(paper.title(paper.method_of(config)), config)
+            plots.training_curves(path, workdir / "metrics.jsonl", title)
+
+    # ---- Evaluation ------------------------------------------------------------------------------------
+    variables = step.evaluated(place.whole(state))
+    evaluation.evaluate_and_report(describer, variables, dataset, workdir, steps, evaluated=results)
+    return 0
+
+
+def resolve(asked: ConfigDict, split: Split) -> ConfigDict:
+    """A copy of the config with the keys that depend on the training set: identities, steps per epoch, data.aspect.
+
+    `config.for_weights` sets those that depend on pretrained weights.
+
+    Raises:
+      UserError: for a schedule that does not fit the training set, or a grid finer than the feature map.
+    """
+    resolved = asked.copy_and_resolve_references()
+    resolved.model.num_identities = split.num_identities
+    for stage in schedule(asked, len(split), split.num_identities):
+        resolved[stage.name].steps_per_epoch = stage.steps_per_epoch
+        cells = models.map_shape(asked, (stage.height, stage.width))
+        if any(regions > n for regions, n in zip(asked.model.grid, cells, strict=True)):
+            raise UserError(
+                f"Config key model.grid is {asked.model.grid} but the feature map of {stage.name} has {cells[0]} "
+                f"x {cells[1]} cells: choose a coarser grid or larger images."
+            )
+    if asked.data.fit == "pad" and not asked.data.aspect:
+        resolved.data.aspect = reference_aspect(split)
+    return resolved
+
+
+def reference_aspect(split: Split, count: int = 500) -> float:
+    """A whole person's height / width: the median over `count` evenly spaced training images."""
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int))
+    shapes = [decode(split.read(i), split.names[i], split.upright).shape for i in chosen.tolist()]
+    return round(float(np.median([height / width for height, width, _ in shapes])), 4)
+
+
+class Window:
+    """The metrics of the steps since the last record, which `close` averages into the next one.
+
+    They stay on the device until needed. Checkpoints keep `pending`, the fetched ones, so that a resumed run writes the
+    same records as an uninterrupted one.
+    """
+
+    def __init__(self, config: ConfigDict, pending: list[dict], steps: int, total: int) -> None:
+        self.pending = pending
+        self._config, self._total, self._steps = config, total, steps
+        self._device: list[tuple[int, dict]] = []
+        self._since, self._timed, self._waited = 0.0, 0, 0.0
+
+    def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Passes the batches on and measures the time spent waiting for them."""
+        batches = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, steps: int, metrics: dict) -> None:
+        """Adds the metrics of step number `steps`, which was just dispatched."""
+        if self._since:
+            self._timed += 1
+        else:  # exclude compile time from the rate: the first step has compiled by now
+            self._since, self._waited = time.monotonic(), 0.0
+        self._device.append((steps, metrics))
+        self._steps = steps
+
+    def pause(self, seconds: float) -> None:
+        """Excludes time spent on something else from the rate."""
+        if self._since:  # otherwise the clock has not started
+            self._since += seconds
+
+    def fetch(self) -> None:
+        """Moves the metrics to the host.
+
+        Raises:
+          FloatingPointError: if the loss or the gradient is not finite.
+        """
+        fetched, self._device = jax.device_get(self._device), []
+        for number, metrics in fetched:
+            values = {k: v.tolist() for k, v in metrics.items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise FloatingPointError(
+                    f"The loss of step {number} is {values['loss']} with gradient norm {values['grad_norm']}"
+                )
+            self.pending.append(values)
+
+    def close(self) -> dict[str, Any]:
+        """Returns the record of the window and starts the next one. Raises as `fetch` does."""
+        self.fetch()
+        now = time.monotonic()
+        seconds = max(now - self._since, 1e-9)
+        rate = max(self._timed, 1) / seconds
+        within, stage = stage_of(self._config, self._steps)
+        record: dict[str, Any] = {
+            "step": self._steps,
+            "stage": 1 if stage is self._config.stage1 else 2,
+            "epoch": round(within / stage.steps_per_epoch, 3),
+        }
+        for key in self.pending[0]:
+            values = [p[key] for p in self.pending]
+            record[key] = [mean(v) for v in zip(*values, strict=True)] if isinstance(values[0], list) else mean(values)
+        record["learning_rate"] = self.pending[-1]["learning_rate"]
+        record["images_per_second"] = rate * stage.identities * stage.images_per_identity
+        record["input_wait"] = round(min(self._waited / seconds, 1.0), 4)  # fraction of the time
+        record["memory_gib"] = round(parallel.peak_memory(), 3)
+        record["eta"] = (self._total - self._steps) / rate
+        self.pending, self._since, self._timed, self._waited = [], now, 0, 0.0
+        return record
+
+
+def describe(record: dict[str, Any], total: int) -> str:
+    """A record as the status line."""
+    heads = record["accuracy_identity"]
+    return (
+        f"step {record['step']}/{total} stage {record['stage']} epoch {record['epoch']:.1f}  "
+        f"loss {record['loss']:.3f} (region {record['loss_region']:.3f} id {record['loss_identity']:.3f} "
+        f"triplet {record['loss_triplet']:.3f})  id acc {mean(heads):.1%} ({min(heads):.0%}-{max(heads):.0%})  "
+        f"locator {record['accuracy_locator']:.1%}  comparable {record['comparable']:.0%}  "
+        f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s "
+        f"(input {record['input_wait']:.0%})  {record['memory_gib']:.1f} GiB  ETA {duration(record['eta'])}"
+    )
