@@ -1,4 +1,4 @@
-"""What every test shares: two virtual CPU devices, the XLA:CPU workaround, and the real data where they lie.
+"""What every test shares: two virtual CPU devices, the XLA:CPU workaround, checked array shapes, and the real data.
 
 This file is imported before any test module, hence before JAX starts a backend and reads the environment.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from paths import REAL_DATA
 
@@ -26,6 +27,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of whoever runs the tests
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
 prepare_backend()
+jaxtyping.install_import_hook(
+    [f"vpm_jax.{name}" for name in ("regions", "losses", "models.vpm", "step", "matching", "metrics", "reranking")],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets wrong shapes reach the functions' own error messages."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,7 @@ def test_a_picture_that_covers_no_cell_has_no_features():
     assert np.isfinite(gradient).all() and not gradient[0].any() and gradient[1].any()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_region_loss_counts_covered_cells_alone():
     random = np.random.default_rng(0)
     logits = random.normal(size=(3, 4, 2, 5)).astype(np.float32)

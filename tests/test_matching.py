@@ -118,7 +118,7 @@ class Store:
     """Features that can only be read by slices, and that keep account of it."""
 
     def __init__(self, features):
-        self.features, self.shape, self.read = features, features.shape, []
+        self.features, self.shape, self.dtype, self.read = features, features.shape, features.dtype, []
 
     def __getitem__(self, rows):
         found = self.features[rows]
@@ -155,6 +155,7 @@ def test_empty_sides():
 
 
 @pytest.mark.parametrize("which", range(4))
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_shapes_that_do_not_fit_are_named(which):
     data = list(example())
     data[which] = data[which][:, :3]

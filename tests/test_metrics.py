@@ -102,6 +102,7 @@ def test_chance_is_the_mean_of_random_rankings():
     assert abs(np.mean(rank1) - chance_rank1(*labels)) < 4 * error
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_is_named():
     distance, query_ids, gallery_ids, query_cameras, _ = example(0)
     with pytest.raises(ValueError, match=r"\(90, 25\) for 25 queries and 90 gallery images, expected \(25, 90\)"):

@@ -146,6 +146,7 @@ def test_nothing_to_rank():
         ({"lambda_": 1.5}, "lambda_ 1.5"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_is_refused(change, sentence):
     arguments = {
         "query_gallery": np.zeros((Q, G)),

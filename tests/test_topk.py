@@ -170,6 +170,7 @@ def test_nothing_asked_or_nothing_there():
     assert top_k(q, q_weight, (g[:0], g_weight[:0]), K)[1].shape == (Q, 0)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(matching, "CHUNK_BYTES", 2**12)
     q, q_weight, g, g_weight = example(Q, G, P, C)

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vpm_jax import parallel
-from vpm_jax.data.pipeline import eval_batches
+from vpm_jax.data.pipeline import EvalBatch, eval_batches
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
-from vpm_jax.regions import Part, RegionGrid, nearest_part, visible_heights
+from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
 from vpm_jax.runs.logs import Progress
 from vpm_jax.step import make_feature_step
 
@@ -79,7 +79,7 @@ class Describer:
     def __init__(self, config: ConfigDict, mesh: Mesh, region_maps: bool | None = None):
         self.config, self.mesh = config, mesh
         region_maps = bool(config.match.gallery_gammas) if region_maps is None else region_maps
-        self._compiled = jax.jit(make_feature_step(config, region_maps), out_shardings=parallel.everywhere(mesh))
+        self._compiled = jax.jit(make_feature_step(config, region_maps), out_shardings=parallel.replicated(mesh))
 
     def step(self, variables: Variables, *inputs: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 [B, H, W, 3] -> the arrays of a `Description`, on the devices.
@@ -94,8 +94,8 @@ class Describer:
         padded = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1)) if missing else images
         return parallel.shard(self.mesh, {"images": padded})["images"]
 
-    def _put_batch(self, batch: dict[str, np.ndarray]) -> list[jax.Array]:
-        return [self._put(batch[key]) for key in ("image", "valid") if key in batch]
+    def _put_batch(self, batch: EvalBatch) -> list[jax.Array]:
+        return [self._put(x) for x in (batch["image"], batch.get("valid")) if x is not None]
 
     def split(self, variables: Variables, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
         """Describes every image of a split, in order. Raises as `splits`."""
@@ -161,12 +161,12 @@ def check_finite(features: np.ndarray, name: str) -> None:
         )
 
 
-def route(queries: Description, crops: Sequence[Part], grid: RegionGrid) -> dict[Part, np.ndarray]:
+def route(queries: Description, crops: Sequence[GalleryCrop], grid: RegionGrid) -> dict[GalleryCrop, np.ndarray]:
     """Assigns each query to the gallery crop whose extent is closest to what the query shows.
 
     Args:
       queries: with region maps, unless there is only one crop.
-      crops: from `regions.gallery_parts`.
+      crops: from `regions.gallery_crops`.
       grid: the model's region grid.
 
     Returns:
@@ -176,5 +176,5 @@ def route(queries: Description, crops: Sequence[Part], grid: RegionGrid) -> dict
     if len(crops) > 1:
         for start in range(0, len(queries), _ROUTE_BATCH):
             rows = slice(start, start + _ROUTE_BATCH)
-            chosen[rows] = nearest_part(visible_heights(queries.region_maps[rows], grid), crops)
+            chosen[rows] = nearest_crop(visible_heights(queries.region_maps[rows], grid), crops)
     return {crop: np.flatnonzero(chosen == number) for number, crop in enumerate(crops) if (chosen == number).any()}

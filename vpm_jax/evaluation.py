@@ -27,7 +27,7 @@ from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import pairwise_distance
-from vpm_jax.regions import RegionGrid, gallery_parts
+from vpm_jax.regions import RegionGrid, gallery_crops
 from vpm_jax.reranking import rerank
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
@@ -186,7 +186,7 @@ def _distances_to_crops(
 ) -> list[np.ndarray]:
     """Holds the gallery features of one crop at a time."""
     config = describer.config
-    crops = gallery_parts(config_lib.sides(config), config.match.gallery_gammas)
+    crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
     described = describer.splits(variables, queries, check, "features of queries")
     routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
     matrices = [np.empty((len(query), len(gallery)), np.float32) for query in described]

@@ -1,8 +1,8 @@
-"""From a picture to the feature map (NumPy only): where it lies on the network's input, which cells it covers.
+"""Where an image lies on the network's input, and which feature map cells it covers (NumPy only).
 
-`data.fit` says how a picture of any proportions becomes an input of fixed size. "stretch" fills the input. "pad" keeps
-the proportions: a whole person, whose height is `aspect` times its width, would fill the input, and a picture of part
-of a person is scaled alike. The rest of the input is empty, and its cells take no part in Eqs. 1, 2, 3 and 5.
+`data.fit` selects how an image of any aspect ratio becomes an input of fixed size. "stretch" fills the input. "pad"
+keeps the aspect ratio: the scale is the one at which a whole person (height / width = `aspect`) fills the input. The
+rest of the input is padding, and its cells are excluded from Eqs. 1, 2, 3 and 5.
 
 Boxes are (top, left, bottom, right) in pixels of the input.
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from jaxtyping import Bool
 
 Box = tuple[int, int, int, int]
 
 STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7" is followed by max pooling
 
-# Where a padded picture lies: the shares of the free height and width above it and to its left. Training draws them
-# for "random"; a trained model then sees pictures in the middle.
+# The position of a padded image: the fractions of the free height above it and of the free width to its left. "random"
+# draws them in training and uses the center in evaluation.
 PLACES = {"top": (0.0, 0.5), "center": (0.5, 0.5), "random": (0.5, 0.5)}
 
 
@@ -35,14 +36,14 @@ def feature_shape(
 def fit_box(
     size: tuple[float, float], canvas: tuple[int, int], aspect: float, place: tuple[float, float] = PLACES["top"]
 ) -> Box:
-    """Where a picture lies on the input with its proportions kept.
+    """The box of an image on the input, its aspect ratio kept.
 
     Args:
-      size: the picture's height and width, in any unit.
+      size: the image's height and width, in any unit.
       canvas: (H, W) of the input.
-      aspect: height over width of a whole person, who fills the canvas. A relatively wider picture fills the width,
+      aspect: height / width of a whole person, who fills the canvas. A relatively wider image fills the width,
         a taller one the height.
-      place: the shares of the free height above the picture and of the free width left of it.
+      place: the fractions of the free height above the image and of the free width to its left.
 
     Returns:
       A box of at least one pixel.
@@ -55,7 +56,7 @@ def fit_box(
 
 
 def covered_cells(start: int, stop: int, length: int, cells: int) -> tuple[int, int]:
-    """Along one axis, the cells [first, last) of which pixels [start, stop) of `length` cover half; at least one."""
+    """Along one axis, the cells [first, last) half covered by pixels [start, stop) of `length`; at least 1."""
     first, last = (int(np.rint(edge / length * cells)) for edge in (start, stop))
     if first < last:
         return first, last
@@ -63,8 +64,8 @@ def covered_cells(start: int, stop: int, length: int, cells: int) -> tuple[int, 
     return middle, middle + 1
 
 
-def covered(box: Box, canvas: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """bool [h, w]: the cells of a feature map of `shape` that a box on the canvas covers."""
+def covered(box: Box, canvas: tuple[int, int], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """The cells of a feature map of `shape` (h, w) that a box on the canvas covers."""
     top, left, bottom, right = box
     valid = np.zeros(shape, bool)
     rows = slice(*covered_cells(top, bottom, canvas[0], shape[0]))

@@ -1,4 +1,4 @@
-"""CMC, mAP and mINP of a distance matrix, by the Market-1501 single-query protocol (NumPy only)."""
+"""CMC, mAP and mINP of a distance matrix under the Market-1501 single-query protocol (NumPy only)."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from jaxtyping import Float, Integer, Real
 
 RANKS = 50  # the longest CMC curve
 
-# Counting costs one pass over the row for every positive, sorting the row about as much as 100 passes.
+# Counting takes one pass over the row per match; sorting the row costs about as much as 100 passes.
 SORT_ABOVE = 100
+
+# NumPy or JAX arrays (this module does not import JAX), or lists.
+Distance = Real[Any, "q g"] | Sequence[Sequence[float]]
+QueryLabels = Integer[Any, " q"] | Sequence[int]
+GalleryLabels = Integer[Any, " g"] | Sequence[int]
 
 
 def rank_metrics(
-    distance: ArrayLike,
-    query_ids: ArrayLike,
-    gallery_ids: ArrayLike,
-    query_cameras: ArrayLike | None = None,
-    gallery_cameras: ArrayLike | None = None,
+    distance: Distance,
+    query_ids: QueryLabels,
+    gallery_ids: GalleryLabels,
+    query_cameras: QueryLabels | None = None,
+    gallery_cameras: GalleryLabels | None = None,
 ) -> dict[str, Any]:
-    """How well distances rank the gallery, by the Market-1501 single-query protocol.
+    """CMC, mAP and mINP under the Market-1501 single-query protocol.
 
-    Gallery images of identity -1 are junk and removed; identity 0 is a distractor, an ordinary image that matches no
-    query of a real identity. When cameras are given, gallery images of the query's identity *and* camera are
-    removed for that query. A query without a match leaves every mean. Equal distances rank in gallery order, and
-    +inf (no shared region) is a distance like any other. AP is the mean of the precision at the hits; mINP the mean
-    of (number of matches) / (rank of the last match).
-
-    No row is sorted for the usual number of matches: the rank of a match is the number of images before it.
+    Gallery images with identity -1 are junk and are removed. Identity 0 is a distractor, which stays and matches no
+    query of a real identity. If cameras are given, gallery images with both the query's identity and its camera are
+    removed for that query. Queries without a match are excluded from every mean. Equal distances rank in gallery
+    order, and +inf (no shared region) is a valid distance. AP is the mean precision at the matches; mINP is the mean of
+    (number of matches) / (rank of the last match).
 
     Args:
-      distance: float [Q, G].
-      query_ids: int [Q].
-      gallery_ids: int [G].
-      query_cameras: int [Q], with gallery_cameras or not at all.
-      gallery_cameras: int [G].
+      distance: of each query to each gallery image.
+      query_ids, gallery_ids: identities.
+      query_cameras, gallery_cameras: give both or neither.
 
     Returns:
       "cmc": float64 [min(G, 50)], entry k - 1 is the rank-k accuracy; "mAP", "mINP": floats in [0, 1];
       "skipped": the number of queries without a match.
 
     Raises:
-      ValueError: for shapes that do not fit, an empty set, a NaN distance, or when no query at all has a match
-        (there is nothing to average).
+      ValueError: if the shapes do not match, a set is empty, a distance is NaN, or no query has a match.
     """
     protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
     hits = np.zeros(min(protocol.shape[1], RANKS))
@@ -53,8 +53,7 @@ def rank_metrics(
     for _, ranks in protocol.ranks(distance):
         if ranks[0] <= len(hits):
             hits[ranks[0] - 1] += 1
-        found = np.arange(1, len(ranks) + 1)
-        precisions.append(float(np.mean(found / ranks)))
+        precisions.append(float(np.mean(np.arange(1, len(ranks) + 1) / ranks)))
         penalties.append(float(len(ranks) / ranks[-1]))
     protocol.require_matches(len(precisions))
     return {
@@ -66,15 +65,15 @@ def rank_metrics(
 
 
 def average_precision(
-    distance: ArrayLike,
-    query_ids: ArrayLike,
-    gallery_ids: ArrayLike,
-    query_cameras: ArrayLike | None = None,
-    gallery_cameras: ArrayLike | None = None,
-) -> np.ndarray:
-    """The AP of each query, whose mean is the mAP of `rank_metrics`: float64 [Q], NaN without a match.
+    distance: Distance,
+    query_ids: QueryLabels,
+    gallery_ids: GalleryLabels,
+    query_cameras: QueryLabels | None = None,
+    gallery_cameras: GalleryLabels | None = None,
+) -> Float[np.ndarray, " q"]:
+    """The average precision of each query, NaN without a match; its mean is the mAP of `rank_metrics`.
 
-    Arguments and errors as those of `rank_metrics`, but no query needs a match.
+    Arguments and errors are those of `rank_metrics`, except that no query needs a match.
     """
     protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
     precision = np.full(protocol.shape[0], np.nan)
@@ -84,15 +83,15 @@ def average_precision(
 
 
 def chance_rank1(
-    query_ids: ArrayLike,
-    gallery_ids: ArrayLike,
-    query_cameras: ArrayLike | None = None,
-    gallery_cameras: ArrayLike | None = None,
+    query_ids: QueryLabels,
+    gallery_ids: GalleryLabels,
+    query_cameras: QueryLabels | None = None,
+    gallery_cameras: GalleryLabels | None = None,
 ) -> float:
-    """The rank-1 accuracy that random rankings reach on average, under the same protocol as `rank_metrics`.
+    """The expected rank-1 accuracy of a random ranking, under the protocol of `rank_metrics`.
 
     Returns:
-      The mean, over the queries that have a match, of their share of matches among the images they rank.
+      The mean, over queries with a match, of the fraction of their ranked images that match.
 
     Raises:
       ValueError: as `rank_metrics`.
@@ -105,7 +104,7 @@ def chance_rank1(
 
 
 def rank_k(cmc: Sequence[float] | np.ndarray, k: int) -> float:
-    """The rank-k accuracy of a CMC [ranks]. A gallery smaller than k is exhausted before rank k: its last entry."""
+    """The rank-k accuracy of a CMC curve; its last entry if the gallery has fewer than k images."""
     return float(cmc[min(k, len(cmc)) - 1])
 
 
@@ -120,14 +119,14 @@ def gamma_table(results: Mapping[float, Mapping[str, Any]]) -> str:
 
 
 class _Protocol:
-    """Who matches whom: junk removed once, the rest looked up by identity instead of scanned for every query."""
+    """The matches of each query. Junk is removed once, and the gallery is indexed by identity."""
 
     def __init__(
         self,
-        query_ids: ArrayLike,
-        gallery_ids: ArrayLike,
-        query_cameras: ArrayLike | None,
-        gallery_cameras: ArrayLike | None,
+        query_ids: QueryLabels,
+        gallery_ids: GalleryLabels,
+        query_cameras: QueryLabels | None,
+        gallery_cameras: GalleryLabels | None,
     ):
         self.query_ids, self.gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
         if self.query_ids.ndim != 1 or self.gallery_ids.ndim != 1 or not self.query_ids.size * self.gallery_ids.size:
@@ -137,7 +136,7 @@ class _Protocol:
             )
         self.shape = (len(self.query_ids), len(self.gallery_ids))
         if (query_cameras is None) != (gallery_cameras is None):
-            raise ValueError("cameras of only one of query and gallery, expected those of both or of neither")
+            raise ValueError("cameras of only one of query and gallery, expected both or neither")
         self.cameras = None
         if query_cameras is not None and gallery_cameras is not None:
             self.cameras = np.asarray(query_cameras), np.asarray(gallery_cameras)
@@ -148,14 +147,14 @@ class _Protocol:
                     f"{self.shape[1]} gallery images, expected one for each"
                 )
         self.kept_index = np.flatnonzero(self.gallery_ids != -1)
-        # Without junk a row is used as it is, not copied.
+        # A slice avoids copying the rows when there is no junk.
         self.kept = slice(None) if len(self.kept_index) == self.shape[1] else self.kept_index
         ids = self.gallery_ids[self.kept_index]
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
 
     def queries(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(query, its matches, what is removed for it), the last two as increasing positions among the kept images."""
+        """Yields (query, its matches, its removed images), as increasing positions among the kept images."""
         first = np.searchsorted(self._sorted_ids, self.query_ids, side="left")
         last = np.searchsorted(self._sorted_ids, self.query_ids, side="right")
         for query in range(self.shape[0]):
@@ -166,8 +165,8 @@ class _Protocol:
                 here = self.cameras[1][self.kept_index[same]] == self.cameras[0][query]
                 yield query, same[~here], same[here]
 
-    def ranks(self, distance: ArrayLike) -> Iterator[tuple[int, np.ndarray]]:
-        """(query, the ranks from 1 of its matches, increasing), of the queries that have any. ValueError for NaN."""
+    def ranks(self, distance: Distance) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (query, the 1-based ranks of its matches, increasing) for queries with a match. ValueError for NaN."""
         distance = np.asarray(distance)
         if distance.shape != self.shape:
             raise ValueError(
@@ -190,7 +189,7 @@ class _Protocol:
 
 
 def _ranks(row: np.ndarray, matches: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """The ranks from 1 of the matches, increasing, in a row of distances from which some images are removed."""
+    """The 1-based ranks of the matches, increasing, in a row of distances from which some images are removed."""
     matches = matches[np.argsort(row[matches], kind="stable")]  # stable: equal distances in gallery order
     values = row[matches]
     if len(matches) > SORT_ABOVE:
@@ -200,11 +199,11 @@ def _ranks(row: np.ndarray, matches: np.ndarray, removed: np.ndarray) -> np.ndar
     else:
         before = np.array([np.count_nonzero(row < value) for value in values])
         until = np.array([np.count_nonzero(row <= value) for value in values])
-    # Equal distances: those earlier in the gallery come before. The image itself is one of `until - before`.
+    # Break ties by gallery order. `until - before` includes the match itself.
     for value in np.unique(values[until - before > 1]):
         tied = values == value
         before[tied] += np.searchsorted(np.flatnonzero(row == value), matches[tied])
-    gone = row[removed]
-    before -= (gone < values[:, None]).sum(axis=1)
-    before -= ((gone == values[:, None]) & (removed < matches[:, None])).sum(axis=1)
+    removed_values = row[removed]
+    before -= (removed_values < values[:, None]).sum(axis=1)
+    before -= ((removed_values == values[:, None]) & (removed < matches[:, None])).sum(axis=1)
     return before + 1

@@ -1,7 +1,7 @@
-"""Optimiser and schedules: SGD with Nesterov momentum and coupled weight decay (or AdamW), in one or two stages.
+"""Optimizer and schedules: SGD with Nesterov momentum and coupled weight decay, or AdamW, in one or two stages.
 
-Everything is a function of the step, so that both stages are one compiled training step. Configs are resolved ones
-(`training.resolve`), whose stages have their steps per epoch.
+Everything is a function of the step, so that both stages share one compiled training step. Configs are resolved
+(`training.resolve`): their stages have steps per epoch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ml_collections import ConfigDict
 
 from vpm_jax.schedule import Stage, schedule
 
-Schedule = Callable[[Any], Any]
+Schedule = Callable[[Any], Any]  # step, an int or traced, -> value
 
 
 def _starts(config: ConfigDict) -> list[int]:
-    """The first step of each stage but the first."""
+    """The first step of each stage after the first."""
     return [stage.first_step for stage in schedule(config)[1:]]
 
 
 def learning_rate(config: ConfigDict) -> Schedule:
-    """step -> learning rate of the new layers (the backbone's is times optim.backbone_multiplier)."""
+    """The learning rate of the new layers; the backbone's is multiplied by optim.backbone_multiplier."""
     stages = schedule(config)
     total = stages[-1].end_step if config.optim.schedule == "cosine" else 0
 
-    def one(stage: Stage) -> Schedule:
+    def of_stage(stage: Stage) -> Schedule:
         s, per_epoch = config[stage.name], stage.steps_per_epoch
         if total:
             whole = optax.cosine_decay_schedule(s.learning_rate, total)
@@ -45,32 +45,34 @@ def learning_rate(config: ConfigDict) -> Schedule:
             return main
         return lambda step: main(step) * jnp.minimum((step + 1) / warmup, 1)
 
-    return optax.join_schedules([one(stage) for stage in stages], _starts(config))
+    return optax.join_schedules([of_stage(stage) for stage in stages], _starts(config))
 
 
 def triplet_weight(config: ConfigDict) -> Schedule:
-    """step -> weight of the triplet loss."""
+    """The weight of the triplet loss."""
 
-    def one(stage: Stage) -> Schedule:
+    def of_stage(stage: Stage) -> Schedule:
         s = config[stage.name]
         start = int(s.triplet_start * stage.steps_per_epoch)
         return lambda step: jnp.where(step >= start, s.triplet_weight, 0.0)
 
-    return optax.join_schedules([one(stage) for stage in schedule(config)], _starts(config))
+    return optax.join_schedules([of_stage(stage) for stage in schedule(config)], _starts(config))
 
 
 class RestartState(NamedTuple):
     steps: jax.Array  # int32, updates so far
-    inner: Any  # the state of what is restarted
+    inner: Any  # the state of the inner transformation
 
 
 def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.GradientTransformation:
-    """`inner`, its state made new at each of `steps`: a stage starts without the last one's momentum."""
+    """Resets the state of `inner` at each of `steps`: a stage does not inherit momentum."""
 
-    def init(params):
+    def init(params: optax.Params) -> RestartState:
         return RestartState(jnp.zeros([], jnp.int32), inner.init(params))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: RestartState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RestartState]:
         fresh = inner.init(params)
         now = jnp.isin(state.steps, jnp.asarray(steps, jnp.int32))
         old = jax.tree.map(lambda new, kept: jnp.where(now, new, kept), fresh, state.inner)
@@ -81,10 +83,10 @@ def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.Grad
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """PyTorch's SGD, where weight decay joins the gradient of every parameter before momentum; or its AdamW."""
+    """PyTorch's SGD, which adds weight decay to every parameter's gradient before momentum, or its AdamW."""
     o = config.optim
 
-    def multiply(updates, params=None):
+    def multiply(updates: Any, params: optax.Params | None = None) -> Any:
         del params
         return {
             k: jax.tree.map(lambda u: u * o.backbone_multiplier, v) if k == "backbone" else v
@@ -93,13 +95,13 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     decay = optax.add_decayed_weights(o.weight_decay)
     if o.name == "adamw":
-        parts = [optax.scale_by_adam(b1=o.momentum), decay]
+        transforms = [optax.scale_by_adam(b1=o.momentum), decay]
     else:
-        parts = [decay, optax.trace(o.momentum, o.nesterov)]
+        transforms = [decay, optax.trace(o.momentum, o.nesterov)]
     if o.clip:
-        parts.insert(0, optax.clip_by_global_norm(o.clip))
+        transforms.insert(0, optax.clip_by_global_norm(o.clip))
     return optax.chain(
-        restart(optax.chain(*parts), _starts(config) if o.schedule == "stages" else []),
+        restart(optax.chain(*transforms), _starts(config) if o.schedule == "stages" else []),
         optax.stateless(multiply),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

@@ -1,7 +1,7 @@
-"""One device or many: where state and batches lie, and what maps the step over them.
+"""Data parallelism: placement of state and batches on the devices, and compilation of the step.
 
-"jit" (the default) compiles the step for the global batch and lets XLA divide it over a mesh of all devices;
-"pmap" maps the same step, which then sums over the mapped axis itself. Both give what one device gives.
+"jit" (the default) compiles the step for the global batch, which XLA partitions over a mesh of all devices. "pmap" maps
+the same step, which then reduces over the mapped axis itself. Both match a single device.
 """
 
 from __future__ import annotations
@@ -13,45 +13,54 @@ import platform
 import resource
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
 
-# jaxlib on CPU can miscompute some jitted reductions (jax#39103). The flag that avoids it is known to parse
-# on these versions; an unknown flag would abort the process.
+if TYPE_CHECKING:  # loader processes use this module without JAX
+    from jax import Array, Device
+    from jax.sharding import Mesh, NamedSharding
+
+Item = TypeVar("Item")
+Placed = TypeVar("Placed")
+
+# jaxlib on CPU can miscompute some jitted reductions (jax#39103). These versions accept the flag that avoids it; an
+# unknown flag would abort the process.
 _CPU_REDUCTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 _CPU_REDUCTION_VERSIONS = ("0.10.2", "0.12.0")
 
 
 def threads() -> int:
-    """The CPU cores this process may use (taskset, containers); as many threads as each library gets."""
+    """The number of CPU cores that this process may use, considering taskset and containers."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_backend() -> None:
-    """Sets XLA's flags and JAX's compilation cache; call before JAX starts its backend. What the user has set stays."""
+    """Sets XLA's flags and JAX's compilation cache unless the user has. Call before JAX starts its backend."""
     flags = os.environ.get("XLA_FLAGS", "")
     version = importlib.metadata.version("jaxlib")
     if "ynn_fusion_type" not in flags and version.startswith(_CPU_REDUCTION_VERSIONS):
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_REDUCTION_FLAG}".strip()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # "" is none
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # "" disables it
         import jax
 
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        with contextlib.suppress(OSError, RuntimeError):  # no home directory, or a read-only one
             folder = compilation_cache()
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compilation_cache() -> Path:
-    """The folder where compiled programs are kept for the next run: one for each kind of processor.
+    """The folder of compiled programs, one for each kind of processor.
 
-    A home may be shared by machines of several kinds, and a program compiled for a CPU runs on that kind alone.
+    Machines with different processors may share a home directory, and programs compiled for one CPU may not run on
+    another.
     """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = platform.machine() + platform.processor()
@@ -61,8 +70,8 @@ def compilation_cache() -> Path:
     return Path(root) / "vpm_jax" / f"xla-{zlib.crc32(kind.encode()):08x}"
 
 
-def data_mesh(batch: int | None = None, devices: Sequence | None = None):
-    """All devices (or these) along one axis, "data": those of process 0 first, so that each has consecutive rows.
+def data_mesh(batch: int | None = None, devices: Sequence[Device] | None = None) -> Mesh:
+    """A mesh of all devices (or `devices`) along one axis, "data", in process order: each holds consecutive rows.
 
     Raises:
       UserError: if `batch`, the global batch size, is not a multiple of the device count.
@@ -70,7 +79,7 @@ def data_mesh(batch: int | None = None, devices: Sequence | None = None):
     import jax
     from jax.sharding import AxisType, Mesh
 
-    # Not jax.make_mesh: it may order devices by their wiring, which sums over all of them do not need.
+    # Not jax.make_mesh: it may reorder devices for their interconnect.
     devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     count = len(devices)
     if batch is not None and batch % count:
@@ -82,48 +91,48 @@ def data_mesh(batch: int | None = None, devices: Sequence | None = None):
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def shard(mesh, batch: dict) -> dict:
-    """This process's rows of a batch, as global arrays sharded over the mesh."""
+def shard(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Global arrays, sharded over the mesh, from this process's rows of a batch."""
     import jax
 
-    sharding, devices = rows(mesh), list(mesh.local_devices)
+    sharding, devices = data_sharding(mesh), list(mesh.local_devices)
 
-    def one(value: Any):
+    def place(value: Any) -> Array:
         value = np.asarray(value)
-        # Each device's rows, told to go there: JAX's own assembling counts as a transfer that nobody asked for.
+        # Place shards explicitly, to satisfy the transfer guard.
         pieces = jax.device_put(np.split(value, len(devices)), devices)
         shape = (len(value) * mesh.size // len(devices), *value.shape[1:])
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
-    return {key: one(value) for key, value in batch.items()}
+    return {key: place(value) for key, value in batch.items()}
 
 
-def replicate(mesh, tree):
-    """The tree on every device; every process gives the same values."""
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Copies the tree to every device; all processes must pass the same values."""
     import jax
 
-    sharding = everywhere(mesh)
+    sharding = replicated(mesh)
     if not mesh.is_multi_process:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def rows(mesh):
+def data_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is divided over the mesh."""
     from jax.sharding import NamedSharding, PartitionSpec
 
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def everywhere(mesh):
-    """The sharding of arrays that every device holds whole."""
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays that are replicated on every device."""
     from jax.sharding import NamedSharding, PartitionSpec
 
     return NamedSharding(mesh, PartitionSpec())
 
 
 def peak_memory() -> float:
-    """The most memory held so far, in GiB: of a device, or of this process where devices do not tell (CPU)."""
+    """The peak memory in GiB of a device, or of this process if devices do not report it (CPU)."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
@@ -136,13 +145,15 @@ def peak_memory() -> float:
 class Placement(NamedTuple):
     """How training runs on the devices."""
 
-    compile: Callable[[Callable, Any], Callable]  # (make_step, config) -> the step; its state is donated
-    put_batch: Callable[[dict], dict]
+    compile: Callable[
+        [Callable[..., Any], ConfigDict], Callable[..., Any]
+    ]  # (make_step, config) -> step, state donated
+    put_batch: Callable[[Mapping[str, Any]], dict[str, Array]]
     put_state: Callable[[Any], Any]
-    whole: Callable[[Any], Any]  # what the step returns (state, metrics), each array once
+    whole: Callable[[Any], Any]  # undoes the mapping of (state, metrics)
 
 
-def placement(kind: str, mesh) -> Placement:
+def placement(kind: str, mesh: Mesh) -> Placement:
     """The placement of config.parallel: "jit" over the mesh, or "pmap" over this process's devices.
 
     Raises:
@@ -152,8 +163,8 @@ def placement(kind: str, mesh) -> Placement:
 
     if kind == "jit":
 
-        def compile_jit(make_step: Callable, config: Any) -> Callable:
-            return jax.jit(make_step(config), donate_argnums=0, out_shardings=everywhere(mesh))
+        def compile_jit(make_step: Callable[..., Any], config: ConfigDict) -> Callable[..., Any]:
+            return jax.jit(make_step(config), donate_argnums=0, out_shardings=replicated(mesh))
 
         return Placement(compile_jit, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
 
@@ -161,26 +172,26 @@ def placement(kind: str, mesh) -> Placement:
     if jax.process_count() > 1:
         raise UserError(f'parallel=pmap maps the devices of one host, found {jax.process_count()} hosts: use "jit".')
 
-    def compile_pmap(make_step: Callable, config: Any) -> Callable:
+    def compile_pmap(make_step: Callable[..., Any], config: ConfigDict) -> Callable[..., Any]:
         devices = list(mesh.devices.flat)
         return jax.pmap(make_step(config, "data"), axis_name="data", devices=devices, donate_argnums=0)
 
-    def put(tree: Any) -> Any:  # leaves [n, ...], one row for each device
-        return jax.device_put(tree, rows(mesh))
+    def put(tree: Any) -> Any:  # leaves [n, ...], one row per device
+        return jax.device_put(tree, data_sharding(mesh))
 
-    def split(batch: dict) -> dict:
+    def split(batch: Mapping[str, Any]) -> dict[str, Array]:
         return put({k: np.asarray(v).reshape(n, len(v) // n, *np.shape(v)[1:]) for k, v in batch.items()})
 
     def copy(state: Any) -> Any:
         return put(jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), jax.device_get(state)))
 
-    one = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=everywhere(mesh))
-    return Placement(compile_pmap, split, copy, one)
+    first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=replicated(mesh))
+    return Placement(compile_pmap, split, copy, first)
 
 
-def prefetch(batches: Iterable, place: Callable, depth: int = 2) -> Iterator:
-    """Puts batches on the device `depth` ahead of their use (device_put does not wait)."""
-    ahead: list = []
+def prefetch(batches: Iterable[Item], place: Callable[[Item], Placed], depth: int = 2) -> Iterator[Placed]:
+    """Places batches on the device `depth` ahead of their use (device_put is asynchronous)."""
+    ahead: list[Placed] = []
     for batch in batches:
         ahead.append(place(batch))
         if len(ahead) > depth:

@@ -2,7 +2,7 @@
 
 A region grid divides the *holistic* image into rows x cols rectangles. A crop of that image is
 resized to the network's input, and the regions are projected onto the feature map: every cell gets
-the label of the region it belongs to, and the regions that are left form the visible set.
+the label of its region, and the regions that still have cells form the visible set.
 
 All boxes are fractions of the holistic image, origin top-left; regions are numbered row-major from 0.
 """
@@ -15,9 +15,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 CROPS = ("top", "bottom", "bilateral", "left", "right", "horizontal", "any", "none")
-# The parts that those of them keep which cut heights alone.
+# What is kept by the crops that reduce only the height.
 HEIGHTS = {"top": ("top",), "bottom": ("bottom",), "bilateral": ("top", "bottom")}
 
 
@@ -34,7 +35,7 @@ class RegionGrid:
 
 
 class Crop(NamedTuple):
-    """The box cut from the holistic image, as fractions in [0, 1]."""
+    """The box cut from the holistic image, in fractions in [0, 1]."""
 
     top: float
     left: float
@@ -43,7 +44,7 @@ class Crop(NamedTuple):
 
     @property
     def gamma(self) -> float:
-        """The kept share of the image's area."""
+        """The fraction of the image's area that is kept."""
         return self.height * self.width
 
 
@@ -60,11 +61,11 @@ def pixel_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -> Crop:
-    """The crop of area ratio gamma that `strategy` cuts, from three uniform numbers in [0, 1).
+    """Draws a crop of area ratio gamma from three uniform random numbers in [0, 1).
 
-    `top` keeps the top of the image, `bottom` its bottom, `left` and `right` likewise; `bilateral` is
-    top or bottom and `horizontal` left or right, half each; `any` is a box anywhere, its height
-    log-uniform between gamma and 1; `none` keeps everything (gamma is ignored).
+    `top`, `bottom`, `left` and `right` keep that side of the image. `bilateral` is top or bottom and
+    `horizontal` is left or right, with equal probability. `any` is a box at a random position, its height
+    log-uniform in [gamma, 1]. `none` keeps the whole image and ignores gamma.
 
     Raises:
       ValueError: for an unknown strategy, or gamma outside (0, 1].
@@ -91,8 +92,8 @@ def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -
     }[strategy]
 
 
-class Part(NamedTuple):
-    """What is kept of a picture that a gallery is described by: `side` as in `draw_crop`, and gamma."""
+class GalleryCrop(NamedTuple):
+    """A crop that is applied to every gallery image: the side that is kept (as in `draw_crop`) and the area ratio."""
 
     side: str = "none"
     gamma: float = 1.0
@@ -105,32 +106,40 @@ class Part(NamedTuple):
         return draw_crop(self.side, self.gamma, (0.0, 0.0, 0.0))
 
 
-UNCUT = Part()
+UNCUT = GalleryCrop()
 
 
-def gallery_parts(sides: Sequence[str], gammas: Sequence[float]) -> list[Part]:
-    """The whole picture, and its parts of every gamma on these sides ("top", "bottom")."""
-    return [UNCUT] + [Part(side, gamma) for gamma in sorted(gammas) for side in sides]
+def gallery_crops(sides: Sequence[str], gammas: Sequence[float]) -> list[GalleryCrop]:
+    """The uncut image, then a crop for each gamma and side ("top", "bottom")."""
+    return [UNCUT] + [GalleryCrop(side, gamma) for gamma in sorted(gammas) for side in sides]
 
 
-def nearest_part(heights: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
-    """The part most like what each picture shows, of `visible_heights` [N, 2]: int [N], the first of equals."""
-    edges = np.array([(part.crop.top, part.crop.top + part.crop.height) for part in parts])
+def nearest_crop(heights: Float[np.ndarray, "n 2"], crops: Sequence[GalleryCrop]) -> Int[np.ndarray, " n"]:
+    """The index of the gallery crop closest to each image's `visible_heights`; the first one on ties."""
+    edges = np.array([(crop.crop.top, crop.crop.top + crop.crop.height) for crop in crops])
     return np.abs(heights[:, None] - edges).sum(-1).argmin(1)
 
 
 def axis_labels(
-    start: float, size: float, parts: int, cells: int, min_cells: int = 1, within: tuple[int, int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Along one axis: the part each cell belongs to [cells], and whether each part is visible [parts].
+    start: float, size: float, bins: int, cells: int, min_cells: int = 1, within: tuple[int, int] | None = None
+) -> tuple[Int32[np.ndarray, " cells"], Bool[np.ndarray, " bins"]]:
+    """Projects `bins` equal divisions of one image axis onto feature map cells.
 
-    The box [start, start + size] may reach beyond the image, [0, 1]: cells there belong to the nearest part. Where the
-    picture covers the cells [first, last) `within` the map alone, the others belong to the nearest part too.
+    Args:
+      start, size: the interval of the axis that the map shows, in fractions of the image. It may extend beyond [0, 1];
+        cells outside the image get the nearest bin.
+      bins: the number of divisions.
+      cells: the number of cells.
+      min_cells: as in `project_regions`.
+      within: the cells [first, last) that the image covers (default: all). The other cells get the nearest bin.
+
+    Returns:
+      (labels, visible): the bin of each cell, and whether each bin is visible.
     """
     first, last = within or (0, cells)
-    edges = np.rint((np.arange(parts + 1) / parts - start) / size * cells)  # np.rint rounds half to even
+    edges = np.rint((np.arange(bins + 1) / bins - start) / size * cells)  # np.rint rounds half to even
     edges = np.clip(edges, first, last).astype(np.int32)
-    edges[0], edges[-1] = first, last  # so already, but for rounding errors in a very thin crop at the border
+    edges[0], edges[-1] = first, last  # guards against rounding errors in a very thin crop at the border
     labels = np.searchsorted(edges[1:], np.arange(cells).clip(first, last - 1), side="right").astype(np.int32)
     spans = np.diff(edges)
     return labels, (spans > 0) & (spans >= min(min_cells, last - first))
@@ -138,22 +147,21 @@ def axis_labels(
 
 def project_regions(
     crop: Crop, grid: RegionGrid, feature_shape: tuple[int, int], min_cells: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int32[np.ndarray, "h w"], Bool[np.ndarray, " p"]]:
     """ROI projection of the regions onto the feature map of a cropped, resized image (Section 3.3).
 
     Args:
-      crop: the box that was cut, as fractions of the holistic image.
-      grid: the regions defined on the holistic image.
-      feature_shape: (h, w) of the feature map; a row locator uses (h, 1).
-      min_cells: a region is visible when it spans at least this many cells along each axis (or the
-        whole axis, where the map is smaller), and never when it spans none.
+      crop: the box that was cut, in fractions of the holistic image.
+      grid: the regions of the holistic image.
+      feature_shape: (h, w) of the feature map; (h, 1) for a row locator.
+      min_cells: a region is visible if it spans at least this many cells along each axis (or the whole
+        axis, if the map is smaller), and at least one.
 
     Returns:
-      labels: int32 [h, w], the region of every cell.
-      visible: bool [P], the visible set.
+      (labels, visible): the region of every cell, and the visible set.
 
     Raises:
-      ValueError: for a crop outside the image, an empty one, or an empty map.
+      ValueError: if the crop is empty or extends outside the image, or the map is empty.
     """
     crop, rows, cols, (h, w) = Crop(*crop), grid.rows, grid.cols, feature_shape
     if not (
@@ -173,29 +181,29 @@ def project_regions(
     return labels, (row_visible[:, None] & col_visible[None, :]).reshape(-1)
 
 
-def visible_heights(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
-    """Between which heights of a whole person a picture lies: the crop whose projected labels are likeliest.
+def visible_heights(region_maps: Float[np.ndarray, "n h w p"], grid: RegionGrid) -> Float[np.ndarray, "n 2"]:
+    """Estimates the vertical extent of the person that each image shows, from its region map.
 
-    Every cell votes with the log-probability of the label it would have (`axis_labels`: the projection that the locator
-    was trained with). Of crops with the same labels the largest counts. Only heights are told, not widths.
+    The estimate is the crop whose projected labels (`axis_labels`, as in training) have the highest mean
+    log-probability. If several crops give the same labels, the largest one wins. Widths are not estimated.
 
     Args:
-      region_maps: Eq. 1, [N, h, w, P]; w is 1 for a row locator. All 0 in cells that a padded picture does not cover.
+      region_maps: Eq. 1; w is 1 for a row locator. 0 in the cells that a padded image does not cover.
       grid: the regions, grid.count = P.
 
     Returns:
-      float64 [N, 2]: top and bottom as fractions of the whole picture's height, (0, 1) for a whole person.
+      float64 top and bottom in fractions of the whole person's height: (0, 1) for a whole person.
     """
     count, height, width, _ = region_maps.shape
     maps = np.asarray(region_maps, np.float64)
-    valid = maps.sum(-1) > 0.5  # a cell that the picture does not cover has no probabilities
+    valid = maps.sum(-1) > 0.5  # probabilities sum to 1 in covered cells, to 0 in padding
     rows = np.log(np.maximum(maps.reshape(count, height, width, grid.rows, grid.cols).sum(-1), 1e-6))
     # The mean log probability over a row's cells: one confidently wrong cell must not dominate.
     log = (rows * valid[..., None]).sum(2) / np.maximum(valid.sum(2), 1)[..., None]
     covered = valid.any(2)
     heights = np.empty((count, 2))
     spans = np.stack([covered.argmax(1), covered.sum(1)], 1)
-    for first, cells in np.unique(spans, axis=0):  # one span, but for padded pictures
+    for first, cells in np.unique(spans, axis=0):  # a single span unless images are padded
         chosen = (spans == (first, cells)).all(1)
         if not cells:
             heights[chosen] = (0.0, 1.0)
@@ -209,10 +217,10 @@ def visible_heights(region_maps: np.ndarray, grid: RegionGrid) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _candidates(cells: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every way to label a column of cells, and the largest crop that does: (float64 [K, 2], int32 [K, cells])."""
-    marks = np.arange(61) / 60  # halves to sixths of a person, and tenths, are among them
+def _candidates(cells: int, bins: int) -> tuple[Float[np.ndarray, "k 2"], Int32[np.ndarray, "k cells"]]:
+    """Every distinct labeling of a column of cells, with the largest crop (top, bottom) that produces it."""
+    marks = np.arange(61) / 60  # includes halves to sixths, and tenths, of a person
     crops = [(top, bottom) for top in marks for bottom in marks if bottom - top > 0.099]
     crops.sort(key=lambda crop: (round(crop[1] - crop[0], 6), -crop[0]))
-    kept = {axis_labels(top, bottom - top, parts, cells)[0].tobytes(): (top, bottom) for top, bottom in crops}
+    kept = {axis_labels(top, bottom - top, bins, cells)[0].tobytes(): (top, bottom) for top, bottom in crops}
     return np.array(list(kept.values())), np.stack([np.frombuffer(key, np.int32) for key in kept])

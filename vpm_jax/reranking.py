@@ -1,12 +1,12 @@
-"""k-reciprocal re-ranking (Zhong, Zheng, Cao and Li, CVPR 2017) over any distance, on device, a chunk at a time.
+"""k-reciprocal re-ranking (Zhong, Zheng, Cao and Li, CVPR 2017) of any distance, on device, in chunks.
 
-An image is described by its k-reciprocal neighbours, those near it that it is near to; two images are alike when their
-neighbours are the same (the Jaccard distance). Queries and gallery are ranked among each other: below, N = Q + G.
+An image is described by its k-reciprocal neighbors: the images that are among its nearest and have it among theirs. Two
+images are similar if they share these neighbors (the Jaccard distance). Queries and gallery form one set, N = Q + G.
 
-Where the paper is silent, or the numbers that people compare come from elsewhere, this follows the authors' published
-code: an image is the first of its own neighbours and k1 others follow, distances are squared and divided by the
-largest of their row, an image's weights sum to 1, and a neighbour's set joins when *more* than two thirds of it are
-shared (the paper's Eq. 5 has "at least").
+Where the paper leaves details open, or reported numbers come from the authors' code instead, this follows the code:
+every image is its own first neighbor, followed by k1 others; distances are squared and divided by the largest of their
+row; an image's weights sum to 1; and a neighbor's set joins if *more* than two thirds of it are shared (the paper's
+Eq. 5 has "at least").
 """
 
 from __future__ import annotations
@@ -17,42 +17,45 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float32, Int32, Real
 
+from vpm_jax.arrays import AnyArray
 from vpm_jax.matching import CHUNK_BYTES
 
 
 def rerank(
-    query_gallery: np.ndarray,
-    query_query: np.ndarray,
-    gallery_gallery: np.ndarray,
+    query_gallery: Real[AnyArray, "q g"],
+    query_query: Real[AnyArray, "q q"],
+    gallery_gallery: Real[AnyArray, "g g"],
     k1: int = 20,
     k2: int = 6,
     lambda_: float = 0.3,
     squared: bool = False,
-) -> np.ndarray:
+) -> Float32[np.ndarray, "q g"]:
     """The re-ranked distance of every query to every gallery image.
 
     d* = (1 - lambda) d_J + lambda d (the paper's Eq. 12), where d_J is the Jaccard distance between the weighted,
-    expanded sets of k-reciprocal neighbours (Eqs. 5, 7 and 10, local query expansion Eq. 11).
+    expanded sets of k-reciprocal neighbors (Eqs. 5, 7 and 10, local query expansion Eq. 11).
 
-    Memory beyond arguments and result: about 4 * CHUNK_BYTES, and at most 2 N (k1 + 1) (k1 / 2 + 2) (k2 + 1) numbers,
-    in practice a tenth of it: Market-1501 (N = 19,281) at the defaults takes some hundred MiB. Nothing of size [N, N]
-    is made; rows are read twice.
+    Beyond arguments and result, memory is about 4 * CHUNK_BYTES plus at most 2 N (k1 + 1) (k1 / 2 + 2) (k2 + 1)
+    numbers, in practice a tenth of that: a few hundred MiB for Market-1501 (N = 19,281) at the defaults. Nothing of
+    size [N, N] is allocated; rows are read twice.
 
     Args:
-      query_gallery: [Q, G], `matching.region_distance`; +inf between images that share no region.
-      query_query: [Q, Q].
-      gallery_gallery: [G, G].
-      k1: how many neighbours may be reciprocal.
-      k2: over how many neighbours, the image itself included, sets are averaged; 1 leaves them.
-      lambda_: the original distance's share, in [0, 1].
-      squared: the distances are squared ones already.
+      query_gallery: from `matching.region_distance`; +inf between images that share no region.
+      query_query: distances among the queries.
+      gallery_gallery: distances among the gallery images.
+      k1: the number of neighbors that may be reciprocal.
+      k2: the number of neighbors, including the image itself, whose sets are averaged; 1 disables averaging.
+      lambda_: the weight of the original distance, in [0, 1].
+      squared: the distances are already squared.
 
     Returns:
-      float32 [Q, G], from 0 to 1. A pair that shares no region stays +inf.
+      Distances in [0, 1]. A pair without a shared region stays at +inf.
 
     Raises:
-      ValueError: for shapes that do not fit, or k1, k2, lambda_ out of range.
+      ValueError: if the shapes do not match, or k1, k2 or lambda_ is out of range.
     """
     queries, galleries = query_gallery.shape
     shapes = query_query.shape, gallery_gallery.shape
@@ -62,7 +65,9 @@ def rerank(
             f"{(queries, galleries)}, expected [Q, Q] and [G, G] beside [Q, G]"
         )
     if k1 < 1 or k2 < 1 or not 0 <= lambda_ <= 1:
-        raise ValueError(f"k1 {k1}, k2 {k2} and lambda_ {lambda_}, expected at least 1, 1 and a share in [0, 1]")
+        raise ValueError(
+            f"k1 {k1}, k2 {k2} and lambda_ {lambda_}, expected at least 1, at least 1 and a weight in [0, 1]"
+        )
     if not queries * galleries:
         return np.empty((queries, galleries), np.float32)
     count = queries + galleries
@@ -70,23 +75,20 @@ def rerank(
     size = max(1, min(count, CHUNK_BYTES // 4 // (4 * count)))
 
     def rows() -> Iterator[tuple[int, int, np.ndarray]]:
-        """(first, number, distances [size, N]): the combined matrix, a chunk at a time, the last padded by +inf."""
+        """Yields (first, number, distances [size, N]), chunks of the combined matrix, the last padded with +inf."""
         for first in range(0, count, size):
             last = min(first + size, count)
             chunk = np.full((size, count), np.inf, np.float32)
-            at = max(0, min(last, queries) - first)  # rows of queries
-            if at:
-                part = slice(first, first + at)
-                chunk[:at, :queries], chunk[:at, queries:] = query_query[part], query_gallery[part]
-            if at < last - first:
-                part = slice(first + at - queries, last - queries)
-                chunk[at : last - first, :queries], chunk[at : last - first, queries:] = (
-                    columns[part],
-                    gallery_gallery[part],
-                )
+            split = max(0, min(last, queries) - first)  # the chunk's first row of the gallery
+            if split:
+                source = slice(first, first + split)
+                chunk[:split, :queries], chunk[:split, queries:] = query_query[source], query_gallery[source]
+            if split < last - first:
+                source, target = slice(first + split - queries, last - queries), slice(split, last - first)
+                chunk[target, :queries], chunk[target, queries:] = columns[source], gallery_gallery[source]
             yield first, last - first, chunk
 
-    # The nearest of every image, itself first; `count` stands for nobody.
+    # The nearest neighbors of every image, itself first; index `count` marks an empty slot.
     nearest = np.full((count + 1, min(max(k1 + 1, k2), count)), count, np.int32)
     largest = np.empty(count, np.float32)
     for first, number, chunk in rows():
@@ -94,28 +96,28 @@ def rerank(
         nearest[first : first + number], largest[first : first + number] = index[:number], most[:number]
 
     half = int(np.around(k1 / 2)) + 1
-    forward = jnp.asarray(nearest[:, : k1 + 1])
-    reciprocal = _reciprocal(forward, forward)
-    reciprocal_half = _reciprocal(forward[:, :half], forward[:, :half])
+    neighbors = jnp.asarray(nearest[:, : k1 + 1])
+    reciprocal = _reciprocal(neighbors, neighbors)
+    reciprocal_half = _reciprocal(neighbors[:, :half], neighbors[:, :half])
     sets: list[tuple[np.ndarray, np.ndarray]] = []
     for first, number, chunk in rows():
         most = np.pad(largest[first : first + number], (0, size - number), constant_values=1)
-        index, weight = _expand(chunk, first, most, forward, reciprocal, reciprocal_half, squared)
+        index, weight = _expand(chunk, first, most, neighbors, reciprocal, reciprocal_half, squared)
         sets.append((np.asarray(index)[:number], np.asarray(weight)[:number]))
     members, weights = _trim(sets, count)
 
     if k2 > 1:
-        # A row for nobody, who has no neighbours either.
+        # An empty row, for the index that marks empty slots.
         members = np.concatenate([members, np.full((1, members.shape[1]), count, np.int32)])
         weights = np.concatenate([weights, np.zeros((1, weights.shape[1]), np.float32)])
         step = max(1, min(count, CHUNK_BYTES // 4 // (8 * k2 * members.shape[1])))
         sets = []
         for first in range(0, count, step):
             near = np.full((step, min(k2, nearest.shape[1])), count, np.int32)
-            part = nearest[first : min(first + step, count), :k2]
-            near[: len(part)] = part
+            number = min(step, count - first)
+            near[:number] = nearest[first : first + number, :k2]
             index, weight = _average(members, weights, near)
-            sets.append((np.asarray(index)[: len(part)], np.asarray(weight)[: len(part)]))
+            sets.append((np.asarray(index)[:number], np.asarray(weight)[:number]))
         members, weights = _trim(sets, count)
 
     result = np.empty((queries, galleries), np.float32)
@@ -128,15 +130,17 @@ def rerank(
         shared = np.asarray(_shared(padded, gallery, count))[: last - first]
         original = np.asarray(query_gallery[first:last], np.float32)
         original = original if squared else np.square(original)
-        jaccard = 1 - shared / (2 - shared)  # min sums to `shared`, max to what is left of both sums of 1
-        share = lambda_ * original / largest[first:last, None] if lambda_ else np.where(np.isinf(original), np.inf, 0)
-        result[first:last] = (1 - lambda_) * jaccard + share
+        jaccard = 1 - shared / (2 - shared)  # both sets sum to 1: the minima sum to `shared`
+        term = lambda_ * original / largest[first:last, None] if lambda_ else np.where(np.isinf(original), np.inf, 0)
+        result[first:last] = (1 - lambda_) * jaccard + term
     return result
 
 
 @partial(jax.jit, static_argnames=("kept", "squared"))
-def _nearest(rows: jax.Array, first: int, kept: int, squared: bool) -> tuple[jax.Array, jax.Array]:
-    """Of distances [n, N], whose first row is that of image `first`: the nearest [n, kept], and the largest [n]."""
+def _nearest(
+    rows: Float32[Array, "n N"], first: int | Array, kept: int, squared: bool
+) -> tuple[Int32[Array, "n kept"], Float32[Array, " n"]]:
+    """The nearest neighbors and the largest distance of each row, the first of which belongs to image `first`."""
     rows = rows if squared else rows * rows
     largest = jnp.max(jnp.where(jnp.isfinite(rows), rows, 0), axis=1)
     own = jnp.arange(rows.shape[1]) == first + jnp.arange(len(rows))[:, None]
@@ -144,92 +148,97 @@ def _nearest(rows: jax.Array, first: int, kept: int, squared: bool) -> tuple[jax
     return jnp.where(jnp.isinf(values), rows.shape[1], index), jnp.where(largest > 0, largest, 1)
 
 
-def _reciprocal(index: jax.Array, among: jax.Array) -> jax.Array:
-    """Of neighbours [N + 1, k]: whether the image is one of theirs too, bool [N + 1, k]; nobody's never are."""
+def _reciprocal(neighbors: Int32[Array, "N1 k"], among: Int32[Array, "N1 k"]) -> Bool[Array, "N1 k"]:
+    """Whether each neighbor has the image among its own neighbors; false for empty slots."""
 
-    def one(image, neighbours):
-        return jnp.any(among[neighbours] == image, axis=1) & (neighbours < len(index) - 1)
+    def of_image(image: Array, near: Array) -> Array:
+        return jnp.any(among[near] == image, axis=1) & (near < len(neighbors) - 1)
 
-    return jax.lax.map(lambda pair: one(*pair), (jnp.arange(len(index)), index), batch_size=1024)
+    return jax.lax.map(lambda pair: of_image(*pair), (jnp.arange(len(neighbors)), neighbors), batch_size=1024)
 
 
 @partial(jax.jit, static_argnames="squared")
 def _expand(
-    rows: jax.Array,
-    first: int,
-    largest: jax.Array,
-    forward: jax.Array,
-    reciprocal: jax.Array,
-    half: jax.Array,
+    rows: Float32[Array, "n N"],
+    first: int | Array,
+    largest: Float32[Array, " n"],
+    neighbors: Int32[Array, "N1 k"],
+    reciprocal: Bool[Array, "N1 k"],
+    reciprocal_half: Bool[Array, "N1 half"],
     squared: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The expanded sets of k-reciprocal neighbours (Eq. 5) and their weights (Eq. 7), [n, most] each.
+) -> tuple[Int32[Array, "n most"], Float32[Array, "n most"]]:
+    """The members, increasing, of the expanded sets of k-reciprocal neighbors (Eq. 5), and their weights (Eq. 7).
 
-    Members increase; N, of weight 0, fills up. Args: distances [n, N] of images from `first`, the largest of each [n],
-    all neighbours [N + 1, k1 + 1], whether they are reciprocal, and whether the nearest half of them are among theirs.
+    Empty slots hold index N with weight 0. The first row of distances belongs to image `first`; `reciprocal_half` is
+    `reciprocal` for the nearest half of the neighbors alone.
     """
-    nobody = rows.shape[1]
+    empty = rows.shape[1]
 
-    def one(image, row, most):
-        near = jnp.where(reciprocal[image], forward[image], nobody)
-        # The neighbours' own, smaller sets: [k1 + 1, k1 / 2 + 1].
-        theirs = jnp.where(half[near], forward[near, : half.shape[1]], nobody)
-        common = jnp.sum(jnp.any(theirs[..., None] == near, axis=-1) & (theirs < nobody), axis=1)
-        joins = 3 * common > 2 * jnp.sum(theirs < nobody, axis=1)
-        members = jnp.sort(jnp.concatenate([near, jnp.where(joins[:, None], theirs, nobody).reshape(-1)]))
-        again = jnp.concatenate([jnp.zeros(1, bool), members[1:] == members[:-1]])
-        members = jnp.sort(jnp.where(again, nobody, members))
-        distance = row[jnp.minimum(members, nobody - 1)]
+    def of_image(image: Array, row: Array, most: Array) -> tuple[Array, Array]:
+        near = jnp.where(reciprocal[image], neighbors[image], empty)
+        # The smaller sets of the neighbors: [k1 + 1, k1 / 2 + 1].
+        theirs = jnp.where(reciprocal_half[near], neighbors[near, : reciprocal_half.shape[1]], empty)
+        common = jnp.sum(jnp.any(theirs[..., None] == near, axis=-1) & (theirs < empty), axis=1)
+        joins = 3 * common > 2 * jnp.sum(theirs < empty, axis=1)
+        members = jnp.sort(jnp.concatenate([near, jnp.where(joins[:, None], theirs, empty).reshape(-1)]))
+        duplicate = jnp.concatenate([jnp.zeros(1, bool), members[1:] == members[:-1]])
+        members = jnp.sort(jnp.where(duplicate, empty, members))
+        distance = row[jnp.minimum(members, empty - 1)]
         distance = jnp.where(members == image, 0, distance if squared else distance * distance)
-        weight = jnp.where(members < nobody, jnp.exp(-distance / most), 0)
+        weight = jnp.where(members < empty, jnp.exp(-distance / most), 0)
         return members, weight / jnp.maximum(jnp.sum(weight), jnp.finfo(jnp.float32).tiny)
 
-    images = jnp.minimum(first + jnp.arange(len(rows)), nobody)
-    return jax.lax.map(lambda each: one(*each), (images, rows, largest), batch_size=256)
+    images = jnp.minimum(first + jnp.arange(len(rows)), empty)
+    return jax.lax.map(lambda each: of_image(*each), (images, rows, largest), batch_size=256)
 
 
-def _trim(sets: list[tuple[np.ndarray, np.ndarray]], nobody: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets [n, most] as two arrays [N, width], no wider than the largest set (in steps, to compile little)."""
-    width = max(int((index < nobody).sum(axis=1).max()) for index, _ in sets)
+def _trim(sets: list[tuple[np.ndarray, np.ndarray]], empty: int) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenates sets [n, most] to [N, width], with the width of the largest set rounded up, to compile rarely."""
+    width = max(int((index < empty).sum(axis=1).max()) for index, _ in sets)
     width = min(-(-width // 32) * 32, sets[0][0].shape[1])
     index, weight = zip(*((index[:, :width], weight[:, :width]) for index, weight in sets), strict=True)
     return np.concatenate(index), np.concatenate(weight)
 
 
 @jax.jit
-def _average(members: jax.Array, weights: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Local query expansion (Eq. 11): the mean of the sets of neighbours [n, k2], as sets [n, k2 * width]."""
-    nobody = len(members) - 1
+def _average(
+    members: Int32[Array, "N1 width"], weights: Float32[Array, "N1 width"], near: Int32[Array, "n k2"]
+) -> tuple[Int32[Array, "n wide"], Float32[Array, "n wide"]]:
+    """Local query expansion (Eq. 11): the mean of the neighbors' sets, wide = k2 * width."""
+    empty = len(members) - 1
 
-    def one(neighbours):
-        index, weight = members[neighbours].reshape(-1), weights[neighbours].reshape(-1)
+    def of_image(neighbors: Array) -> tuple[Array, Array]:
+        index, weight = members[neighbors].reshape(-1), weights[neighbors].reshape(-1)
         order = jnp.argsort(index)
-        index, weight = index[order], weight[order] / jnp.maximum(jnp.sum(neighbours < nobody), 1)
-        # Add up what is of the same member.
-        place = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), index[1:] != index[:-1]]))
-        fresh = jnp.full_like(index, nobody).at[place].set(index)
-        return fresh, jnp.zeros_like(weight).at[place].add(weight)
+        index, weight = index[order], weight[order] / jnp.maximum(jnp.sum(neighbors < empty), 1)
+        # Sum the weights of duplicate members.
+        slot = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), index[1:] != index[:-1]]))
+        return jnp.full_like(index, empty).at[slot].set(index), jnp.zeros_like(weight).at[slot].add(weight)
 
-    return jax.lax.map(one, near, batch_size=256)
+    return jax.lax.map(of_image, near, batch_size=256)
 
 
 @partial(jax.jit, static_argnames="count")
-def _shared(query: tuple, gallery: tuple, count: int) -> jax.Array:
-    """The sum over images of the smaller of two sets' weights (the numerator of Eq. 10), [q, G]."""
+def _shared(
+    query: tuple[Int32[Array, "q width"], Float32[Array, "q width"]],
+    gallery: tuple[Int32[Array, "G width"], Float32[Array, "G width"]],
+    count: int,
+) -> Float32[Array, "q G"]:
+    """The sum over all images of the smaller of two sets' weights (the numerator of Eq. 10)."""
     (index, weight), (members, weights) = query, gallery
     rows = jnp.arange(len(index))[:, None]
     table = jnp.zeros((count + 1, len(index)), jnp.float32).at[index, rows].add(weight)
 
-    def part(chunk):
-        def add(i, total):
+    def of_chunk(chunk: tuple[Array, Array]) -> Array:
+        def add(i: Array, total: Array) -> Array:
             return total + jnp.minimum(table[chunk[0][:, i]], chunk[1][:, i, None])
 
         return jax.lax.fori_loop(0, members.shape[1], add, jnp.zeros((len(chunk[0]), len(index)), jnp.float32))
 
-    size = min(len(members), 1024)  # of the table's rows that are read, and of sums: small enough for caches
+    size = min(len(members), 1024)  # keeps the sums, and the rows of the table that are read, in cache
     missing = -len(members) % size
     chunks = (
         jnp.pad(members, ((0, missing), (0, 0)), constant_values=count).reshape(-1, size, members.shape[1]),
         jnp.pad(weights, ((0, missing), (0, 0))).reshape(-1, size, members.shape[1]),
     )
-    return jax.lax.map(part, chunks).reshape(-1, len(index))[: len(members)].T
+    return jax.lax.map(of_chunk, chunks).reshape(-1, len(index))[: len(members)].T

@@ -1,4 +1,4 @@
-"""The stages of a training run, and which of them a step belongs to."""
+"""The stages of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAMPLINGS = ("plain", "pk")
 
 @dataclass(frozen=True)
 class Stage:
-    """A training stage with its length resolved; steps [first_step, first_step + steps) of the run."""
+    """A training stage of resolved length: steps [first_step, end_step) of the run."""
 
     name: str  # "stage1" | "stage2", its key in the config
     index: int  # 1 | 2
@@ -40,19 +40,19 @@ class Stage:
 
 
 def schedule(config: ConfigDict, num_images: int | None = None, num_identities: int | None = None) -> tuple[Stage, ...]:
-    """The stages that have epochs, in order, with the steps of an epoch resolved.
+    """The stages that have epochs, in order, with steps per epoch resolved.
 
-    Where `steps_per_epoch` is 0 an epoch is one pass: images // batch steps of a "plain" stage,
-    identities // stage.identities of a "pk" stage (751 // 8 = 93), at least one.
+    If `steps_per_epoch` is 0, an epoch is one pass: images // batch steps of a "plain" stage,
+    identities // stage.identities steps of a "pk" stage (751 // 8 = 93), at least one.
 
     Args:
-      config: the experiment's.
-      num_images, num_identities: of the training set. A resolved config, whose `steps_per_epoch` are set, needs
-        none; of another, an epoch is one step without them.
+      config: the experiment's config.
+      num_images, num_identities: of the training set. Not needed for a resolved config, whose `steps_per_epoch` are
+        set; otherwise an epoch without them is one step.
 
     Raises:
-      UserError: if a value is out of range, the batches of the stages differ, no stage has an epoch,
-        or a "pk" stage wants more identities than there are.
+      UserError: if a value is out of range, the stages differ in batch size, no stage has epochs, or a "pk" stage
+        needs more identities than the training set has.
     """
     stages: list[Stage] = []
     first_step = 0
@@ -60,7 +60,7 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
         values = config[name]
         if values.epochs < 0 or values.steps_per_epoch < 0:
             raise UserError(
-                f"config.{name} has {values.epochs} epochs of {values.steps_per_epoch} steps, expected none below 0."
+                f"config.{name} has {values.epochs} epochs of {values.steps_per_epoch} steps, expected at least 0."
             )
         if not values.epochs:
             continue
@@ -103,11 +103,7 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
-    """The stage of global step `step`.
-
-    Raises:
-      ValueError: if no stage has that step.
-    """
+    """The stage that contains global step `step`. Raises ValueError if the schedule does not contain it."""
     for stage in stages:
         if stage.first_step <= step < stage.end_step:
             return stage
@@ -115,12 +111,12 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
 
 
 def stage_of(config: ConfigDict, steps: int) -> tuple[int, ConfigDict]:
-    """(number of finished steps within the stage, the stage) after `steps` finished steps."""
+    """(finished steps within the stage, the stage's config) after `steps` finished steps of the run."""
     stage = stage_at(schedule(config), max(steps, 1) - 1)
     return steps - stage.first_step, config[stage.name]
 
 
 def ends_epochs(config: ConfigDict, steps: int, every: int) -> bool:
-    """Whether an epoch of a stage, one of each `every`, ends with these finished steps."""
+    """Whether `steps` finished steps complete a multiple of `every` epochs of a stage."""
     within, stage = stage_of(config, steps)
     return within % (stage.steps_per_epoch * every) == 0

@@ -1,8 +1,8 @@
-"""The training and feature steps: pure functions of (state, batch), whatever maps them over devices."""
+"""The training and feature steps: pure functions of (state, batch), independent of how they are mapped over devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Bool, Float, Shaped
 from ml_collections import ConfigDict
 
 from vpm_jax import losses, models, optim
+from vpm_jax.arrays import AnyArray, StepBatch
+
+Metrics = dict[str, Array]
 
 
 @flax.struct.dataclass
 class State:
-    """Everything training needs to go on; the data are a function of `step`."""
+    """Everything needed to resume training; the data are a function of `step`."""
 
-    step: jax.Array  # int32, finished steps
+    step: Any  # int32 scalar, the number of finished steps; not an Array in pytrees of shapes
     params: Any
     batch_stats: Any
     opt_state: Any
@@ -29,84 +33,82 @@ class State:
 
 @flax.struct.dataclass
 class AveragedState(State):
-    """A state with optim.ema, another type so that checkpoints without it stay what they are."""
+    """The state with optim.ema. A separate type keeps checkpoints without it compatible."""
 
-    ema: Any  # {"params", "batch_stats"}, averaged over the steps
+    ema: Any  # {"params", "batch_stats"}, averaged over steps
 
 
 def evaluated(state: State) -> dict[str, Any]:
-    """The variables {"params", "batch_stats"} that features are extracted with: the averaged ones where there are."""
+    """The variables {"params", "batch_stats"} to extract features with: the averaged ones if the state has any."""
     if isinstance(state, AveragedState):
         return state.ema
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def _average(config: ConfigDict, state: AveragedState) -> AveragedState:
-    """The average moved towards the state's variables; a young one forgets faster, or it would keep the start."""
+    """Updates the average. Its decay grows from 0.1 so that it does not retain the initial weights."""
     decay = jnp.minimum(config.optim.ema, state.step / (state.step + 9))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     ema = jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), state.ema, variables)
     return replace(state, ema=ema)
 
 
-def _init(config: ConfigDict) -> Callable:
-    """key -> the model's variables."""
+def _init(config: ConfigDict) -> Callable[[Array], Any]:
+    """The function from a random key to the model's variables."""
     model = models.create(config)
     image = jnp.zeros((2, config.data.height, config.data.width, 3), jnp.uint8)
     return lambda key: model.init(key, image)
 
 
 def init_state(config: ConfigDict) -> State:
-    """A new state from config.seed (random backbone: pretrained weights are put in by `pretrained`)."""
-    # Run once: compiling it well would take far longer than running it badly.
+    """A state initialized from config.seed. The backbone is random too: `pretrained.apply_to` loads weights."""
+    # It runs once: optimizing it would take far longer than it saves.
     init = jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
     return new_state(config, init(jax.random.key(config.seed)))
 
 
 def state_shapes(config: ConfigDict) -> State:
-    """The shapes and types of `init_state`, at no cost: what a checkpoint is restored into."""
+    """The shapes and dtypes of `init_state`, without computing it: the target to restore a checkpoint into."""
     return jax.eval_shape(lambda: new_state(config, _init(config)(jax.random.key(0))))
 
 
-def new_state(config: ConfigDict, variables) -> State:
-    """The state of step 0 around the variables {"params", "batch_stats"}."""
+def new_state(config: ConfigDict, variables: Mapping[str, Any]) -> State:
+    """The state at step 0 with the variables {"params", "batch_stats"}."""
     params = variables["params"]
-    # Flax starts running statistics in float32, whatever the parameters are: a float64 step would be compiled twice.
+    # Running statistics start in float32 even if the parameters are float64, which would compile the step twice.
     dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
     batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
     state = State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
     if not config.optim.ema:
         return state
-    # Copies: a donated buffer must not be two arrays.
+    # Copies: the step donates its state, and a donated buffer must not appear twice.
     ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
     return AveragedState(**vars(state), ema=ema)
 
 
-def l2_normalize(features):
-    """features [..., C] to unit length; a zero feature stays zero, with a finite gradient."""
+def l2_normalize(features: Float[AnyArray, "*n c"]) -> Float[AnyArray, "*n c"]:
+    """Scales features to unit length; a zero feature stays zero, with a finite gradient."""
     squared = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
     return features * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[State, dict], tuple[State, dict]]:
+def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[State, StepBatch], tuple[State, Metrics]]:
     """The training step of a resolved config: (state, batch) -> (state, metrics).
 
-    A batch holds image uint8 [B, H, W, 3], identity int [B], labels int [B, h, w], visible bool [B, P]; of padded
-    pictures also valid bool [B, h, w].
-    Under jit, B is the global batch. Under a mapped axis `axis_name` it is one device's share: totals and
-    counts are summed over the axis and the hardest pairs are found in all of it.
+    Under jit, the batch is the global batch. Under a mapped axis `axis_name` it is the share of one device: totals and
+    counts are summed over the axis, and triplets are mined over all of it.
 
-    Metrics are float32 scalars (accuracy_identity has one for each head); docs/recipes.md says what they mean.
+    Metrics are float32 scalars, except accuracy_identity, which has one value per head. docs/recipes.md explains them.
     """
     model = models.create(config, axis_name)
     tx = optim.optimizer(config)
     rate, triplet_weight = optim.learning_rate(config), optim.triplet_weight(config)
     weights = config.loss
 
-    def psum(x):
+    def psum(x: Any) -> Any:
         return lax.psum(x, axis_name) if axis_name else x
 
-    def loss_fn(params, state: State, batch, key):
+    def loss_fn(params: Any, state: State, batch: StepBatch, key: Array) -> tuple[Array, tuple[Metrics, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         identity, visible, valid = batch["identity"], batch["visible"], batch.get("valid")
         shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
@@ -121,8 +123,8 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         )
         images = psum(jnp.float32(len(identity)))
 
-        # Each total is this device's; each count is everybody's and carries no gradient, so that summing
-        # the devices' gradients gives the gradient of the global mean.
+        # Totals are per device and counts are global, without gradient: summing the devices' gradients then gives
+        # the gradient of the global mean.
         if valid is not None and config.model.locator == "row":
             valid = jnp.any(valid, axis=2, keepdims=True)
         region, cells = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing, valid)
@@ -156,7 +158,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
             + weights.identity_weight * identity_term
             + triplet_weight(state.step) * triplet
         )
-        right = (jnp.argmax(logits, axis=-1) == identity[:, None]) & shown
+        correct = (jnp.argmax(logits, axis=-1) == identity[:, None]) & shown
         located = jnp.argmax(out["locator_logits"], axis=-1) == batch["labels"]
         located = located if valid is None else located & valid
         metrics = {
@@ -164,13 +166,13 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
             "loss_region": psum(region),
             "loss_identity": psum(identity_term),
             "loss_triplet": psum(triplet),
-            "accuracy_identity": psum(jnp.sum(right, axis=0)) / jnp.maximum(head_count, 1),
+            "accuracy_identity": psum(jnp.sum(correct, axis=0)) / jnp.maximum(head_count, 1),
             "accuracy_locator": psum(jnp.sum(located)) / psum(cells),
             "comparable": anchors / images,
         }
         return loss, (metrics, updates["batch_stats"])
 
-    def step(state: State, batch: dict) -> tuple[State, dict]:
+    def step(state: State, batch: StepBatch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key)
         grads = psum(grads)
@@ -183,23 +185,29 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
     return step
 
 
-def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[..., dict]:
+def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[..., dict[str, Array]]:
     """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32.
 
-    A third argument, valid bool [B, h, w], says which cells of T padded pictures cover (data.fit).
-    With `region_maps` also these, the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator.
-    With eval.flip, all are means over the image and its mirror image, the features before they get unit length.
+    The step's third argument, `valid` bool [B, h, w], marks the cells that padded images cover (data.fit).
+    `region_maps` adds the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator. With eval.flip, all outputs
+    are averaged over the image and its mirror image, features before normalization.
     """
     model = models.create(config)
     feature = "region_features" if config.match.feature == "before" else "neck_features"
     rows, cols = config.model.grid
-    mirrored = np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)  # where a mirror image shows each region
+    mirrored = (
+        np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)
+    )  # each region's place in the mirror image
 
-    def features(variables, image, valid=None) -> dict:
+    def features(
+        variables: Any,
+        image: Shaped[AnyArray, "b H W c"],
+        valid: Bool[AnyArray, "b h w"] | None = None,
+    ) -> dict[str, Array]:
         _, out = model.apply(variables, image, train=False, valid=valid)
-        found = {"features": out[feature], "visibility": out["visibility"]}
+        result = {"features": out[feature], "visibility": out["visibility"]}
         if region_maps:
-            found["region_maps"] = out["probability"]
+            result["region_maps"] = out["probability"]
         if config.eval.flip:
             mirror = None if valid is None else valid[:, :, ::-1]
             _, out = model.apply(variables, image[:, :, ::-1], train=False, valid=mirror)
@@ -208,8 +216,8 @@ def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable
                 "visibility": out["visibility"][:, mirrored],
                 "region_maps": out["probability"][:, :, ::-1, mirrored],
             }
-            found = {key: (value + other[key]) / 2 for key, value in found.items()}
-        found["features"] = l2_normalize(found["features"])
-        return {key: value.astype(jnp.float32) for key, value in found.items()}
+            result = {key: (value + other[key]) / 2 for key, value in result.items()}
+        result["features"] = l2_normalize(result["features"])
+        return {key: value.astype(jnp.float32) for key, value in result.items()}
 
     return features

@@ -511,10 +511,11 @@ def test_a_region_that_underflows_everywhere_is_where_it_is_likeliest():
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_images_of_another_kind_are_refused():
     model = VPM(Given(), (2, 1), 3, (0.0,) * 3, (1.0,) * 3)
     for image in (np.zeros((4, 2, 3), np.uint8), np.zeros((1, 4, 2, 3), np.int32)):
         with pytest.raises(
-            ValueError, match=r"image is u?int\d+ \(.*expected uint8 or normalised floats \[B, H, W, 3\]"
+            ValueError, match=r"image is u?int\d+ \(.*expected uint8 or normalized floats \[B, H, W, 3\]"
         ):
             model.init(jax.random.key(0), image)

@@ -23,7 +23,7 @@ from tiny_runs import make_run, quick_compiler
 from vpm_jax import VPM, api, cli
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
-from vpm_jax.regions import WHOLE, Part
+from vpm_jax.regions import WHOLE, GalleryCrop
 from vpm_jax.search import command as search
 from vpm_jax.search import ranking
 from vpm_jax.search.store import Store
@@ -351,7 +351,7 @@ def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypat
     picture().save(folder / "new.png")
     assert index(folder, run) == 0  # crops as before
     store = Store(tmp_path / "store")
-    assert ranking.stored_crops(store) == {Part("top", 0.5): True, Part("top", 0.8): True}
+    assert ranking.stored_crops(store) == {GalleryCrop("top", 0.5): True, GalleryCrop("top", 0.8): True}
     for part in ranking.stored_crops(store):
         names, expected = cropped_rows(folder, model, part.gamma)
         there = rows(Store(ranking.crop_folder(tmp_path / "store", part)))
@@ -366,7 +366,7 @@ def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypat
     assert index(folder, run) == 0  # a store without is not asked again
     assert not ranking.stored_crops(Store(tmp_path / "store"))
     search.main(["index", str(folder), "--workdir", str(run), "--index", str(tmp_path / "fresh")])
-    assert ranking.stored_crops(Store(tmp_path / "fresh")) == {Part("top", 0.6): True}
+    assert ranking.stored_crops(Store(tmp_path / "fresh")) == {GalleryCrop("top", 0.6): True}
 
 
 def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypatch, tmp_path, capsys):
@@ -387,7 +387,10 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
     monkeypatch.setattr(VPM, "stream", stopping)
     with pytest.raises(KeyboardInterrupt):
         index(folder, run, "--crops", "0.5,0.8")
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): True, Part("top", 0.8): False}
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {
+        GalleryCrop("top", 0.5): True,
+        GalleryCrop("top", 0.8): False,
+    }
     monkeypatch.setattr(VPM, "stream", stream)
     monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array([[0.0, 0.8]]))
     assert compared() == "whole"  # which is no farther than the half
@@ -410,9 +413,9 @@ def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, 
     assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
     assert "a.jpg cannot be read" in said.err and "1 of 9 images disappeared during indexing: index again." in said.err
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): False}
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): False}
     assert index(folder, run) == 0
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {Part("top", 0.5): True}
+    assert ranking.stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): True}
 
 
 @pytest.mark.parametrize(

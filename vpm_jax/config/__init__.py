@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def from_json(text: str, source: str) -> ConfigDict:
         if saved.get("tensorboard"):  # a separate key in earlier versions
             saved["tracker"] = "tensorboard" + ",wandb" * (saved.get("tracker") == "wandb")
 
-        def fill(target, values, prefix=""):
+        def fill(target: ConfigDict, values: Mapping[str, Any], prefix: str = "") -> None:
             for key, value in values.items():
                 if prefix + key in RETIRED:
                     continue

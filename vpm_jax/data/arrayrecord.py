@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -72,7 +72,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         (Path(self.data_dir) / INDEX).write_text(json.dumps(index))
         return {name: self._generate_examples(split) for name, split in splits.items() if len(split)}
 
-    def _generate_examples(self, split: Split):
+    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in self._progress(range(len(split)), split.name):
             image = split.read(i)
             self._inspect(image, split.names[i])

@@ -1,9 +1,10 @@
-"""Models: `create(config)` builds the Linen module that a configuration describes."""
+"""Models: `create(config)` builds the Linen module of a config."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax.geometry import feature_shape
@@ -13,18 +14,15 @@ from vpm_jax.models.vpm import VPM
 __all__ = ["VPM", "ResNet", "create", "map_shape"]
 
 
-def compute_dtype(name: str):
-    """config.model.dtype as a dtype; "auto" is bfloat16 where matrix units have it (GPU, TPU)."""
+def compute_dtype(name: str) -> np.dtype:
+    """The dtype of config.model.dtype; "auto" is bfloat16 on GPU and TPU, float32 on CPU."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
-    """The model of config.model; `axis_name` is the mapped axis of a pmapped step.
-
-    Its `apply(variables, image, train=...)` returns (x, out): see `VPM`.
-    """
+    """The `VPM` of config.model; `axis_name` is the mapped axis of a pmapped step."""
     m = config.model
     dtype = compute_dtype(m.dtype)
     param_dtype = jnp.promote_types(dtype, jnp.float32)  # parameters, statistics and heads
@@ -65,13 +63,13 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
 
 
 def feature_map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(h, w) of T, the feature map of H x W images (default: config.data's)."""
+    """The shape (h, w) of T for H x W images (default: config.data's)."""
     m = config.model
     height, width = size or (config.data.height, config.data.width)
     return feature_shape(height, width, m.stem, m.last_stride, tuple(m.strides))
 
 
 def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """What region labels are projected onto: T's shape, (h, 1) for a row locator."""
+    """The shape of the region labels: that of T, or (h, 1) for a row locator."""
     h, w = feature_map_shape(config, size)
     return (h, 1) if config.model.locator == "row" else (h, w)

@@ -1,19 +1,22 @@
-"""ResNet-18/34/50/101 that returns every stage (He et al., CVPR 2016), as re-ID uses it.
+"""ResNet-18/34/50/101 for re-ID (He et al., CVPR 2016), which returns every stage.
 
-The last stage may keep its resolution (`last_stride=1`), any width is allowed, and the stride of a
-bottleneck sits on its 3x3 convolution (torchvision) or on its first 1x1 (Caffe, Keras).
+The last stage may keep its resolution (`last_stride=1`), any width is allowed, and a bottleneck's stride is on its 3x3
+convolution (torchvision) or its first 1x1 (Caffe, Keras).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from vpm_jax.arrays import AnyArray
 from vpm_jax.geometry import STEMS
 from vpm_jax.models import cpu
 from vpm_jax.models.batch_norm import BatchNorm
@@ -21,53 +24,44 @@ from vpm_jax.models.batch_norm import BatchNorm
 STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
 
-# He et al., ICCV 2015, mode fan-out: what torchvision's ResNet and the released code use.
+# He et al., ICCV 2015, with fan-out: the initializer of torchvision's ResNet and of the released code.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _convolve(x, kernel, stride: int):
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
     k = len(kernel)
     if k == 1:
-        if stride > 1:  # the barrier: XLA:GPU fails a check where it fuses the slice into a product with a split sum
+        if stride > 1:  # XLA:GPU fails a check if it fuses the slice into a product with a split sum
             x = lax.optimization_barrier(x[:, ::stride, ::stride])
         return x @ kernel[0, 0]
     strides, padding = (stride, stride), [(k // 2, k // 2)] * 2
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _gradients(stride: int, inputs, g):
+def _gradients(stride: int, inputs: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = inputs
 
-    def kernel_gradient(x, g):
+    def kernel_gradient(x: Array, g: Array) -> Array:
         return jax.linear_transpose(lambda kernel: _convolve(x, kernel, stride), kernel)(g)[0]
 
-    def on_cpu(x, g):
-        """The same up to four times as fast, for what XLA:CPU makes of the above."""
-        if cpu.suits(x, kernel):
-            return cpu.kernel_gradient(x, g, len(kernel), stride)
-        if len(kernel) == 1:  # a product of matrices: with three dimensions to sum over, both would be transposed
-            x, g = (a.reshape(-1, a.shape[-1]) for a in (x[:, ::stride, ::stride], g))
-            if x.shape[1] > g.shape[1]:  # the wide one on the right; without the barrier XLA turns it round again
-                return lax.optimization_barrier(g.T @ x).T[None, None]
-            return (x.T @ g)[None, None]
-        # In parts of some 16 examples, which stay in the cache; each takes examples of every device.
-        n = next(n for n in range(max(len(x) // 16, 1), 0, -1) if len(x) % n == 0)
-        x, g = (a.reshape(-1, n, *a.shape[1:]) for a in (x, g))
-        return sum(kernel_gradient(x[:, i], g[:, i]) for i in range(n))
+    def kernel_gradient_on_cpu(x: Array, g: Array) -> Array:
+        return cpu.kernel_gradient(kernel_gradient, x, g, kernel, stride)
 
-    def input_gradient(kernel, g):
+    def input_gradient(kernel: Array, g: Array) -> Array:
         return jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g)[0]
 
     if stride == 1 and cpu.suits(x, kernel):
         dx = lax.platform_dependent(kernel, g, cpu=cpu.input_gradient, default=input_gradient)
     else:
         dx = input_gradient(kernel, g)
-    return dx, lax.platform_dependent(x, g, cpu=on_cpu, default=kernel_gradient)
+    return dx, lax.platform_dependent(x, g, cpu=kernel_gradient_on_cpu, default=kernel_gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x, kernel, stride: int):
-    """x [B, h, w, in] with kernel [k, k, in, out], k odd and padded by k // 2: every stride-th cell, [B, ., ., out]."""
+def convolve(
+    x: Float[Array, "b h w in"], kernel: Float[Array, "k k in out"], stride: int
+) -> Float[Array, "b h2 w2 out"]:
+    """Convolves x with a kernel of odd size k, zero-padded by k // 2, at every stride-th cell."""
     default = partial(_convolve, stride=stride)
     if cpu.suits(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=partial(cpu.convolve, stride=stride), default=default)
@@ -77,54 +71,54 @@ def convolve(x, kernel, stride: int):
 convolve.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stride), (x, kernel)), _gradients)
 
 
-def _windows(x):
-    """The nine cells of every window of `max_pool`, row by row: nine of [B, ceil(h / 2), ceil(w / 2), C]."""
+def _windows(x: Array) -> list[Array]:
+    """The nine cells of every window of `max_pool`, row by row, each [B, ceil(h / 2), ceil(w / 2), C]."""
     _, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     return [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
 
 
 @jax.custom_vjp
-def max_pool(x):
-    """The largest of 3x3 cells at every second row and column of x [B, h, w, C], padded by 1: [B, ceil(h / 2), ...].
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Max pooling with 3x3 windows, stride 2 and padding 1; equal cells share the gradient.
 
-    Equal cells share the gradient. It is put together from the four kinds of cells, those of even or odd rows and
-    columns, each of which lies at known places of known windows. XLA would make a scatter of a window's gradient, three
-    times the bytes on a GPU, and nine masks of that of nine shifted maps; on a CPU either takes four times as long.
+    The gradient is assembled from the four kinds of cells (even or odd row and column), each of which has fixed
+    positions in fixed windows. Autodiff of a reduce_window gives a scatter, with three times the memory traffic on GPU;
+    autodiff of the nine shifted maps gives nine masks. Either takes four times as long on CPU.
     """
     return reduce(jnp.maximum, _windows(x))
 
 
-def _max_pool_forward(x):
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
     y = max_pool(x)
     return y, (x, y)
 
 
-def _max_pool_gradient(inputs, g):
+def _max_pool_gradient(inputs: tuple[Array, Array], g: Array) -> tuple[Array]:
     x, y = inputs
-
-    def on_cpu(*values):  # XLA:CPU takes far longer to put cells of bfloat16 together
-        return _spread_gradient(*(a.astype(jnp.float32) for a in values)).astype(g.dtype)
-
     if g.dtype == jnp.bfloat16:
-        return (lax.platform_dependent(x, y, g, cpu=on_cpu, default=_spread_gradient),)
-    return (_spread_gradient(x, y, g),)
+        on_cpu = cpu.in_float32(_distribute)
+        return (lax.platform_dependent(x, y, g, cpu=on_cpu, default=_distribute),)
+    return (_distribute(x, y, g),)
 
 
-def _spread_gradient(x, y, g):
+def _distribute(x: Array, y: Array, g: Array) -> Array:
+    """Gives the gradient g of y = max_pool(x) to the largest cells of each window."""
     b, h, w, c = x.shape
     largest = [cell == y for cell in _windows(x)]
     share = (g / sum(cell.astype(jnp.float32) for cell in largest)).astype(g.dtype)
     upper, middle, lower = ([jnp.where(cell, share, 0) for cell in largest[row : row + 3]] for row in range(0, 9, 3))
 
-    def above(v):  # of the windows one row further down
+    def from_below(v: Array) -> Array:  # of the windows one row further down
         return jnp.pad(v[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
 
-    def columns(row):  # cells of even and of odd columns, which lie in the middle, or on the right and on the left
-        left, centre, right = row
-        return centre, right + jnp.pad(left[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
+    def columns(
+        row: list[Array],
+    ) -> tuple[Array, Array]:  # even columns are window centers, odd ones two windows' edges
+        left, center, right = row
+        return center, right + jnp.pad(left[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
 
-    even, odd = columns(middle), [a + above(b) for a, b in zip(columns(lower), columns(upper), strict=True)]
+    even, odd = columns(middle), [a + from_below(b) for a, b in zip(columns(lower), columns(upper), strict=True)]
     rows = [jnp.stack(cells, 3).reshape(b, y.shape[1], -1, c) for cells in (even, odd)]
     return jnp.stack(rows, 2).reshape(b, 2 * y.shape[1], -1, c)[:, :h, :w]
 
@@ -133,20 +127,20 @@ max_pool.defvjp(_max_pool_forward, _max_pool_gradient)
 
 
 class Conv(nn.Module):
-    """A convolution without bias, padded to keep its size; kernel [k, k, in, out]."""
+    """A convolution with "same" padding and without bias; kernel [k, k, in, out]."""
 
     channels: int
     size: int
     stride: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
         k, s = self.size, self.stride
         kernel = self.param("kernel", kaiming_fan_out, (k, k, x.shape[-1], self.channels), self.param_dtype)
         kernel = kernel.astype(self.dtype)
-        if k == s > 1:  # patches: a 1x1 convolution after moving each into the channels
+        if k == s > 1:  # patches: moved into the channels, for a 1x1 convolution
             b, h, w, c = x.shape
             x = jnp.pad(x, ((0, 0), (0, -h % k), (0, -w % k), (0, 0)))
             x = x.reshape(b, -(-h // k), k, -(-w // k), k, c).transpose(0, 1, 3, 2, 4, 5)
@@ -155,17 +149,17 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or the bottleneck 1x1, 3x3, 1x1 with four times the width."""
+    """A residual block: two 3x3 convolutions, or the bottleneck 1x1, 3x3, 1x1 with 4 * width output channels."""
 
     width: int
     stride: int
     bottleneck: bool
     stride_on: str
-    conv: Any
-    norm: Any
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 out"]:
         out = 4 * self.width if self.bottleneck else self.width
         if self.bottleneck:
             first, second = (self.stride, 1) if self.stride_on == "1x1" else (1, self.stride)
@@ -187,8 +181,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The convolutional layers of a ResNet.
 
-    Called with images [B, H, W, 3] (normalised, RGB), returns a dict of feature maps: "stem" and
-    "stage1" ... "stage4", each [B, h, w, C] in `dtype`. H and W need not be multiples of the stride.
+    Takes normalized RGB images and returns the feature maps "stem" and "stage1" ... "stage4", each [B, h, w, C] in
+    `dtype`. H and W need not be multiples of the stride.
     """
 
     depth: int = 50
@@ -199,12 +193,12 @@ class ResNet(nn.Module):
     stride_on: str = "3x3"
     bn_epsilon: float = 1e-5
     bn_momentum: float = 0.9
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False) -> dict[str, Any]:
+    def __call__(self, x: Float[AnyArray, "b H W 3"], train: bool = False) -> dict[str, Array]:
         conv = partial(Conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(
             BatchNorm,
@@ -216,7 +210,7 @@ class ResNet(nn.Module):
             axis_name=self.axis_name,
         )
         stages = {}
-        x = x.astype(self.dtype)
+        x = jnp.asarray(x, self.dtype)
         size, stride = STEMS[self.stem]
         x = conv(self.width, size, stride, name="conv_stem")(x)
         x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))

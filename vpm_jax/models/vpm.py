@@ -1,34 +1,35 @@
 """The Visibility-aware Part Model: region locator, visibility scores, region features, identity heads.
 
-Section 3.1 of the paper. What the recipes do differently are fields, so the compared models are values
-too: grid (1, 1) is the global feature, locator "stripes" is PCB's uniform partition.
+Section 3.1 of the paper. Recipes differ in fields only, and so do the baselines: grid (1, 1) is the global feature,
+locator "stripes" is PCB's uniform partition.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Shaped
 
+from vpm_jax.arrays import AnyArray
 from vpm_jax.models.resnet import ResNet, kaiming_fan_out
 
 
 class ExampleDropout(nn.Module):
-    """Dropout whose mask depends on the step's key and the example's index in the global batch alone.
+    """Dropout whose mask depends only on the key and on each example's index in the global batch.
 
-    Placement of the batch over devices therefore changes nothing.
+    The result does not depend on how the batch is placed on devices.
     """
 
     rate: float
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Float[AnyArray, "b ..."], train: bool) -> Float[Array, "b ..."]:
         if not train or self.rate == 0:
-            return x
+            return jnp.asarray(x)
         first = lax.axis_index(self.axis_name) * len(x) if self.axis_name else 0
         key = self.make_rng("dropout")
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(len(x)))
@@ -37,20 +38,20 @@ class ExampleDropout(nn.Module):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch norm of x [B, P, D] per region and channel, over the examples where `mask` [B, P] is true.
+    """Batch norm per region and channel, over the examples where `mask` is true.
 
-    Totals and counts are summed over devices before dividing, so devices may hold different numbers of
-    visible examples. A region that nobody shows keeps its running statistics. `shift` is the learned bias.
+    Totals and counts are summed over devices before dividing, since devices may hold different numbers of visible
+    examples. A region that is visible in no example keeps its running statistics. `shift` adds a learned bias.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     shift: bool = True
 
     @nn.compact
-    def __call__(self, x, mask, train: bool):
+    def __call__(self, x: Float[AnyArray, "b p d"], mask: Bool[AnyArray, "b p"], train: bool) -> Float[Array, "b p d"]:
         shape = x.shape[1:]
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if self.shift else None
@@ -60,7 +61,7 @@ class MaskedBatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         else:
 
-            def total(values):
+            def total(values: AnyArray) -> Array:
                 values = jnp.sum(values, axis=0)
                 return lax.psum(values, self.axis_name) if self.axis_name else values
 
@@ -72,14 +73,14 @@ class MaskedBatchNorm(nn.Module):
                 for running, value in ((running_mean, mean), (running_var, var)):
                     mixed = self.momentum * running.value + (1 - self.momentum) * value
                     running.value = jnp.where(count > 0, mixed, running.value)
-        x = (x - mean) * lax.rsqrt(var + self.epsilon) * scale
-        return x if bias is None else x + bias
+        y = (jnp.asarray(x) - mean) * lax.rsqrt(var + self.epsilon) * scale
+        return y if bias is None else y + bias
 
 
 class IdentityHeads(nn.Module):
     """IP_i of Eq. 6, one head per region: dropout, dense (no bias), batch norm, dense to the identities.
 
-    With dim 0 the first dense and its batch norm are left out.
+    With dim = 0, the first dense layer and its batch norm are omitted.
     """
 
     classes: int
@@ -87,12 +88,13 @@ class IdentityHeads(nn.Module):
     dropout: float
     visible_only: bool
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     bias: bool = True
 
     @nn.compact
-    def __call__(self, features, visible, train: bool):
-        """features [B, P, C], visible [B, P] -> logits [B, P, classes]."""
+    def __call__(
+        self, features: Float[AnyArray, "b p c"], visible: Bool[AnyArray, "b p"], train: bool
+    ) -> Float[Array, "b p k"]:
         _, regions, channels = features.shape
         x = ExampleDropout(self.dropout, self.axis_name, name="dropout")(features, train)
         if self.dim:
@@ -109,8 +111,10 @@ class IdentityHeads(nn.Module):
         return logits
 
 
-def _mean_over(x, valid, axes):
-    """The mean of x [B, h, w, C] over axes of its cells, over those that are `valid` [B, h, w] if given."""
+def _mean_over(
+    x: Float[Array, "b h w c"], valid: Bool[AnyArray, "b h w"] | None, axes: int | tuple[int, ...]
+) -> Float[Array, "b *n c"]:
+    """The mean over the axes of the cells, restricted to `valid` cells if given."""
     if valid is None:
         return jnp.mean(x, axes)
     return jnp.sum(jnp.where(valid[..., None], x, 0), axes) / jnp.maximum(jnp.sum(valid, axes), 1)[..., None]
@@ -119,21 +123,23 @@ def _mean_over(x, valid, axes):
 class VPM(nn.Module):
     """VPM on a ResNet.
 
-    Call with image [B, H, W, 3]: uint8 RGB, normalised here with `mean` and `std`, or floats that are
-    normalised already. `visible` bool [B, P] is the visible set, used in training alone (default: all). `valid` bool
-    [B, h, w] are the cells of T that the picture covers (default: all): others take no part in Eqs. 1 to 3.
-    Training needs the "dropout" key and, to keep statistics, `mutable=["batch_stats"]`. Other shapes and types of
-    images raise ValueError.
+    Args of the call:
+      image: uint8 RGB, normalized here with `mean` and `std`, or normalized floats.
+      train: needs the "dropout" key and, to update statistics, `mutable=["batch_stats"]`.
+      visible: the visible set, used only in training (default: all regions).
+      valid: the cells of T that the image covers (default: all). Other cells are excluded from Eqs. 1 to 3.
 
-    Returns (logits [B, P, K], out) with out holding, in float32 unless said:
+    Returns (logits [B, P, K], out), where out holds, in float32 unless noted:
       feature_map [B, h, w, C]     T, in the compute dtype
-      locator_logits [B, h, w, P]  before the softmax of Eq. 1; [B, h, 1, P] for a row locator
-      probability [B, h, w, P]     Eq. 1 (P of a row locator: [B, h, 1, P])
+      locator_logits [B, h, w, P]  before the softmax of Eq. 1; w is 1 for a row locator
+      probability [B, h, w, P]     Eq. 1; w is 1 for a row locator
       visibility [B, P]            Eq. 2, in cells
       region_features [B, P, C]    Eq. 3
-      neck_features [B, P, C]      the same after the neck, where there is one
+      neck_features [B, P, C]      the region features after the neck, if there is one
       logits [B, P, K], and global_logits [B, K] with a global head
       stem, stage1 ... stage4      the backbone's feature maps, in the compute dtype
+
+    Raises ValueError for images of another shape or dtype.
     """
 
     backbone: ResNet
@@ -155,16 +161,22 @@ class VPM(nn.Module):
     head_bn_visible_only: bool = True
     global_head: bool = False
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, image, train: bool = False, visible=None, valid=None):
+    def __call__(
+        self,
+        image: Shaped[AnyArray, "b H W c"],
+        train: bool = False,
+        visible: Bool[AnyArray, "b p"] | None = None,
+        valid: Bool[AnyArray, "b h w"] | None = None,
+    ) -> tuple[Float[Array, "b p k"], dict[str, Array]]:
         bytes_or_floats = image.dtype == jnp.uint8 or jnp.issubdtype(image.dtype, jnp.floating)
         if image.ndim != 4 or not bytes_or_floats:
-            raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 or normalised floats [B, H, W, 3]")
+            raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 or normalized floats [B, H, W, 3]")
         regions = self.grid[0] * self.grid[1]
         if visible is None:
-            visible = jnp.ones((image.shape[0], regions), bool)  # len() wants a number, and exporting has a symbol
+            visible = jnp.ones((image.shape[0], regions), bool)  # not len(): the batch size may be symbolic
         if image.dtype == jnp.uint8:
             mean, std = (jnp.asarray(v, self.param_dtype) for v in (self.mean, self.std))
             image = (image.astype(self.param_dtype) / 255 - mean) / std
@@ -180,17 +192,17 @@ class VPM(nn.Module):
             log_probability = jnp.where(cells[..., None], log_probability, -jnp.inf)
         probability = jnp.exp(log_probability)
         visibility = jnp.sum(probability, axis=(1, 2))
-        # Eq. 3, where the weights' scale cancels: 1 at the likeliest cell, for a region may be unlikely everywhere.
+        # The scale of the weights cancels in Eq. 3. It is 1 at the most likely cell, since a region may underflow.
         likeliest = lax.stop_gradient(jnp.max(log_probability, axis=(1, 2), keepdims=True))
         weights = jnp.exp(log_probability - jnp.maximum(likeliest, jnp.finfo(likeliest.dtype).min))
         if not self.pool_gradient:
             weights, visibility = lax.stop_gradient((weights, visibility))
-        # The mean over the map; a row's weight applies to the sum over its cells.
-        spread = jnp.broadcast_to(weights, (*feature_map.shape[:3], regions))
+        # The weight of a row applies to all of its cells.
+        cell_weights = jnp.broadcast_to(weights, (*feature_map.shape[:3], regions))
         total = jnp.sum(weights, axis=(1, 2))
-        if valid is not None:  # an image without a cell has no features
-            spread, total = jnp.where(valid[..., None], spread, 0), jnp.where(total > 0, total, 1)
-        region_features = jnp.einsum("bhwp,bhwc->bpc", spread, feature_map) / total[..., None]
+        if valid is not None:  # an image that covers no cell has zero features
+            cell_weights, total = jnp.where(valid[..., None], cell_weights, 0), jnp.where(total > 0, total, 1)
+        region_features = jnp.einsum("bhwp,bhwc->bpc", cell_weights, feature_map) / total[..., None]
 
         features, shown = region_features, visible
         if self.global_head:
@@ -227,13 +239,15 @@ class VPM(nn.Module):
             out["global_logits"] = logits[:, regions]
         return out["logits"], out
 
-    def locate(self, feature_map, train: bool, valid=None):
-        """The region locator's logits [B, h, w, P], or [B, h, 1, P] by row."""
+    def locate(
+        self, feature_map: Float[Array, "b h w c"], train: bool, valid: Bool[AnyArray, "b h w"] | None = None
+    ) -> Float[Array, "b h w_or_1 p"]:
+        """The region locator's logits; one per row for a row locator."""
         batch, h, w, channels = feature_map.shape
         rows, cols = self.grid
         regions = rows * cols
         if self.locator == "stripes":
-            # PCB: the uniform partition, whatever the image shows; 50 in the logits is a one-hot softmax.
+            # PCB: a uniform partition, independent of the image; logits of 50 make the softmax one-hot.
             row = jnp.arange(h) * rows // h
             col = jnp.arange(w) * cols // w
             onehot = nn.one_hot(row[:, None] * cols + col, regions, dtype=feature_map.dtype)

@@ -53,7 +53,9 @@ def read_workdir(path: Path) -> Pretrained:
 
     config = config_lib.read(path)
     if config is None or not (path / "checkpoints").is_dir():
-        raise UserError(f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.")
+        raise UserError(
+            f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.", code="no-run"
+        )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = step.state_shapes(config)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)

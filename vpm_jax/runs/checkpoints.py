@@ -109,7 +109,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.wait()
         except Exception:
@@ -243,8 +243,8 @@ class Checkpoints:
     def _compare(self, step: int, like: Any) -> None:
         """Raises UserError if the parameters of a checkpoint have other shapes than `like`."""
 
-        def shapes(tree) -> dict[str, tuple]:
-            def name(path):
+        def shapes(tree: Any) -> dict[str, tuple]:
+            def name(path: tuple[Any, ...]) -> str:
                 return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
             return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

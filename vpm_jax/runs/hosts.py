@@ -165,7 +165,7 @@ class Agreement:
     def __init__(self, mesh: Mesh):
         self._alone = not are_many()
         self._mesh = mesh
-        self._max = jax.jit(jnp.max, out_shardings=parallel.everywhere(mesh))
+        self._max = jax.jit(jnp.max, out_shardings=parallel.replicated(mesh))
         self._pending: deque[jax.Array] = deque()
 
     def __call__(self, number: int) -> int:

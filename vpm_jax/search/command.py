@@ -31,7 +31,7 @@ from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
-from vpm_jax.regions import UNCUT, Part, gallery_parts
+from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops
 from vpm_jax.runs.logs import write_atomically
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES, describe, list_images
@@ -133,7 +133,7 @@ def index(
     old_crops = stored_crops(store) if store is not None else {}
     crops = _crops(model, store, gammas)
 
-    def extra(complete: Collection[Part] = ()) -> dict[str, Any]:
+    def extra(complete: Collection[GalleryCrop] = ()) -> dict[str, Any]:
         parts = [[crop.side, crop.gamma, crop in complete] for crop in crops]
         return {"folder": root, "model": str(model_path.resolve()), "parts": parts}
 
@@ -170,7 +170,7 @@ def index(
     return cli.INCOMPLETE if unreadable or most_lost else 0
 
 
-def _crops(model: VPM, store: Store | None, gammas: tuple[float, ...] | None) -> list[Part]:
+def _crops(model: VPM, store: Store | None, gammas: tuple[float, ...] | None) -> list[GalleryCrop]:
     """The crops to describe beside whole images."""
     config = model.config.copy_and_resolve_references()
     if gammas is not None:
@@ -179,11 +179,11 @@ def _crops(model: VPM, store: Store | None, gammas: tuple[float, ...] | None) ->
         return list(stored_crops(store))
     config.match.rerank, config.eval.crop = False, "none"  # not used by a search
     config_lib.check_gallery_gammas(config)
-    return gallery_parts(config_lib.sides(config), config.match.gallery_gammas)[1:]
+    return gallery_crops(config_lib.sides(config), config.match.gallery_gammas)[1:]
 
 
 def _update(
-    writer: Writer, model: VPM, folder: Path, images: list[Entry], batch: int, crop: Part = UNCUT
+    writer: Writer, model: VPM, folder: Path, images: list[Entry], batch: int, crop: GalleryCrop = UNCUT
 ) -> dict[str, int]:
     """Makes a store hold exactly these images of the folder; counts what is new, changed, deleted and unreadable."""
     stored = {entry.name: entry for entry in Store(writer.folder).entries}

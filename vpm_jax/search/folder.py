@@ -17,7 +17,7 @@ from vpm_jax.api import VPM
 from vpm_jax.data import decode
 from vpm_jax.description import Description
 from vpm_jax.errors import UserError
-from vpm_jax.regions import UNCUT, Part
+from vpm_jax.regions import UNCUT, GalleryCrop
 from vpm_jax.runs.logs import Progress
 from vpm_jax.search.ranking import printable
 from vpm_jax.search.store import Entry
@@ -65,7 +65,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
 
 
 def describe(
-    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: Part = UNCUT
+    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: GalleryCrop = UNCUT
 ) -> Iterator[tuple[list[Entry], Description]]:
     """Describes a folder's images, cropped to `kept`, in batches; unreadable ones are reported and skipped."""
     ready: deque[Entry] = deque()

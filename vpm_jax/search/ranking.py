@@ -14,7 +14,7 @@ from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.overlay import LOW_WEIGHT
-from vpm_jax.regions import UNCUT, Part, RegionGrid
+from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid
 from vpm_jax.search.store import Store
 
 # A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
@@ -43,7 +43,7 @@ class Ranking(NamedTuple):
     path: Path
     query: Description
     results: list[Result]  # nearest first, without images that share no region
-    crop: Part = UNCUT  # the gallery crop that the query was compared with
+    crop: GalleryCrop = UNCUT  # the gallery crop that the query was compared with
 
     @property
     def visible(self) -> np.ndarray:
@@ -52,14 +52,14 @@ class Ranking(NamedTuple):
         return visibility > _VISIBLE * visibility.max()
 
 
-def stored_crops(store: Store) -> dict[Part, bool]:
+def stored_crops(store: Store) -> dict[GalleryCrop, bool]:
     """The crops of a store beside whole images, and whether each is complete.
 
     Each crop has its own store in `crop_folder`. Raises UserError if store.json is damaged.
     """
     saved = store.about.extra.get("parts", [])
     try:
-        crops = {Part(str(side), float(gamma)): bool(complete) for side, gamma, complete in saved}
+        crops = {GalleryCrop(str(side), float(gamma)): bool(complete) for side, gamma, complete in saved}
         _ = [crop.crop for crop in crops]  # raises for an unknown side
     except (TypeError, ValueError):
         raise UserError(
@@ -68,7 +68,7 @@ def stored_crops(store: Store) -> dict[Part, bool]:
     return crops
 
 
-def crop_folder(store: Path, crop: Part) -> Path:
+def crop_folder(store: Path, crop: GalleryCrop) -> Path:
     """The folder of a crop's store."""
     return store / str(crop).replace(" ", "-")
 
