@@ -105,7 +105,7 @@ def test_a_wrong_program_is_never_kept(exported, tmp_path, monkeypatch):
     model = VPM.load(exported[0])
     monkeypatch.setattr(step, "make_feature_step", wrong)
     (tmp_path / "b.stablehlo").write_text("what was there before")
-    with pytest.raises(UserError, match="something else than the model"):
+    with pytest.raises(UserError, match="differ from the model"):
         export.write_stablehlo(tmp_path / "b.stablehlo", model)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b.stablehlo", "what was there before")]
 
@@ -138,7 +138,7 @@ def undecided(name: str, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("locator", [lambda name, x: x, undecided], ids=["random", "undecided"])
 def test_what_is_rounding_follows_the_model(exported, locator):
     model = with_variables(VPM.load(exported[0]), locator)
-    moved = export.rounding(model, model.inputs(export._pictures(model)))["region_maps"]
+    moved = export.rounding(model, model.inputs(export._test_images(model)))["region_maps"]
     assert moved.min() > 2e-5 if locator is undecided else moved.max() < 2e-5
 
     def neighbour(name, x):  # the next number: what another order of additions amounts to

@@ -1,13 +1,13 @@
 """Converts weights: python -m vpm_jax.convert runs/market --output market.safetensors
 
-SOURCE is what config.pretrained takes: a workdir, a .pth, .safetensors or .npz, keras:FOLDER, released:FILE.
-The end of --output says what is written:
+SOURCE is a value of config.pretrained: a workdir, a .pth, .safetensors or .npz, keras:FOLDER, released:FILE.
+The extension of --output selects the format:
 
   .npz          the backbone, for config.pretrained
-  .safetensors  for PyTorch: the backbone by torchvision's names, VPM's heads as locator.* and heads.N.*; what such
-                names cannot say is in the metadata, and in the file's name where torchvision's network differs
-  a folder      a workdir for vpm_jax.evaluate, of a whole VPM (the released code's, or a .safetensors of ours); its
-                config may be changed by --config.KEY=VALUE, such as --config.data.name=dukemtmc
+  .safetensors  for PyTorch: the backbone under torchvision's names, VPM's heads as locator.* and heads.N.*; the
+                metadata hold the settings, and the file name lists differences from torchvision's network
+  a folder      a workdir for vpm_jax.evaluate, from a whole VPM (the released code's, or our .safetensors);
+                --config.KEY=VALUE changes its config, for example --config.data.name=dukemtmc
                 (python -m vpm_jax.config lists the keys)
 """
 
@@ -15,26 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vpm_jax.pretrained import Pretrained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.convert", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="KIND:PATH or PATH")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder")
-    parser.add_argument("--data-root", default="", help='where "keras" alone looks (default: $VPM_DATA, else ./data)')
+    parser.add_argument("--data-root", default="", help='searched for "keras" (default: $VPM_DATA, else ./data)')
     parser.add_argument(
-        "--partial", action="store_true", help="leave out tensors that do not belong, instead of refusing the file"
+        "--partial", action="store_true", help="skip tensors that do not match, instead of rejecting the file"
     )
     parser.add_argument("--backbone-only", action="store_true", help=".safetensors without VPM's heads")
     parser.add_argument(
         "--keep-epsilon",
         action="store_true",
-        help=".safetensors with the batch norms as they are, to be trained further; otherwise they are folded to "
-        "PyTorch's epsilon 1e-5, which is exact in eval mode",
+        help="keep the batch norms' epsilon in a .safetensors, for further training; by default they are folded to "
+        "PyTorch's 1e-5, which is exact in eval mode",
     )
     args, overrides = parser.parse_known_args(argv)
     kind = args.output.suffix.lower()
@@ -58,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = sorted(set(weights.network.shapes()) - set(weights.flat()))
     if missing:
         raise UserError(
-            f"{args.source} lacks {len(missing)} of the backbone's tensors ({missing[0]}, ...): a part can start a "
-            "training, by config.pretrained=partial:..., but cannot be converted."
+            f"{args.source} lacks {len(missing)} of the backbone's tensors ({missing[0]}, ...): it can initialize "
+            "a training run, with config.pretrained=partial:PATH, but cannot be converted."
         )
     if kind == ".npz":
         own.write_npz(args.output, weights)
@@ -77,28 +81,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_for_torch(
     path: Path,
-    weights,
+    weights: Pretrained,
     backbone_only: bool = False,
     keep_epsilon: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes the .safetensors and prints what its PyTorch users must know; returns its path, whose name says so too.
+    """Writes the .safetensors and prints notes for PyTorch users, which its name summarizes; returns its path.
 
-    `check` is given the file before it takes its place; if it raises, nothing is left.
+    `check` is called with the temporary file before it is moved into place; if it raises, nothing is written.
     """
     from vpm_jax.pretrained import own
 
     folded_from = None
     if not keep_epsilon and weights.bn_epsilon != own.TORCH_EPSILON:
         folded_from, weights = weights.bn_epsilon, own.fold_epsilon(weights)
-    marks = own.peculiarities(weights)
-    path = path.with_name("-".join([path.stem, *(mark for mark in marks if mark not in path.stem)]) + path.suffix)
+    differences = own.differences_from_torchvision(weights)
+    suffixes = [suffix for suffix in differences if suffix not in path.stem]
+    path = path.with_name("-".join([path.stem, *suffixes]) + path.suffix)
     more = {} if folded_from is None else {"bn_folded_from": folded_from}
     own.write_safetensors(path, weights, backbone_only, check, **more)
     print(f"Wrote {path}.")
-    if marks:
-        print("A torchvision ResNet loads these names and computes something else, unless it is changed:")
-        for sentence in marks.values():
+    if differences:
+        print("A torchvision ResNet loads these names but computes something else, unless it is changed:")
+        for sentence in differences.values():
             print(f"  - {sentence}")
     if folded_from is not None:
         print(

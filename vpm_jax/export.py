@@ -1,11 +1,10 @@
-"""Takes a trained model elsewhere: python -m vpm_jax.export --workdir runs/market --output market.stablehlo
+"""Exports a trained model: python -m vpm_jax.export --workdir runs/market --output market.stablehlo
 
   stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
-               TPU. It needs JAX alone, not this package; beside it FILE.json says what goes in and comes out.
-  safetensors  the parameters for PyTorch, as python -m vpm_jax.convert writes them
+               TPU. It needs only JAX, not this package; FILE.json beside it documents inputs and outputs.
+  safetensors  the parameters for PyTorch, as written by python -m vpm_jax.convert
 
-Both are read again by vpm_jax.VPM.load. A file takes its place only after what it computes was compared with
-the live model's.
+vpm_jax.VPM.load reads both. A file is kept only if its outputs match the live model's.
 """
 
 from __future__ import annotations
@@ -31,31 +30,33 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
 FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16")
-# How far an export may be from the live model, in units of how far rounding moves the model itself (see `rounding`):
-# right exports were seen to be at most 1 away, swapped channels 20 in bfloat16 and 500,000 in float32.
+# The largest accepted difference from the live model, in multiples of the model's own sensitivity to rounding (see
+# `rounding`). Correct exports are within 1; swapped channels give 20 in bfloat16 and 500,000 in float32.
 MOST = 8.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.export", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="a training run, or a .safetensors of ours")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="a training run, or a .safetensors written by vpm_jax"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors")
-    parser.add_argument("--format", choices=tuple(FORMATS), help="default: as --output ends")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="default: from the extension of --output")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="what a .stablehlo computes in; its parameters and outputs are float32 (default: float32)",
+        help="the compute dtype of a .stablehlo; its parameters and outputs are float32 (default: float32)",
     )
     args = parser.parse_args(argv)
-    ends = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
-    if ends is None or args.format not in (None, ends):
+    kind = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
+    if kind is None or args.format not in (None, kind):
         expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
         onnx = " (why there is no ONNX: docs/search.md)" * (args.output.suffix.lower() == ".onnx")
-        raise UserError(f"--output {args.output}: expected a file's name that ends in {expected}{onnx}.")
+        raise UserError(f"--output {args.output}: expected a file name that ends in {expected}{onnx}.")
     cli.check_output("--output", args.output)
     parallel.prepare_backend()
-    if ends == "stablehlo":
+    if kind == "stablehlo":
         write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
     else:
         write_safetensors(args.output, args.workdir)
@@ -63,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_stablehlo(path: Path, model: VPM) -> float:
-    """Writes `model` as StableHLO, and beside it `path`.json; returns its largest difference from the model.
+    """Writes `model` as StableHLO, with `path`.json beside it; returns the largest difference from the model.
 
-    The model's parameters are constants of the program. It takes `VPM.inputs`: uint8 [b, H, W, 3], and of a
-    model of padded images bool [b, h, w]. It returns a dict of the arrays of a `Description`.
+    The parameters are constants of the program. It takes `VPM.inputs`: uint8 [b, H, W, 3] and, for a model of padded
+    images, bool [b, h, w]. It returns a dict of the arrays of a `Description`.
 
     Raises:
-      UserError: if it computes something else than the model (nothing is left then), or cannot be written.
+      UserError: if its outputs differ from the model's (nothing is written then), or the file cannot be written.
     """
     from jax import export  # needs flatbuffers
 
@@ -82,30 +83,30 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     more = {"sha256": hashlib.sha256(data).hexdigest(), "platforms": PLATFORMS, "jax": jax.__version__}
     write_atomically(sidecar(path), json.dumps(_about(model, "stablehlo", error) | more, indent=1) + "\n")
     height, width = model.image_size
-    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_words(error)}.")
+    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_summary(error)}.")
     print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")
     print(f"  model = jax.jit(jax.export.deserialize(bytearray(open({path.name!r}, 'rb').read())).call)")
-    also = ", valid" * (len(inputs) > 1)
-    print(f"  out = model(images{also})  # uint8 [b, {height}, {width}, 3] RGB{also} -> {', '.join(OUTPUTS)}")
+    valid = ", valid" * (len(inputs) > 1)
+    print(f"  out = model(images{valid})  # uint8 [b, {height}, {width}, 3] RGB{valid} -> {', '.join(OUTPUTS)}")
     return error
 
 
 def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeDtypeStruct]]:
-    """(the network as a function of its inputs alone, their types for any batch size b)."""
+    """(the network as a function of its inputs, their shapes and dtypes for any batch size b)."""
     from jax import export
 
     if model.variables is None:
-        raise UserError(f"{model.source} is an export already: give the workdir that it was made from.")
+        raise UserError(f"{model.source} is an export already: give the workdir that it was exported from.")
     (b,) = export.symbolic_shape("b")
     network = functools.partial(step.make_feature_step(model.config, region_maps=True), model.variables)
-    return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_pictures(model)[:1])]
+    return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
 
 
 def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
-    """What goes with a program: where it is from, what goes in and what comes out."""
+    """The JSON beside a program: its source, inputs and outputs."""
     height, width = model.image_size
-    inputs = model.inputs(_pictures(model)[:1])
-    one = model.step(*inputs)
+    inputs = model.inputs(_test_images(model)[:1])
+    outputs = model.step(*inputs)
     image: dict[str, Any] = {
         "dtype": "uint8",
         "shape": ["b", height, width, 3],
@@ -114,9 +115,8 @@ def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
     }
     if len(inputs) > 1:
         image |= {
-            "fit": "the image in its proportions, as high as the input where its height is aspect times its width or "
-            "more, else as wide as the input; the rest is fill, and valid is false for the cells that the image covers "
-            "by less than half",
+            "fit": "the image keeps its aspect ratio; it is as high as the input if its height is at least aspect "
+            "times its width, else as wide; the rest is fill, and valid is false for cells less than half covered",
             **{key: model.config.data[key] for key in ("aspect", "place")},
             "fill": np.rint(255 * np.array(model.config.data.mean)).astype(int).tolist(),
             "valid": {"dtype": "bool", "shape": ["b", *inputs[1].shape[1:]]},
@@ -128,7 +128,7 @@ def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
         "dtype": model.config.model.dtype,
         "max_difference": error,
         "input": image,
-        "output": {name: {"dtype": "float32", "shape": ["b", *one[name].shape[1:]]} for name in OUTPUTS},
+        "output": {name: {"dtype": "float32", "shape": ["b", *outputs[name].shape[1:]]} for name in OUTPUTS},
         "meaning": {
             "features": "[image, region, channel], of unit length (Eq. 3)",
             "visibility": "[image, region], in cells of the feature map (Eq. 2)",
@@ -141,7 +141,7 @@ def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, source: Path) -> float:
-    """Writes the parameters of a run as `vpm_jax.convert` does; returns the largest difference from the live model.
+    """Writes the parameters of a run as `vpm_jax.convert`; returns the largest difference from the live model.
 
     Raises:
       UserError: as `write_stablehlo`.
@@ -151,44 +151,43 @@ def write_safetensors(path: Path, source: Path) -> float:
     convert.write_for_torch(
         path, weights, check=lambda file: differences.append(compare(live, VPM.load(file, "float32").step))
     )
-    print(f"Read again and compared: {_words(differences[0])}.")
+    print(f"Read again and compared: {_summary(differences[0])}.")
     return differences[0]
 
 
 def compare(model: VPM, step: Callable[..., dict[str, Any]]) -> float:
-    """The largest difference between what the model and `step` say of some images, for two batch sizes.
+    """The largest difference between the outputs of the model and of `step`, for two batch sizes.
 
-    Visibility is compared as a share of the map.
+    Visibility is compared as a fraction of the map.
 
     Raises:
-      UserError: if it is more than rounding (see `rounding`).
+      UserError: if rounding does not explain the difference (see `rounding`).
     """
-    inputs = model.inputs(_pictures(model))
+    inputs = model.inputs(_test_images(model))
     ours = model.step(*inputs)
     moved = rounding(model, inputs)
     worst = 0.0
     for count in (1, len(inputs[0])):
-        for name, found in _differences(ours, step(*(x[:count] for x in inputs)), count).items():
+        for name, difference in _differences(ours, step(*(x[:count] for x in inputs)), count).items():
             allowed = MOST * moved[name][:count]
-            wrong = np.flatnonzero(~(found <= allowed))  # NaN is wrong
+            wrong = np.flatnonzero(~(difference <= allowed))  # true for NaN
             if len(wrong):
                 raise UserError(
-                    f"The export computes something else than the model ({name} are {found[wrong[0]]:.1e} apart, "
-                    f"expected at most {allowed[wrong[0]]:.1e}, which is rounding): it was not kept; try another "
-                    "version of JAX, and please report this.",
+                    f"The export's {name} differ from the model's by {difference[wrong[0]]:.1e}, expected at most "
+                    f"{allowed[wrong[0]]:.1e} from rounding: it was not kept; try another version of JAX, and please "
+                    "report this.",
                     code="wrong-export",
                 )
-            worst = max(worst, float(found.max()))
+            worst = max(worst, float(difference.max()))
     return worst
 
 
 def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """How far each output of each image, [N], moves when every parameter is rounded to a neighbouring number.
+    """The change of each output of each image, [N], when parameters are perturbed by their rounding error.
 
-    A program that adds in another order errs as if its parameters were a little different (backward error), and how
-    much that shows depends on the model and the picture: a locator with large logits turns a cell that is undecided
-    around by the last bit. So the model itself, not a number, says what is rounding; and never less than the last bits
-    of the outputs.
+    A different order of summation acts like slightly different parameters (backward error). Its effect depends on the
+    model and the image: with large locator logits, the last bit can flip an undecided cell. Hence the tolerance is
+    measured on the model itself; it is at least the outputs' own precision.
     """
     random = np.random.default_rng(1)
     unit = float(jnp.finfo(models.compute_dtype(model.config.model.dtype)).eps)
@@ -207,16 +206,16 @@ def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], count: int) -> dict[str, np.ndarray]:
-    """The largest difference of each output, in each of the first `count` images: [count]."""
-    found = {}
+    """The largest difference of each output in each of the first `count` images, [count]."""
+    result = {}
     for name in OUTPUTS:
         x, y = (np.asarray(out[name], np.float64)[:count] for out in (ours, theirs))
-        found[name] = np.abs(x - y).reshape(count, -1).max(axis=1) / (x[0].sum() if name == "visibility" else 1.0)
-    return found
+        result[name] = np.abs(x - y).reshape(count, -1).max(axis=1) / (x[0].sum() if name == "visibility" else 1.0)
+    return result
 
 
-def _pictures(model: VPM) -> list[np.ndarray]:
-    """Three pictures, one whole and two cut: coarse patterns beside noise, so that the locator has to decide."""
+def _test_images(model: VPM) -> list[np.ndarray]:
+    """Three images, one whole and two cropped, of coarse patterns and noise, to exercise the locator."""
     random = np.random.default_rng(0)
     height, width = model.image_size
     coarse = random.integers(0, 256, (3, 6, 3, 3), np.uint8)
@@ -227,8 +226,8 @@ def _pictures(model: VPM) -> list[np.ndarray]:
     return [images[0], images[1][: height // 2 + 1], images[2][:, : width // 2 + 1]]
 
 
-def _words(difference: float) -> str:
-    return f"at most {difference:.1e} from the live model (features, probabilities, shares of the map)"
+def _summary(difference: float) -> str:
+    return f"at most {difference:.1e} from the live model (features, probabilities, fractions of the map)"
 
 
 if __name__ == "__main__":

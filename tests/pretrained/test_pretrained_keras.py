@@ -215,10 +215,10 @@ def damage(folder: Path, kind: str) -> str:
             return f"(look at {shards[-1].name})"
         case "truncated json":
             (folder / "model.json").write_text(text[: len(text) // 2])
-            return "no TensorFlow.js layers model (JSONDecodeError"
+            return "not a TensorFlow.js layers model (JSONDecodeError"
         case "not a layers model":
             (folder / "model.json").write_text('{"weightsManifest": []}')
-            return "no TensorFlow.js layers model (KeyError('modelTopology'))"
+            return "not a TensorFlow.js layers model (KeyError('modelTopology'))"
         case "half precision":
             model["weightsManifest"][0]["weights"][0]["dtype"] = "float16"
             (folder / "model.json").write_text(json.dumps(model))

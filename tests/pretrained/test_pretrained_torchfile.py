@@ -119,9 +119,9 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch, kind, legacy):
     assert not (tmp_path / "attacked").exists()
     message = str(error.value)
     assert message.startswith(f"{path} ") and "\n" not in message and len(message) < 400
-    assert "save the weights alone, by torch.save(model.state_dict()" in message
+    assert "save only the weights, with torch.save(model.state_dict()" in message
     if kind in ("call", "in the state dict", "stack global"):
-        assert "asks for 'os.system', which weights do not need, and nothing of it was run" in message
+        assert "asks for 'os.system', which weights do not need; none of it was run" in message
 
 
 # ---- Damage ----
@@ -136,7 +136,7 @@ def broken(kind: str) -> tuple[bytes, dict[str, bytes], str]:
         case "past its storage":
             return files.dictionary({"a": files.tensor(stored, 1, (2, 3), (3, 1))}), data, "ends past its storage of 6"
         case "negative stride":
-            return files.dictionary({"a": files.tensor(stored, 5, (3,), (-1,))}), data, "no possible shape"
+            return files.dictionary({"a": files.tensor(stored, 5, (3,), (-1,))}), data, "an impossible shape"
         case "a storage of two sizes":
             larger = files.tensor(files.storage("FloatStorage", "0", 6000), 5000, (2,), (1,))
             return files.dictionary({"a": good, "b": larger}), data, "the storage of b has two sizes or dtypes"
@@ -182,7 +182,7 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, legacy):
     whole = files.save(tmp_path / "a.pth", arrays(), legacy).read_bytes()
     for cut in np.linspace(0, len(whole) - 1, 60).astype(int):
         (tmp_path / "b.pth").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"^[^\n]*b\.pth is (damaged|no file of torch\.save)[^\n]*$"):
+        with pytest.raises(UserError, match=r"^[^\n]*b\.pth is (damaged|not in torch\.save)[^\n]*$"):
             read(tmp_path / "b.pth")
 
 

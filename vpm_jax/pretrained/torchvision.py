@@ -1,6 +1,6 @@
-"""torchvision's names for a ResNet, which timm shares: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
+"""torchvision's ResNet names, shared by timm: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
 
-Both ways: reading weights, and naming ours for PyTorch. Its kernels are [out, in, h, w], ours [h, w, in, out].
+Converts in both directions. PyTorch's kernels are [out, in, h, w], ours [h, w, in, out].
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from vpm_jax.pretrained.weights import (
     take,
 )
 
-ADVICE = "give the weights of torchvision's or timm's resnet18, 34, 50 or 101, or ask for a part by partial:PATH"
+ADVICE = "give the weights of torchvision's or timm's resnet18, 34, 50 or 101, or load what matches with partial:PATH"
 
 
 def torch_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> layer2.0.bn3.weight"""
     _, *block, layer, leaf = ours.split("/")
     leaf = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
-    kind, part = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
+    kind, number_in_block = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
     if not block:
         return f"{kind}1.{leaf}"
     stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups()  # type: ignore[union-attr]
-    module = f"downsample.{0 if kind == 'conv' else 1}" if part == "shortcut" else f"{kind}{part}"
+    module = f"downsample.{0 if kind == 'conv' else 1}" if number_in_block == "shortcut" else f"{kind}{number_in_block}"
     return f"layer{stage}.{int(number) - 1}.{module}.{leaf}"
 
 
 def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A backbone by our names, renamed and transposed."""
+    """Renames and transposes a backbone under our names."""
     return {
         torch_name(name): np.ascontiguousarray(x.transpose(3, 2, 0, 1)) if x.ndim == 4 else x
         for name, x in ours.items()
@@ -48,14 +48,14 @@ def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torch(theirs: Mapping[str, np.ndarray], network: Network, prefix: str = "") -> dict[str, np.ndarray]:
-    """The inverse of `to_torch`, of those tensors that are there."""
+    """The inverse of `to_torch`, for the tensors that are present."""
     names = {name: prefix + torch_name(name) for name in network.shapes()}
-    found = {ours: theirs[name] for ours, name in names.items() if name in theirs}
-    return {name: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x for name, x in found.items()}
+    present = {ours: theirs[name] for ours, name in names.items() if name in theirs}
+    return {name: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x for name, x in present.items()}
 
 
 def expected(network: Network, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """{PyTorch's name: its shape there}."""
+    """{PyTorch's name: PyTorch's shape}."""
     shapes = {}
     for name, shape in network.shapes().items():
         height_width_in_out = len(shape) == 4
@@ -64,7 +64,7 @@ def expected(network: Network, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 
 def network_of(tensors: Mapping[str, np.ndarray], prefix: str = "") -> Network:
-    """The network that these names and the first kernel are closest to."""
+    """The network whose names, and first kernel, these are closest to."""
     shape = tensors[f"{prefix}conv1.weight"].shape if f"{prefix}conv1.weight" in tensors else (64, 3, 7, 7)
     width, size = (shape[0], shape[2]) if len(shape) == 4 and 0 < shape[0] <= 1024 else (64, 7)
 
@@ -76,7 +76,7 @@ def network_of(tensors: Mapping[str, np.ndarray], prefix: str = "") -> Network:
 
 
 def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without num_batches_tracked, which newer PyTorch keeps beside a batch norm's statistics and no result needs."""
+    """Drops num_batches_tracked, which newer PyTorch versions store with batch norm statistics."""
     suffix = "num_batches_tracked"
     counters = {name for name in tensors if name.endswith(suffix) and name.replace(suffix, "running_mean") in tensors}
     return {name: x for name, x in tensors.items() if name not in counters or x.ndim != 0}
@@ -85,7 +85,7 @@ def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 def with_classifier(
     shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
-    """`shapes`, and those of the ImageNet classifier (fc) where the tensors have one, of however many classes."""
+    """`shapes`, plus those of the ImageNet classifier (fc), with any number of classes, if the tensors have one."""
     if not {"fc.weight", "fc.bias"} & set(tensors):
         return dict(shapes)
     features = shapes["layer4.0.downsample.1.bias"][0]
@@ -94,18 +94,18 @@ def with_classifier(
 
 
 def classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """What `Pretrained.classifier` holds, None without one that is whole."""
+    """The value of `Pretrained.classifier`; None unless both tensors are present."""
     if not {"fc.weight", "fc.bias"} <= set(tensors):
         return None
     return {"kernel": tensors["fc.weight"].T, "bias": tensors["fc.bias"]}
 
 
 def read(file: File, partial: bool = False) -> Pretrained:
-    """A ResNet's state dict. Its stride is on the 3x3 convolution, BN epsilon is 1e-5, and images are normalised by
-    ImageNet's mean and std. The classifier (fc) may be absent.
+    """Reads a ResNet's state dict, with or without the classifier (fc). Its stride is on the 3x3 convolution, its BN
+    epsilon is 1e-5, and images are normalized by ImageNet's mean and std.
 
     Raises:
-      UserError: that lists what is missing, unexpected or of another shape; for NaN and for what are no floats.
+      UserError: if tensors are missing, unexpected, of another shape, not floats, or NaN.
     """
     where = f"{file.path} is not a ResNet's state dict"
     tensors = without_counters(file.tensors)
@@ -125,5 +125,5 @@ def read(file: File, partial: bool = False) -> Pretrained:
     )
 
 
-def is_named_so(names: Mapping[str, np.ndarray]) -> bool:
+def has_its_names(names: Mapping[str, np.ndarray]) -> bool:
     return any(re.match(r"(conv1|bn1|layer[1-4]\.\d+|fc)\.", name) for name in names)

@@ -1,4 +1,4 @@
-"""What every reader gives, and the checks that all of them share."""
+"""Types and checks shared by the readers of pretrained weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Network(NamedTuple):
-    """Which `ResNet` weights belong to."""
+    """The architecture that weights belong to: fields of `ResNet`."""
 
     depth: int = 50
     width: int = 64
     stem: str = "7x7"
-    strides: tuple[int, int, int] = (1, 2, 2)  # a first stage with a stride has a shortcut of its own
+    strides: tuple[int, int, int] = (1, 2, 2)  # with a stride, the first stage has a shortcut convolution
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{"params/conv_stem/kernel": shape, ...} of every parameter and statistic."""
+        """{"params/conv_stem/kernel": shape, ...} of all parameters and statistics."""
         return _shapes(self)
 
     def __str__(self) -> str:
@@ -46,14 +46,14 @@ def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A backbone's weights and what they presuppose.
+    """A backbone's weights and the settings that they require.
 
-    `params` and `batch_stats` are the nested dicts of `ResNet` (NumPy, float32 or float64); `classifier` is its
-    ImageNet head, {"kernel" [C, classes], "bias" [classes]}, on the spatial mean of the last stage. The network must be
-    built with `stride_on` and `bn_epsilon`, and be given RGB images normalised as (x / 255 - mean) / std.
+    `params` and `batch_stats` are the nested dicts of `ResNet` (NumPy, float32 or float64). `classifier` is the
+    ImageNet head, {"kernel" [C, classes], "bias" [classes]}, on the spatial mean of the last stage. The network needs
+    `stride_on` and `bn_epsilon`, and RGB images normalized as (x / 255 - mean) / std.
 
-    A whole VPM has `heads` (locator and identity heads: {"params": ..., "batch_stats": ...} without the backbone) and
-    the `config` that its model and its input are built by.
+    A whole VPM has `heads`, its locator and identity heads as {"params": ..., "batch_stats": ...} without the backbone,
+    and the `config` of its model and input.
     """
 
     params: dict[str, Any]
@@ -62,12 +62,12 @@ class Pretrained:
     bn_epsilon: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    source: str  # what the messages call these weights
+    source: str  # the name of these weights in messages
     network: Network
     classifier: dict[str, np.ndarray] | None = None
     heads: dict[str, Any] | None = None
     config: ConfigDict | None = None
-    skipped: str = ""  # what a partial reading left out or did not find, in words
+    skipped: str = ""  # the differences that partial loading ignored, in words
 
     def flat(self) -> dict[str, np.ndarray]:
         """The backbone by the names of `Network.shapes`."""
@@ -75,7 +75,7 @@ class Pretrained:
 
 
 class File(NamedTuple):
-    """What one file of weights holds."""
+    """The content of a file of weights."""
 
     path: Path
     tensors: dict[str, np.ndarray]
@@ -83,23 +83,23 @@ class File(NamedTuple):
 
 
 def take(
-    found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str, advice: str, partial: bool = False
+    arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str, advice: str, partial: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """(the arrays of `found` that have a name and the shape in `expected`, in words what differs).
+    """(the arrays whose name and shape are as expected, the differences in words).
 
     Raises:
-      UserError: that lists what is missing, unexpected or of another shape; with `partial` only if nothing fits.
+      UserError: listing arrays that are missing, unexpected or of another shape; with `partial`, only if none matches.
     """
-    fits = {name: found[name] for name in expected if name in found and _shape(found[name]) == tuple(expected[name])}
+    fits = {name: arrays[name] for name in expected if name in arrays and _shape(arrays[name]) == tuple(expected[name])}
     differences = [
-        ("missing", [name for name in expected if name not in found]),
-        ("unexpected", [name for name in found if name not in expected]),
+        ("missing", [name for name in expected if name not in arrays]),
+        ("unexpected", [name for name in arrays if name not in expected]),
         (
             "of another shape",
             [
-                f"{name} {_shape(found[name])} instead of {tuple(shape)}"
+                f"{name} {_shape(arrays[name])} instead of {tuple(shape)}"
                 for name, shape in expected.items()
-                if name in found and name not in fits
+                if name in arrays and name not in fits
             ],
         ),
     ]
@@ -119,12 +119,12 @@ def some(names: Iterable[str], most: int = 5) -> str:
 
 
 def as_floats(tensors: Mapping[str, np.ndarray], where: str, advice: str) -> dict[str, np.ndarray]:
-    """float64 stays, every other float becomes float32.
+    """Converts floats to float32, except float64.
 
     Raises:
-      UserError: for tensors that are not floats, or hold NaN, infinity or a negative variance.
+      UserError: if a tensor is not of floats, or holds NaN, infinity or a negative variance.
     """
-    # ml_dtypes' floats are of NumPy's kind "V".
+    # NumPy's kind of ml_dtypes' floats is "V".
     wrong = [name for name, x in tensors.items() if x.dtype.kind != "f" and "float" not in x.dtype.name]
     if wrong:
         dtypes = ", ".join(sorted({tensors[name].dtype.name for name in wrong}))
@@ -139,16 +139,16 @@ def as_floats(tensors: Mapping[str, np.ndarray], where: str, advice: str) -> dic
 
 
 def dtype_note(tensors: Mapping[str, np.ndarray]) -> str:
-    """What a source says of weights that are not float32: ", float16". They are that precise and no more."""
+    """Suffix for the source of weights stored in other dtypes than float32, such as ", float16"."""
     dtypes = {x.dtype.name for x in tensors.values() if "float" in x.dtype.name} - {"float32"}
     return "".join(f", {name}" for name in sorted(dtypes))
 
 
 def apply_to(variables: Mapping[str, Any], pretrained: Pretrained) -> dict[str, Any]:
-    """`variables` of a model with the pretrained weights in params["backbone"] and batch_stats["backbone"].
+    """The model's `variables` with pretrained weights in params["backbone"] and batch_stats["backbone"].
 
-    Everything else, and the dtype of every array, stays; so do arrays that a partial reading did not find. Raises
-    UserError when the model's backbone has other parameters than the weights (another depth, width or stem).
+    Keeps the dtype of every array, and the arrays that partial loading did not find. Raises UserError if the backbone
+    has other parameters than the weights (another depth, width or stem).
     """
     result = dict(variables)
     advice = f"the weights are those of a {pretrained.source}: give config.model its depth, width and stem, or train "
@@ -159,17 +159,17 @@ def apply_to(variables: Mapping[str, Any], pretrained: Pretrained) -> dict[str, 
         expected = {name: x.shape for name, x in ours.items()}
         where = f"the backbone's {collection}"
         fits, _ = take(theirs, expected, where, advice, partial=bool(pretrained.skipped))
-        # Copies: the file's arrays share one read-only buffer, which a donated argument must not be.
+        # Copies: the file's arrays share a read-only buffer, which must not be donated.
         new = {name: jnp.array(fits[name], dtype=x.dtype) if name in fits else x for name, x in ours.items()}
         result[collection] = {**variables[collection], "backbone": unflatten_dict(new, sep="/")}
     return result
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{"params": {...}, "batch_stats": {...}} of arrays named "params/..." and "batch_stats/..."."""
+    """{"params": {...}, "batch_stats": {...}} from arrays named "params/..." and "batch_stats/..."."""
     return {"params": {}, "batch_stats": {}} | unflatten_dict(dict(flat), sep="/")
 
 
 def stem_of(kernel: int) -> str:
-    """The stem whose convolution has this size; the usual one for any other, so that `take` names what differs."""
+    """The stem whose kernel has this size, or "7x7" if there is none, so that `take` lists the difference."""
     return next((stem for stem, (size, _) in STEMS.items() if size == kernel), "7x7")
