@@ -16,7 +16,7 @@ from tiny import SHRUNK, shrunk
 
 from vpm_jax import benchmark
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import PARTS, convolutions, main, matching, measure, search, step
+from vpm_jax.benchmark import SECTIONS, convolutions, main, matching, measure, search, step
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.errors import UserError
 
@@ -65,7 +65,7 @@ def fake_side(kind, *arguments):
 
 
 def test_step_divides_what_it_measured(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(step, "side", fake_side)
+    monkeypatch.setattr(step, "start_side", fake_side)
     file = tmp_path / "step.json"
     main(["step", "--against=torch", "--batch=8", "--rounds=3", f"--json={file}"])
     rows = {
@@ -87,7 +87,7 @@ def test_step_says_why_torch_was_not_compiled(monkeypatch, capsys):
             raise UserError("no compiler here")
         return fake_side(kind, *arguments)
 
-    monkeypatch.setattr(step, "side", no_compiler)
+    monkeypatch.setattr(step, "start_side", no_compiler)
     main(["step", "--against=torch", "--batch=8"])
     out = capsys.readouterr().out
     assert "no compiler here" in out and "JAX / PyTorch, eager" in out and "PyTorch, compiled" not in out
@@ -106,7 +106,7 @@ def test_steps_batch_is_one_that_training_draws():
 
 @pytest.mark.parametrize(("arguments", "named"), [(["--batch=1"], "--batch"), (["--dtype=float16"], "--dtype")])
 def test_step_refuses_what_it_cannot_measure(monkeypatch, arguments, named):
-    monkeypatch.setattr(step, "side", fake_side)
+    monkeypatch.setattr(step, "start_side", fake_side)
     with pytest.raises(UserError, match=named):
         main(["step", *arguments])
 
@@ -118,7 +118,7 @@ def test_a_share_of_a_time_is_the_limit_over_it():
 def test_matching_and_its_rivals_agree(capsys):
     main(["matching", "--queries=30", "--gallery=2100", "--channels=8", "--rounds=1"])
     out = capsys.readouterr().out
-    (apart,) = re.findall(r"differ by (\S+) at most", out)
+    (apart,) = re.findall(r"differ by at most (\S+)\.", out)
     assert float(apart) < 1e-3  # of distances up to 2; the rivals keep fewer digits of near pairs
     assert "matching: JAX" in out and "matching: NumPy" in out
 
@@ -139,12 +139,12 @@ def test_search_reads_a_store_and_is_exact(monkeypatch, tmp_path, capsys):
     file = tmp_path / "search.json"
     main(["search", *sizes, f"--folder={tmp_path}", f"--json={file}"])
     out = capsys.readouterr().out
-    assert "200 images of 2 x 8 float16" in out and "first 200 they are those" in out
+    assert "200 images of 2 x 8 float16" in out and "of the first 200 images" in out
     rows = json.loads(file.read_text())["rows"]
     assert [row["name"] for row in rows] == ["search: 3 queries"] * 3
     assert len({row["limit_is"] for row in rows}) == 3 and all(row["share"] > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]  # the gallery is gone
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         main(["search", *sizes, f"--folder={file}"])
 
 
@@ -189,13 +189,13 @@ def test_all_is_one_table(monkeypatch, capsys):
                 raise UserError("too little memory")
             return Report([Row(f"{name}: it", 1.0, "s", 0.5, "a limit", "an aim")], [f"{name} was measured"])
 
-        return SimpleNamespace(HELP="", add_arguments=PARTS[name].add_arguments, run=run)
+        return SimpleNamespace(HELP="", add_arguments=SECTIONS[name].add_arguments, run=run)
 
-    monkeypatch.setattr(benchmark, "PARTS", {name: part(name) for name in PARTS})
-    monkeypatch.setattr(step, "side", fake_side)
+    monkeypatch.setattr(benchmark, "SECTIONS", {name: part(name) for name in SECTIONS})
+    monkeypatch.setattr(step, "start_side", fake_side)
     assert main(["all"]) == 1
     out = capsys.readouterr().out
-    assert out.count("of the limit") == 1 and out.count(": it") == len(PARTS) - 2
+    assert out.count("of the limit") == 1 and out.count(": it") == len(SECTIONS) - 2
     assert "elsewhere" not in out  # it measures nothing of this machine
     assert "matching: failed: too little memory" in out
 
@@ -245,7 +245,7 @@ def test_the_step_compiles_elsewhere(target, library, devices, tmp_path):
     command += ["--config", str(CONFIGS / "market.py:small"), "--json", str(file)]
     subprocess.run(command, check=True, timeout=600)
     found = json.loads(file.read_text())
-    assert f"compiled for {devices} x {target.split(':')[0].split()[0]}, which is not here" in found["lines"][0]
+    assert f"compiled for {devices} x {target.split(':')[0].split()[0]}." in found["lines"][0]
     (row,) = (row for row in found["rows"] if row["name"] == "memory of a device")
     assert 3 * 4 * 1_800_000 / 2**30 < row["value"] < row["limit"]  # parameters, momentum and gradients
 

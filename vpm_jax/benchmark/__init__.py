@@ -1,11 +1,11 @@
-"""Measures the parts of the project on this machine: `python -m vpm_jax.benchmark PART`.
+"""Benchmarks of this machine, in sections: `python -m vpm_jax.benchmark SECTION`.
 
     python -m vpm_jax.benchmark all --json benchmark.json
     python -m vpm_jax.benchmark data --root FOLDER
     python -m vpm_jax.benchmark step --against torch --config configs/market.py
 
-Each figure stands beside its limit, measured on the same machine in the same run, and beside the project's aim.
-PART --help lists what a part takes; --json FILE keeps the figures with hardware, versions and configuration.
+Each figure is reported with its limit, measured on the same machine in the same run, and with the project's target.
+See SECTION --help for options; --json FILE writes the figures with hardware, versions and config.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vpm_jax.runs.logs import write_atomically
 
 __all__ = ["Rate", "main", "measure"]
 
-# Each has HELP, add_arguments(parser) and run(args, config) -> Report. They import what they need when they run:
-# `data` is for machines and processes without an accelerator.
-PARTS = {
+# Each has HELP, add_arguments(parser) and run(args, config) -> Report. They import JAX only when they run: `data` also
+# serves machines without an accelerator.
+SECTIONS = {
     "data": data,
     "step": step,
     "convolutions": convolutions,
@@ -41,29 +41,28 @@ PARTS = {
     "evaluation": evaluation,
     "elsewhere": elsewhere,
 }
-NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # without --config: of the small recipe on CPU
+NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # default to the small recipe on CPU
 
 
 def parser() -> argparse.ArgumentParser:
-    top = cli.Parser(prog="python -m vpm_jax.benchmark", description="Measures parts of the project.")
-    parts = top.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, part in PARTS.items():
-        one = parts.add_parser(name, help=part.HELP, description=part.__doc__)
-        add_common(one)
-        part.add_arguments(one)
-    every = parts.add_parser("all", help="every part at its default size, in one table", description=run_all.__doc__)
-    add_common(every)
+    top = cli.Parser(prog="python -m vpm_jax.benchmark", description="Benchmarks of this machine.")
+    commands = top.add_subparsers(dest="section", required=True, metavar="SECTION")
+    for name, section in SECTIONS.items():
+        command = commands.add_parser(name, help=section.HELP, description=section.__doc__)
+        add_common(command)
+        section.add_arguments(command)
+    add_common(commands.add_parser("all", help="all sections, at default size", description=run_all.__doc__))
     return top
 
 
-def add_common(one: argparse.ArgumentParser) -> None:
-    cli.add_config(one)
-    one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    one.add_argument(
+def add_common(command: argparse.ArgumentParser) -> None:
+    cli.add_config(command)
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    command.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: seconds of CPU time, for one thread of a machine that is busy with other things (default: wall)",
+        help="cpu: measure CPU time, for a single thread on a busy machine (default: wall)",
     )
 
 
@@ -71,17 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser().parse_known_args(argv)
     if args.clock == "cpu" and threads() > 1:
         raise UserError(
-            f"--clock cpu with {threads()} threads would count those that only wait: give this process one core, by "
-            "`taskset -c 1 python -m vpm_jax.benchmark ...`, or leave it out."
+            f"--clock cpu would count the waiting of {threads()} threads: give this process one core, with "
+            "`taskset -c 1 python -m vpm_jax.benchmark ...`, or leave out --clock."
         )
     if args.json:
         cli.check_output("--json", args.json)
-    if args.part == "all":
+    if args.section == "all":
         report = run_all(args, overrides)
     else:
-        report = PARTS[args.part].run(args, read_config(args, overrides))
+        report = SECTIONS[args.section].run(args, read_config(args, overrides))
     if args.clock == "cpu":
-        report.lines.append("Seconds are of CPU time.")
+        report.lines.append("Times are CPU time.")
     print(text(report))
     if args.json:
         write_atomically(args.json, to_json(report))
@@ -89,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_config(args: argparse.Namespace, overrides: list[str]) -> ConfigDict:
-    """--config, or the paper's recipe; for networks on a CPU the small one."""
+    """The config of --config; by default the paper's recipe, or the small one for networks on CPU."""
     if args.config:
         return cli.load_config(args.config, overrides)
-    small = args.part in NETWORKS and step.probe()["platform"] == "cpu"
+    small = args.section in NETWORKS and step.probe()["platform"] == "cpu"
     config = config_lib.small() if small else config_lib.default()
     cli.override(config, overrides)
     config_lib.check(config)
@@ -100,30 +99,30 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> ConfigDict:
 
 
 def run_all(args: argparse.Namespace, overrides: list[str]) -> Report:
-    """Every part at its default size, on generated data, in one table: about five minutes on two CPU cores.
+    """All sections at default size, on generated data, in one table: about five minutes on two CPU cores.
 
-    Without --config, networks are the small recipe's on CPU and the paper's elsewhere.
+    Without --config, networks use the small recipe on CPU and the paper's on other platforms.
     """
     report = Report(rows=[])
-    for name, part in PARTS.items():
-        if name == "elsewhere":  # measures nothing of this machine
+    for name, section in SECTIONS.items():
+        if name == "elsewhere":  # does not measure this machine
             continue
         arguments = [name, f"--clock={args.clock}", *([f"--config={args.config}"] if args.config else [])]
         if name == "step" and find_spec("torch"):
             arguments.append("--against=torch")
-            if step.probe()["platform"] == "cpu":  # compiling there takes longer than all the rest
+            if step.probe()["platform"] == "cpu":  # compiling takes longer than everything else
                 arguments.append("--no-torch-compile")
         print(f"{name} ...", flush=True)
-        one = parser().parse_args(arguments)
+        section_args = parser().parse_args(arguments)
         try:
-            found = part.run(one, read_config(one, overrides))
-        except Exception as error:  # what the other parts measured is kept
+            result = section.run(section_args, read_config(section_args, overrides))
+        except Exception as error:  # keep the results of the other sections
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            found = Report(rows=[], lines=[f"failed: {str(error) or type(error).__name__}"])
+            result = Report(rows=[], lines=[f"failed: {str(error) or type(error).__name__}"])
             report.failed.append(name)
-        report.rows += found.rows
-        report.lines += [f"{name}: {line}" for line in found.lines]
-        report.device = report.device or found.device
-        report.config = found.config or report.config
+        report.rows += result.rows
+        report.lines += [f"{name}: {line}" for line in result.lines]
+        report.device = report.device or result.device
+        report.config = result.config or report.config
     return report

@@ -1,14 +1,15 @@
-"""Each convolution of the backbone alone: its forward pass and both gradients beside the matmul limit.
+"""Each convolution of the backbone alone: forward pass and both gradients, compared with the matmul limit.
 
-What they take together is the least that a training step can take with these kernels, whatever else is saved.
+Their total time is a lower bound for a training step with these kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,14 +18,12 @@ from vpm_jax.benchmark.report import Report, Row, align, number
 from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import best
 
-HELP = "each convolution of the backbone alone, beside the matmul limit"
+HELP = "each convolution of the backbone alone, compared with the matmul limit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, help="images (default: those of the config's stage 2)")
-    parser.add_argument(
-        "--seconds", type=float, default=0.5, help="for each of a convolution's passes (default: %(default)s)"
-    )
+    parser.add_argument("--batch", type=int, help="images (default: the batch of the config's stage 2)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each pass (default: %(default)s)")
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
@@ -34,11 +33,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     config = fixed(config)
     batch = args.batch or config.stage2.identities * config.stage2.images_per_identity
     dtype = models.compute_dtype(config.model.dtype).name
-    here, (one, work) = describe(), limits(dtype)
-    repetitions = 1 if here["platform"] == "cpu" else 20
-    peak = one["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
+    machine, (amounts, work) = describe(), limits(dtype)
+    repetitions = 1 if machine["platform"] == "cpu" else 20
+    peak = amounts["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
     table: list[tuple[str, ...]] = [
-        ("convolution", "of cells", "times", "forward", "by input", "by kernel", "ms in a step")
+        ("convolution", "cells", "count", "forward", "by input", "by kernel", "ms per step")
     ]
     total, flops = 0.0, 0.0
     for conv, count in distinct(config, batch).items():
@@ -55,12 +54,13 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     summary = f"All: {total:.3g} s for {flops / 1e9:,.4g} GFLOP, {flops / total / 1e9:,.0f} GFLOP/s, "
     summary += f"{flops / total / peak:.0%} of {limit_is}: at most {number(images)} images/s."
     lines = [f"{batch} images of {config.data.height} x {config.data.width}, {dtype}; rates in GFLOP/s."]
-    return Report([row], lines, f"{align(table)}\n{summary}", here["accelerator"], config.to_dict())
+    return Report([row], lines, f"{align(table)}\n{summary}", machine["accelerator"], config.to_dict())
 
 
 def passes(conv: Convolution, dtype: str, args: argparse.Namespace) -> list[float]:
-    """Seconds of the forward pass, of the gradient by the input (0 for images, which need none) and by the kernel."""
+    """Seconds of the forward pass, the input gradient (0 for the stem, which needs none) and the kernel gradient."""
     import jax
+    from jax import Array
 
     from vpm_jax.models.resnet import convolve
 
@@ -68,26 +68,26 @@ def passes(conv: Convolution, dtype: str, args: argparse.Namespace) -> list[floa
     x = jax.device_put(random.normal(size=conv.shape).astype(dtype))
     kernel = jax.device_put(random.normal(size=(conv.size, conv.size, conv.shape[-1], conv.channels)).astype(dtype))
 
-    def forward(x, kernel, _=None):
+    def forward(x: Array, kernel: Array, _: Any = None) -> Array:
         return convolve(x, kernel, conv.stride)
 
-    def by_input(x, kernel, g):
+    def by_input(x: Array, kernel: Array, g: Array) -> Any:
         return jax.vjp(lambda x: forward(x, kernel), x)[1](g)
 
-    def by_kernel(x, kernel, g):
+    def by_kernel(x: Array, kernel: Array, g: Array) -> Any:
         return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](g)
 
     g = jax.jit(forward)(x, kernel)
 
-    def seconds(one) -> float:
-        compiled = jax.jit(one).lower(x, kernel, g).compile()
+    def seconds(function: Callable[..., Any]) -> float:
+        compiled = jax.jit(function).lower(x, kernel, g).compile()
         return best(lambda: jax.block_until_ready(compiled(x, kernel, g)), args.seconds, args.clock)
 
     return [seconds(forward), 0.0 if conv.is_stem else seconds(by_input), seconds(by_kernel)]
 
 
 class Convolution(NamedTuple):
-    """What `models.resnet.convolve` is called with."""
+    """The arguments of a call of `models.resnet.convolve`."""
 
     shape: tuple[int, ...]  # [B, h, w, in]
     size: int  # of the kernel
@@ -97,31 +97,31 @@ class Convolution(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of one pass."""
+        """FLOPs of one pass."""
         b, h, w, c = self.shape
         return 2.0 * b * -(-h // self.stride) * -(-w // self.stride) * c * self.channels * self.size**2
 
 
 def distinct(config: ConfigDict, batch: int) -> Counter[Convolution]:
-    """How often the backbone has each convolution, from the stem on."""
+    """The convolutions of the backbone, from the stem on, and how often each occurs."""
     import flax.linen as nn
     import jax
 
     from vpm_jax import models
     from vpm_jax.models.resnet import Conv
 
-    found: Counter[Convolution] = Counter()
+    counts: Counter[Convolution] = Counter()
 
-    def note(call, args, kwargs, context):
+    def record(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         conv = context.module
         if isinstance(conv, Conv):
             (b, h, w, c), size, stride = args[0].shape, conv.size, conv.stride
             if size == stride:  # patches
                 h, w, c, size, stride = -(-h // size), -(-w // size), c * size**2, 1, 1
-            found[Convolution((b, h, w, c), size, conv.channels, stride, conv.name == "conv_stem")] += 1
+            counts[Convolution((b, h, w, c), size, conv.channels, stride, conv.name == "conv_stem")] += 1
         return call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((batch, config.data.height, config.data.width, 3), np.float32)
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         jax.eval_shape(models.create(config).init, jax.random.key(0), images)
-    return found
+    return counts

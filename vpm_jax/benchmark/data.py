@@ -1,4 +1,4 @@
-"""Loading of training batches on the CPU, beside what decoding alone would allow."""
+"""Loading of training batches on the CPU, compared with decoding alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ml_collections import ConfigDict
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
 from vpm_jax.benchmark.timing import Rate, measure
+from vpm_jax.data.split import Split
 from vpm_jax.parallel import threads
 
 HELP = "loading of training batches on the CPU"
-AIM = 8000  # images per second and core
+TARGET = 8000  # images per second and core
 
 
-def measure_data(config: ConfigDict, split, seconds: float, most_threads: int) -> list[tuple[str, Rate]]:
-    """Rates of reading, decoding and resizing alone, then of `train_batches` with one thread and with more."""
+def measure_data(config: ConfigDict, split: Split, seconds: float, most_threads: int) -> list[tuple[str, Rate]]:
+    """Rates of reading, decoding and resizing alone, then of `train_batches` with one and with all threads."""
     import cv2
 
     from vpm_jax.data.decode import decode, resize
@@ -29,7 +30,7 @@ def measure_data(config: ConfigDict, split, seconds: float, most_threads: int) -
     cv2.setNumThreads(0)
     size = (config.data.height, config.data.width)
     order = np.random.default_rng(0).permutation(len(split))[:2048].tolist()
-    encoded = [split.read(i) for i in order]  # also brings the files into the page cache
+    encoded = [split.read(i) for i in order]  # also warms the page cache
 
     def loop(work: Callable[[int], object]) -> Iterator[int]:
         while True:
@@ -63,9 +64,9 @@ def measure_data(config: ConfigDict, split, seconds: float, most_threads: int) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", help="the same as --config.data.root (without it or $VPM_DATA: generated images)")
-    parser.add_argument("--threads", type=int, default=0, help="of the last row (default: this machine's cores)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="spent on each row (default: %(default)s)")
+    parser.add_argument("--root", help="same as --config.data.root (without it and $VPM_DATA: generated images)")
+    parser.add_argument("--threads", type=int, default=0, help="for the last row (default: all cores)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row (default: %(default)s)")
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     if args.root:
         config.data.root = args.root
-    for stage in (config.stage1, config.stage2):  # as many steps as the time allows
+    for stage in (config.stage1, config.stage2):  # enough steps for the time
         stage.epochs *= 10_000
     if config.data.root or os.environ.get("VPM_DATA"):
         dataset = load_dataset(config.data)
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     size = f"{config.data.height} x {config.data.width}"
     name, batches = rates[-1]
     return Report(
-        rows=[Row(f"data: {name}", batches.per_core, "images/s per core", limit, "decode, resize", f"{AIM:,}")],
+        rows=[Row(f"data: {name}", batches.per_core, "images/s per core", limit, "decode, resize", f"{TARGET:,}")],
         lines=[
             f"{source}, to {size} uint8, {config.data.resize} resizing; crop {config.data.crop}.",
-            "images/s is by the clock, with whatever else the machine does; per core is by this process's CPU time.",
+            "images/s is wall-clock time, including other load; per core is this process's CPU time.",
         ],
-        figures=align(rows) + f"\nThe aim is {AIM:,} images/s per core.",
+        figures=align(rows) + f"\nThe target is {TARGET:,} images/s per core.",
         config=config.to_dict(),
     )

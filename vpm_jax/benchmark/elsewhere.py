@@ -1,10 +1,10 @@
-"""The training step compiled for a machine that is not here: that it compiles, and what it takes of a device.
+"""The training step compiled for another machine: whether it compiles, and its memory per device.
 
     python -m vpm_jax.benchmark elsewhere --target v5e:4x4 --batch 1024 --config configs/market.py
     python -m vpm_jax.benchmark elsewhere --target h200 --devices 8 --config configs/market.py
 
-XLA compiles for a TPU slice or for GPUs without one, on Linux: it needs the library that `pip install '.[tpu]'` or
-'.[cuda]' brings, nothing else. Of a GPU, kernels and algorithms are those chosen without timing any.
+XLA can compile for a TPU slice or GPUs without having them, on Linux, with the library from `pip install '.[tpu]'` or
+'.[cuda]'. For GPUs, it chooses kernels and algorithms without autotuning.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -22,21 +22,24 @@ from vpm_jax.benchmark.step import fixed, random_batch
 from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError
 
-HELP = "the training step compiled for a TPU slice or GPUs that are not here: its memory, what its FLOPs allow"
+if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
+
+HELP = "the training step compiled for another machine's TPU slice or GPUs: memory and FLOP limit"
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A device: the bytes that it has for a program, and by its data sheet the FLOP/s of matrix products of bfloat16
-    and of float32 at JAX's default precision (TF32 on GPU, bfloat16 on TPU)."""
+    """A device: its usable memory in bytes, and the data sheet's FLOP/s of matrix products in bfloat16 and in float32
+    at JAX's default precision (TF32 on GPU, bfloat16 on TPU)."""
 
     memory: float
     bfloat16: float
     float32: float
-    bandwidth: float = 0.0  # bytes/s; this and the rest of GPUs alone
+    bandwidth: float = 0.0  # bytes/s; from here on only for GPUs
     multiprocessors: int = 0
     capability: int = 0
-    shared_memory: int = 0  # that a block may ask for
+    shared_memory: int = 0  # opt-in bytes per block
     cache: int = 0
 
 
@@ -58,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         required=True,
         metavar="CHIP",
-        help=f"{', '.join(GPUS)}, or a TPU slice: {', '.join(TPUS)} with its shape, such as v5e:4x4 or v4:2x2x4",
+        help=f"{', '.join(GPUS)}, or a TPU slice: {', '.join(TPUS)} with a shape, such as v5e:4x4 or v4:2x2x4",
     )
-    parser.add_argument("--devices", type=int, default=1, help="of GPUs, in one host (default: 1)")
-    parser.add_argument("--batch", type=int, help="images, of all devices (default: those of the config's stage 2)")
+    parser.add_argument("--devices", type=int, default=1, help="number of GPUs, in one host (default: 1)")
+    parser.add_argument("--batch", type=int, help="global batch size (default: that of the config's stage 2)")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: the config's, bfloat16 if that is auto"
+        "--dtype", choices=("bfloat16", "float32"), help="default: the config's, with bfloat16 for auto"
     )
 
 
@@ -72,9 +75,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     from vpm_jax import parallel, step
 
-    chip = find(args.target, args.devices)
+    chip = chip_of(args.target, args.devices)
     parallel.prepare_backend()
-    jax.config.update("jax_platforms", "cpu")  # whatever is here stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves this machine's accelerators free
     jax.config.update("jax_enable_compilation_cache", False)
     config = fixed(config)
     images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
@@ -83,38 +86,38 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     devices = topology(args.target, args.devices)
     dtype = config.model.dtype = args.dtype or config.model.dtype.replace("auto", "bfloat16")
     if dtype not in ("bfloat16", "float32"):
-        raise UserError(f"model.dtype is {dtype}, which no accelerator multiplies: expected bfloat16 or float32.")
+        raise UserError(f"model.dtype is {dtype}, expected bfloat16 or float32.")
     batch = random_batch(config, images)
     mesh = parallel.data_mesh(images, devices)
-    everywhere, rows = parallel.everywhere(mesh), parallel.rows(mesh)
+    replicated = parallel.replicated(mesh)
 
-    def shaped(tree: Any, sharding: Any) -> Any:
+    def shaped(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     state, function = step.state_shapes(config), step.make_step(config)
     flops = (jax.jit(function).lower(state, batch).cost_analysis() or {})["flops"]
-    train_step = jax.jit(function, donate_argnums=0, out_shardings=everywhere)
-    lowered = train_step.lower(shaped(state, everywhere), shaped(batch, rows))
-    # Nothing can be timed there.
+    train_step = jax.jit(function, donate_argnums=0, out_shardings=replicated)
+    lowered = train_step.lower(shaped(state, replicated), shaped(batch, parallel.data_sharding(mesh)))
+    # Autotuning needs the device.
     options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if args.target in GPUS else {}
     seconds, compiled = clocked(lambda: lowered.compile(options))
 
     memory, gib = compiled.memory_analysis(), 2**30
-    assert memory is not None  # XLA plans it for every target
+    assert memory is not None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed, peak = held + memory.temp_size_in_bytes, getattr(chip, dtype) * len(devices)
     m, height, width = config.model, config.data.height, config.data.width
     lines = [
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch, "
-        f"{dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}, which is not here.",
-        f"A device holds {held / gib:.3g} GiB of state, batch and metrics, and {memory.temp_size_in_bytes / gib:.3g} "
-        "GiB more while it computes.",
-        f"The step computes {flops / 1e9:,.4g} GFLOP: at most {images * peak / flops:,.0f} images/s of all devices at "
-        f"their data sheet's {peak / 1e12:,.0f} TFLOP/s.",
+        f"{dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}.",
+        f"Each device holds {held / gib:.3g} GiB of state, batch and metrics, and "
+        f"{memory.temp_size_in_bytes / gib:.3g} GiB of temporary buffers.",
+        f"The step computes {flops / 1e9:,.4g} GFLOP: at most {images * peak / flops:,.0f} images/s on all devices at "
+        f"the data sheet's {peak / 1e12:,.0f} TFLOP/s.",
     ]
     return Report(
         [
-            Row("memory of a device", needed / gib, "GiB", chip.memory / gib, "what it has"),
+            Row("memory of a device", needed / gib, "GiB", chip.memory / gib, "its capacity"),
             Row("compiling, on this machine", seconds[args.clock], "s"),
         ],
         lines,
@@ -122,12 +125,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     )
 
 
-def find(target: str, count: int) -> Chip:
-    """The chip of a --target.
-
-    Raises:
-      UserError: for another, or for so many.
-    """
+def chip_of(target: str, count: int) -> Chip:
+    """The chip of a --target. Raises UserError for an unknown target or an invalid number of devices."""
     name, _, shape = target.partition(":")
     if name in GPUS and not shape:
         if count < 1:
@@ -135,7 +134,7 @@ def find(target: str, count: int) -> Chip:
         return GPUS[name]
     if name in TPUS and shape:
         if count != 1:
-            raise UserError(f"--devices is of GPUs: the shape of {target} says how many chips it has.")
+            raise UserError(f"--devices is for GPUs: the shape of {target} sets the number of chips.")
         return TPUS[name]
     raise UserError(
         f"--target {target}: expected {', '.join(GPUS)}, or {', '.join(TPUS)} with a slice's shape, such as v5e:4x4."
@@ -143,31 +142,31 @@ def find(target: str, count: int) -> Chip:
 
 
 def topology(target: str, count: int) -> list[Any]:
-    """Devices that can only be compiled for.
+    """Device descriptions to compile for.
 
     Raises:
-      UserError: for a slice that there is not, or without the library that compiles for it.
+      UserError: for an invalid slice, or without the library that compiles for it.
     """
     from jax.experimental import topologies
 
     gpu = target in GPUS
-    if not gpu:  # the library looks for a TPU host's name and its metadata server, and waits, unless it is told
+    if not gpu:  # otherwise the library waits for a TPU host's metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         if gpu:
-            options = {"topology": f"1x1x{count}", "target_config": _describe(target)}
+            options = {"topology": f"1x1x{count}", "target_config": _gpu_config(target)}
             return list(topologies.get_topology_desc("", "cuda", **options).devices)
         return list(topologies.get_topology_desc(target, "tpu").devices)
     except Exception as error:
         raise UserError(
-            f"Cannot compile for {target} here ({cli.first_line(error)}): it takes Linux, the library of pip install "
-            f"'.[{'cuda' if gpu else 'tpu'}]', and for a TPU a shape that there is."
+            f"Cannot compile for {target} here ({cli.first_line(error)}): this needs Linux, the library of pip install "
+            f"'.[{'cuda' if gpu else 'tpu'}]', and for a TPU a valid shape."
         ) from error
 
 
-def _describe(name: str) -> str:
-    """What XLA must know of a GPU to compile for it: a text-format GpuTargetConfigProto."""
+def _gpu_config(name: str) -> str:
+    """The description of a GPU that XLA needs to compile for it: a text-format GpuTargetConfigProto."""
     chip = GPUS[name]
     return f"""
         gpu_device_info {{

@@ -1,4 +1,4 @@
-"""Whole evaluation: extraction at every gamma, matching and metrics, beside what its FLOPs alone would take."""
+"""A whole evaluation: extraction at every gamma, matching and metrics, compared with the time of its FLOPs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError
 
-HELP = "the gamma table from images to metrics, beside the time of its FLOPs"
+HELP = "the gamma table from images to metrics, compared with the time of its FLOPs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", help="a dataset, evaluated whole (default: generated images)")
-    parser.add_argument("--queries", type=int, default=128, help="generated (default: %(default)s)")
-    parser.add_argument("--gallery", type=int, default=512, help="generated (default: %(default)s)")
+    parser.add_argument("--root", help="a dataset (default: generated images)")
+    parser.add_argument("--queries", type=int, default=128, help="generated queries (default: %(default)s)")
+    parser.add_argument("--gallery", type=int, default=512, help="generated gallery images (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="for the network alone (default: %(default)s)")
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {queries:,} queries at "
         f"{len(config.eval.gammas)} gammas, {gallery:,} gallery images ({dataset.name}), on {here['device']}."
     ]
-    rows = [Row("evaluation: whole", seconds, "s", images / alone, "the network alone on as many images")]
+    rows = [Row("evaluation: whole", seconds, "s", images / alone, "the network alone on the same images")]
     if limit:
         rows.append(Row("evaluation: whole", seconds, "s", images / limit, limit_is))
     return Report(rows, lines, device=here["accelerator"], config=config.to_dict())

@@ -1,10 +1,10 @@
-"""Features of query and gallery images: images/s of the network alone and from encoded images, beside the limits."""
+"""Feature extraction: images/s of the network alone and from encoded images, compared with their limits."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,7 +15,10 @@ from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import best, clocked
 from vpm_jax.errors import UserError
 
-HELP = "features of query and gallery images, beside the matmul limit"
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+HELP = "feature extraction, compared with the matmul limit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for the network alone (default: %(default)s)")
 
 
-def network(config: ConfigDict, args: argparse.Namespace, mesh: Any) -> tuple[Any, float, float | None, str]:
-    """(random variables, images/s of the compiled network alone, what the matmul limit allows, what that limit is)."""
+def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[Any, float, float | None, str]:
+    """(random variables, images/s of the compiled network alone, its matmul limit in images/s, the limit's name)."""
     import jax
 
     from vpm_jax import models, step
@@ -38,16 +41,16 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Any) -> tuple[An
     compiled = jax.jit(step.make_feature_step(config)).lower(variables, image).compile()
     seconds = best(lambda: jax.block_until_ready(compiled(variables, image)), args.seconds, clock=args.clock)
 
-    one, work = limits(models.compute_dtype(config.model.dtype).name)
+    amounts, work = limits(models.compute_dtype(config.model.dtype).name)
     repetitions = 1 if jax.default_backend() == "cpu" else 20
-    peak = one["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
-    flops = (compiled.cost_analysis() or {}).get("flops")  # of one device, as is the peak
+    peak = amounts["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
+    flops = (compiled.cost_analysis() or {}).get("flops")  # of one device, like the peak
     limit = config.eval.batch * peak / flops if flops else None
     return variables, config.eval.batch / seconds, limit, f"matmul at {peak / 1e9:,.0f} GFLOP/s"
 
 
 def prepared(config: ConfigDict) -> ConfigDict:
-    """The config with what a training set would decide."""
+    """A copy of the config with the values that normally come from the training set."""
     config = config.copy_and_resolve_references()
     config.model.num_identities = config.model.num_identities or 751
     config.pretrained = "none"
@@ -69,18 +72,18 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.root:
         config.data.root = args.root
         dataset = load_dataset(config.data)
-        parts, source = [dataset.query, dataset.gallery], dataset.name
+        splits, source = [dataset.query, dataset.gallery], dataset.name
     else:
-        parts, source = [generated.split("query", args.images)], "generated"
+        splits, source = [generated.split("query", args.images)], "generated"
     variables, alone, limit, limit_is = network(config, args, mesh)
     describer = Describer(config, mesh)
-    describer.split(variables, parts[0].take(np.arange(min(len(parts[0]), 8))))  # compiles
-    seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(part) for part in parts]))[0][args.clock]
-    count = sum(map(len, parts))
+    describer.split(variables, splits[0].take(np.arange(min(len(splits[0]), 8))))  # compiles
+    seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(split) for split in splits]))[0][args.clock]
+    count = sum(map(len, splits))
     m = config.model
     lines = [
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {m.dtype} compute, {count:,} {source} images to "
-        f"{config.data.height} x {config.data.width}, {config.eval.batch} a batch, on {here['device']}."
+        f"{config.data.height} x {config.data.width}, {config.eval.batch} per batch, on {here['device']}."
     ]
     rows = [
         Row("extraction: network alone", alone, "images/s", limit, limit_is),

@@ -1,4 +1,4 @@
-"""The training step as training runs it."""
+"""The training step, as in training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vpm_jax.benchmark.timing import clocked
 
 
 def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Callable]]:
-    """What `step.Side` serves: facts, and {"step", "matmul", "copy"}, functions of the repetitions."""
+    """The facts and the timed functions of a `step.Side`: {"step", "matmul", "copy"}, functions of the repetitions."""
     parallel.prepare_backend()
     import jax
 
     from vpm_jax import step
 
-    jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured too
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is reported
     facts: dict[str, Any] = dict(describe())
     config = config_lib.from_json(config_json, "config")
     state, on_device = step.init_state(config), jax.device_put(batch)
@@ -32,7 +32,7 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
         return lowered[0].compile()
 
     facts["compiled"], compiled = clocked(compile_step)
-    # FLOPs before compiling: on GPU it turns convolutions into calls of cuDNN, which nobody counts.
+    # FLOPs before compiling: compilation for GPU replaces convolutions by cuDNN calls, which are not counted.
     facts["flops"] = (lowered[0].cost_analysis() or {}).get("flops")
     facts["bytes"] = (compiled.cost_analysis() or {}).get("bytes accessed")
 

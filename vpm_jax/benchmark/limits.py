@@ -1,4 +1,4 @@
-"""What this machine's matrix products and memory allow, measured through JAX."""
+"""This machine's limits for matrix products and memory bandwidth, measured with JAX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
 
 
 def describe() -> dict[str, str]:
-    """The device that JAX finds: "platform"; "device", in words; "accelerator", the same or "" for a CPU."""
+    """JAX's first device: "platform"; "device", in words; "accelerator", the same, or "" for a CPU."""
     import jax
 
     device = jax.devices()[0]
@@ -21,9 +21,9 @@ def describe() -> dict[str, str]:
 
 
 def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], dict[str, Callable[[int], None]]]:
-    """{"matmul": FLOPs, "copy": bytes} of one repetition, and these two as functions of the repetitions.
+    """{"matmul": FLOPs, "copy": bytes} of one repetition, and both as functions of the number of repetitions.
 
-    The product is of `dtype`, by default at the precision that a model's own products have.
+    The product has `dtype` and, by default, the precision of a model's products.
     """
     import jax
     import jax.numpy as jnp
@@ -33,7 +33,7 @@ def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], 
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     x = jnp.zeros(moved // 4, jnp.float32)
     product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages would cost more than the copying
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages would cost more than the copy
 
     def matmul(repetitions: int) -> None:
         for _ in range(repetitions):

@@ -1,5 +1,4 @@
-"""Matching by Eq. 4: pairs/s of `vpm_jax.matching.region_distance`, beside the same work in NumPy and PyTorch and what
-the matrix products alone would take."""
+"""Matching by Eq. 4: pairs/s of `matching.region_distance`, compared with NumPy, PyTorch and the matmul limit."""
 
 from __future__ import annotations
 
@@ -18,26 +17,26 @@ from vpm_jax.benchmark.timing import in_turn, matmul_size, timed
 from vpm_jax.errors import UserError
 from vpm_jax.parallel import threads
 
-HELP = "pairs/s of matching, beside NumPy, PyTorch and the matmul limit"
-BLOCK = 2048  # gallery images at a time in NumPy and PyTorch: bounded memory, products at full speed
+HELP = "pairs/s of matching, compared with NumPy, PyTorch and the matmul limit"
+BLOCK = 2048  # gallery images in a block of NumPy and PyTorch: bounded memory, products at full speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=1000, help="(default: %(default)s; Market-1501: 3368)")
     parser.add_argument("--gallery", type=int, default=8000, help="(default: %(default)s; Market-1501: 15913)")
-    parser.add_argument("--channels", type=int, default=2048, help="of each region (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=2048, help="per region (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
 
 
 def images(count: int, regions: int, channels: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Features [count, P, C] of unit length, not negative as a ReLU's, and visibility [count, P]."""
+    """Features [count, P, C] of unit length, nonnegative as after a ReLU, and visibility [count, P]."""
     features = np.maximum(random.standard_normal((count, regions, channels), np.float32), 0)
     features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     return features, random.uniform(0, 32, (count, regions)).astype(np.float32)
 
 
 def numpy_distance(q: np.ndarray, q_weight: np.ndarray, g: np.ndarray, g_weight: np.ndarray) -> np.ndarray:
-    """Eq. 4 as one writes it in NumPy: |q|^2 + |g|^2 - 2 q.g, one region at a time, the gallery in blocks."""
+    """Eq. 4 in plain NumPy: |q|^2 + |g|^2 - 2 q.g, one region at a time, the gallery in blocks."""
     distance = np.empty((len(q), len(g)), np.float32)
     for start in range(0, len(g), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -54,7 +53,7 @@ def numpy_distance(q: np.ndarray, q_weight: np.ndarray, g: np.ndarray, g_weight:
 
 
 def torch_distance() -> tuple[Callable[..., np.ndarray], Callable[[], None]]:
-    """The same in PyTorch, on its GPU if it has one, from and to NumPy; and a large product for the limit."""
+    """(Eq. 4 in PyTorch, on a GPU if available, from and to NumPy; a large product for the limit)."""
     import torch
 
     torch.set_num_threads(threads())
@@ -95,10 +94,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     regions, random = config.model.grid[0] * config.model.grid[1], np.random.default_rng(0)
     query = images(args.queries, regions, args.channels, random)
     gallery = images(args.gallery, regions, args.channels, random)
-    # HIGHEST, as matching's own products: no TF32, whose digits are too few.
+    # The precision of `region_distance`.
     _, work = limits("float32", "highest")
-    here = describe()
-    size = matmul_size(here["platform"])
+    machine = describe()
+    size = matmul_size(machine["platform"])
     square = random.standard_normal((size, size), np.float32)
     contestants: dict[str, Callable[[], object]] = {
         "JAX": partial(region_distance, *query, *gallery),
@@ -111,8 +110,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         contestants["PyTorch"] = partial(distance, *query, *gallery)
     else:
         lines.append("PyTorch is not installed, to compare with: pip install -e '.[parity]'.")
-    results = {name: np.asarray(contestant()) for name, contestant in contestants.items()}  # warm, and the same?
-    apart = max(float(np.abs(results["JAX"] - other).max()) for other in results.values())
+    results = {name: np.asarray(contestant()) for name, contestant in contestants.items()}  # also warms up
+    difference = max(float(np.abs(results["JAX"] - other).max()) for other in results.values())
     for product in products.values():
         product()
 
@@ -120,17 +119,17 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     turns |= {("matmul", name): product for name, product in products.items()}
 
     times = in_turn({key: timed(contestant, args.clock) for key, contestant in turns.items()}, args.rounds)
-    fastest, library = min((min(seconds), name) for (what, name), seconds in times.items() if what == "matmul")
+    fastest, library = min((min(seconds), name) for (kind, name), seconds in times.items() if kind == "matmul")
     peak = 2.0 * size**3 / fastest
     pairs = args.queries * args.gallery
     limit = pairs / (2.0 * pairs * regions * args.channels / peak)
     lines.append(
         f"{args.queries:,} queries to {args.gallery:,} gallery images of {regions} x {args.channels} float32, host to "
-        f"host on {here['device']}; {args.rounds} turns each; the results differ by {apart:.1e} at most."
+        f"host on {machine['device']}; {args.rounds} rounds; the results differ by at most {difference:.1e}."
     )
     limit_is = f"matmul at {peak / 1e9:,.0f} GFLOP/s ({library}'s)"
     rows = []
     for name in contestants:
         rate = pairs / median(times["distance", name])
         rows.append(Row(f"matching: {name}", rate, "pairs/s", limit, limit_is, "50% of the limit" * (name == "JAX")))
-    return Report(rows, lines, device=here["accelerator"])
+    return Report(rows, lines, device=machine["accelerator"])

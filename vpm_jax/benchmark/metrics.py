@@ -1,4 +1,4 @@
-"""Ranking: seconds of `vpm_jax.metrics.rank_metrics`, beside a plain evaluator and one pass over the matrix."""
+"""Ranking: seconds of `vpm_jax.metrics.rank_metrics`, compared with a plain evaluator and one pass over the matrix."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
 from vpm_jax.metrics import rank_metrics
 
-HELP = "CMC and mAP of a distance matrix, beside a plain Python evaluator"
-IDENTITIES, CAMERAS = 750, 6  # of Market-1501; DISTRACTORS in its gallery have identity 0
+HELP = "CMC and mAP of a distance matrix, compared with a plain Python evaluator"
+IDENTITIES, CAMERAS = 750, 6  # Market-1501's; the fraction DISTRACTORS of its gallery has identity 0
 DISTRACTORS = 2798 / 15913
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=3368, help="(default: %(default)s, Market-1501's)")
     parser.add_argument("--gallery", type=int, default=15913, help="(default: %(default)s, Market-1501's)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
 
 
 def plain(
     distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, query_cameras: np.ndarray, cameras: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """(CMC of 50 ranks, mAP) as re-ID code usually computes them: each query sorts the gallery and walks it."""
+    """(CMC of 50 ranks, mAP) as re-ID code usually computes them: sorts the gallery for each query and walks it."""
     cmc, precisions = np.zeros(50), []
     for q in range(len(distance)):
         order = np.argsort(distance[q], kind="stable")
         dropped = (gallery_ids[order] == query_ids[q]) & (cameras[order] == query_cameras[q])
-        right = (gallery_ids[order] == query_ids[q])[~dropped]
-        if not right.any():
+        correct = (gallery_ids[order] == query_ids[q])[~dropped]
+        if not correct.any():
             continue
-        found = np.cumsum(right)
-        cmc[np.argmax(right) :] += 1
-        precisions.append(float((found / np.arange(1, len(right) + 1))[right].mean()))
+        cmc[np.argmax(correct) :] += 1
+        precisions.append(float((np.cumsum(correct) / np.arange(1, len(correct) + 1))[correct].mean()))
     return cmc / max(len(precisions), 1), float(np.mean(precisions))
 
 
-def made_up(queries: int, gallery: int) -> tuple[np.ndarray, ...]:
-    """A distance matrix, identities and cameras in the proportions of Market-1501; right images tend to be nearer."""
+def generate(queries: int, gallery: int) -> tuple[np.ndarray, ...]:
+    """A distance matrix, identities and cameras in Market-1501's proportions; correct matches tend to be nearer."""
     random = np.random.default_rng(0)
     identities = max(1, min(IDENTITIES, queries, gallery // 2))
     query_ids = np.arange(queries) % identities + 1
@@ -63,9 +62,9 @@ def made_up(queries: int, gallery: int) -> tuple[np.ndarray, ...]:
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.queries < 1 or args.gallery < 50 or args.rounds < 1:
         raise UserError("--queries, --gallery and --rounds: expected at least 1, 50 and 1.")
-    case = made_up(args.queries, args.gallery)
+    case = generate(args.queries, args.gallery)
     ours, theirs = rank_metrics(*case), plain(*case)
-    apart = max(np.abs(ours["cmc"] - theirs[0]).max(), abs(ours["mAP"] - theirs[1]))
+    difference = max(np.abs(ours["cmc"] - theirs[0]).max(), abs(ours["mAP"] - theirs[1]))
     contestants: dict[str, Callable[[], object]] = {
         "ours": partial(rank_metrics, *case),
         "plain": partial(plain, *case),
@@ -75,11 +74,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     times = in_turn({name: timed(contestant, args.clock) for name, contestant in contestants.items()}, args.rounds)
     limit = min(times["read"])
     lines = [
-        f"{args.queries:,} queries, {args.gallery:,} gallery images, {CAMERAS} cameras; {args.rounds} turns each; both "
-        f"evaluators agree to {apart:.1e}."
+        f"{args.queries:,} queries, {args.gallery:,} gallery images, {CAMERAS} cameras; {args.rounds} rounds; the "
+        f"evaluators agree to {difference:.1e}."
     ]
     market = (args.queries, args.gallery) == (3368, 15913)
-    limit_is = "comparing the matrix once with a number"
+    limit_is = "one comparison with the whole matrix"
     rows = [
         Row("metrics: rank_metrics", median(times["ours"]), "s", limit, limit_is, "2 s on two cores" * market),
         Row("metrics: plain evaluator", median(times["plain"]), "s", limit, limit_is),

@@ -1,4 +1,4 @@
-"""What a part measured: figures beside their limits and aims, as a table and as JSON."""
+"""The figures of a section with their limits and targets, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "opencv-python-headless",
 
 
 class Row(NamedTuple):
-    """One figure. `limit` is what the machine would allow, in the same unit; a rate unless `unit` is a time."""
+    """One figure and the machine's limit, in the same unit: a rate, unless `unit` is a time."""
 
     name: str
     value: float
     unit: str
     limit: float | None = None
-    limit_is: str = ""  # what was measured for it
-    aim: str = ""  # the project's, as text
+    limit_is: str = ""  # what the limit is
+    aim: str = ""  # the project's target, as text
 
     @property
     def share(self) -> float | None:
-        """Of the limit."""
+        """The fraction of the limit that is reached."""
         if self.limit is None:
             return None
         return self.limit / self.value if self.unit == "s" else self.value / self.limit
@@ -34,18 +34,18 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """The figures of a part. `lines` say what was measured and how; `figures` replaces the usual table of `rows`."""
+    """The results of a section. `lines` explain the measurement; `figures` replaces the default table of `rows`."""
 
     rows: list[Row]
     lines: list[str] = field(default_factory=list)
     figures: str = ""
-    device: str = ""  # what JAX ran on, where that is no CPU
+    device: str = ""  # JAX's device, "" for a CPU
     config: dict[str, Any] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)  # the parts of `all` that could not be measured
+    failed: list[str] = field(default_factory=list)  # sections of `all` that raised an error
 
 
 def align(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of text as an aligned table; the first row is the header, the first column is left-aligned."""
+    """Formats rows of text, the first of them the header, as a table; only the first column is left-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -55,15 +55,15 @@ def align(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits or more: 12,345 123 12.3 1.23 0.0123"""
+    """Formats with at least three digits: 12,345 123 12.3 1.23 0.0123"""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def text(report: Report) -> str:
-    """The report for a person."""
+    """The report as text."""
     figures = report.figures
     if not figures:
-        rows = [("", "measured", "unit", "limit", "of the limit", "the limit is", "aim")]
+        rows = [("", "measured", "unit", "limit", "of the limit", "the limit is", "target")]
         for row in report.rows:
             limit = ("", "") if row.limit is None or row.share is None else (number(row.limit), f"{row.share:.0%}")
             rows.append((row.name, number(row.value), row.unit, *limit, row.limit_is, row.aim))
@@ -83,7 +83,7 @@ def to_json(report: Report) -> str:
 
 
 def hardware(device: str = "") -> str:
-    """The device that JAX ran on, and the processor with the cores that this process may use."""
+    """JAX's device, and the processor with the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -95,11 +95,11 @@ def hardware(device: str = "") -> str:
 
 
 def versions() -> str:
-    """Of Python and the packages that do the work, as far as they are installed."""
-    found = [f"Python {platform.python_version()}"]
+    """The versions of Python and of the installed packages that matter for speed."""
+    names = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
+            names.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(names)

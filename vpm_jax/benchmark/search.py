@@ -1,5 +1,5 @@
-"""Search in a large gallery on disk: seconds of `vpm_jax.matching.top_k` for a batch of queries, beside what reading
-the gallery's bytes and the matrix products alone would take."""
+"""Search in a large gallery on disk: seconds of `vpm_jax.matching.top_k` for a batch of queries, compared with reading
+the gallery and with the matrix products alone."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
 from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
 
-HELP = "the nearest images of a gallery on disk, beside memory bandwidth and the matmul limit"
-SLICE_BYTES = 2**26  # of features, made or read at a time
-CHECKED_BYTES = 2**25  # of float64 features that the answers are checked on
+HELP = "the nearest images of a gallery on disk, compared with memory bandwidth and the matmul limit"
+SLICE_BYTES = 2**26  # of features generated or read at a time
+CHECKED_BYTES = 2**25  # of float64 features used to check the results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--queries", type=int, default=16, help="in the batch (default: %(default)s)")
-    parser.add_argument("--gallery", type=int, default=50_000, help="images on disk (default: %(default)s)")
-    parser.add_argument("--regions", type=int, default=6, help="of each image (default: %(default)s)")
-    parser.add_argument("--channels", type=int, default=256, help="of each region (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--gallery", type=int, default=50_000, help="images (default: %(default)s)")
+    parser.add_argument("--regions", type=int, default=6, help="per image (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=256, help="per region (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="on disk (default: %(default)s)")
-    parser.add_argument("--k", type=int, default=10, help="how many of the nearest (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the gallery lies for a while (default: a temporary folder)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=10, help="number of nearest images (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="for the temporary gallery (default: the system's)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
 
 
 def make_gallery(folder: Path, args: argparse.Namespace) -> Store:
-    """A store of made-up images, written a slice at a time."""
+    """A store of random features, written in slices."""
     random, size = np.random.default_rng(1), max(1, SLICE_BYTES // (4 * args.regions * args.channels))
     with Writer(folder, About("benchmark", "none", args.regions, args.channels, args.dtype)) as writer:
         for first in range(0, args.gallery, size):
@@ -48,21 +48,21 @@ def make_gallery(folder: Path, args: argparse.Namespace) -> Store:
 
 
 def check(query: tuple[np.ndarray, np.ndarray], gallery: tuple[np.ndarray, np.ndarray], k: int) -> None:
-    """Raises RuntimeError unless `top_k` finds what sorting every distance of Eq. 4 in float64 finds."""
+    """Raises RuntimeError unless `top_k` agrees with sorting all distances of Eq. 4 in float64."""
     from vpm_jax.matching import top_k
 
-    found, index = top_k(*query, gallery, k)
+    distances, index = top_k(*query, gallery, k)
     features, visibility = (x.astype(np.float64) for x in gallery)
-    for one, scores, distance, at in zip(*query, found, index, strict=True):
+    for query_features, scores, distance, chosen in zip(*query, distances, index, strict=True):
         weight = scores * visibility
-        every = (np.linalg.norm(features - one, axis=-1) * weight).sum(axis=1) / weight.sum(axis=1)
-        nearest = np.sort(every)[: len(at)]
-        if not (np.allclose(every[at], nearest, rtol=1e-6) and np.allclose(distance, nearest, rtol=1e-6)):
+        exact = (np.linalg.norm(features - query_features, axis=-1) * weight).sum(axis=1) / weight.sum(axis=1)
+        nearest = np.sort(exact)[: len(chosen)]
+        if not (np.allclose(exact[chosen], nearest, rtol=1e-6) and np.allclose(distance, nearest, rtol=1e-6)):
             raise RuntimeError("the nearest images are not those of the whole distance matrix")
 
 
 def read(store: Store) -> int:
-    """Goes over every byte of the features, a slice at a time: the largest."""
+    """Reads every byte of the features, in slices; returns the largest."""
     step = max(1, SLICE_BYTES // (store.about.bytes_of("features") // len(store)))
     return max(int(store.features[i : i + step].view(np.uint8).max()) for i in range(0, len(store), step))
 
@@ -71,19 +71,19 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if min(args.queries, args.gallery, args.regions, args.channels, args.k, args.rounds) < 1:
         raise UserError("--queries, --gallery, --regions, --channels, --k and --rounds: expected at least 1 of each.")
     if args.folder is not None and not args.folder.is_dir():
-        raise UserError(f"--folder {args.folder} is no folder: make it, or leave it out for a temporary one.")
+        raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
     parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe, limits
     from vpm_jax.matching import top_k
 
-    here = describe()
+    machine = describe()
     query = images(args.queries, args.regions, args.channels, np.random.default_rng(0))
-    # HIGHEST, as matching's own products: no TF32, whose digits are too few.
+    # The precision of `top_k`.
     amounts, work = limits("float32", "highest")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gallery-") as folder:
         store = make_gallery(Path(folder), args)
-        some = slice(0, max(1, CHECKED_BYTES // (8 * args.regions * args.channels)))
-        check(query, (store.features[some], store.visibility[some]), args.k)
+        checked = slice(0, max(1, CHECKED_BYTES // (8 * args.regions * args.channels)))
+        check(query, (store.features[checked], store.visibility[checked]), args.k)
         search = partial(top_k, *query, store, args.k)
         before = parallel.peak_memory()
         search()  # compiles
@@ -111,9 +111,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         ],
         lines=[
             f"The {args.k} nearest of {args.gallery:,} images of {args.regions} x {args.channels} {args.dtype} in a "
-            f"store on disk, just written; on {here['device']}, {args.rounds} turns each. Among the first "
-            f"{min(args.gallery, some.stop):,} they are those of the whole distance matrix in float64.",
-            f"Memory: {before:.2f} GiB at most before the first search, {after:.2f} GiB after it.",
+            f"store on disk, just written; on {machine['device']}, {args.rounds} rounds. Checked against the full "
+            f"float64 distance matrix of the first {min(args.gallery, checked.stop):,} images.",
+            f"Peak memory: {before:.2f} GiB before the first search, {after:.2f} GiB after it.",
         ],
-        device=here["accelerator"],
+        device=machine["accelerator"],
     )

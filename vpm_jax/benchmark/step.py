@@ -1,7 +1,7 @@
-"""The training step: images/s beside what the machine's matrix products and memory allow, and PyTorch's.
+"""The training step: images/s, compared with the machine's limits and with PyTorch.
 
-Compiled, with donated state and a random batch on one device, as training runs it. Each side runs in a process of its
-own, so that neither's threads nor memory are the other's, and they take turns.
+The compiled step runs as in training, with donated state, on a random batch on one device. Each side runs in its own
+process, so that they share neither threads nor memory, and they take turns.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
 from vpm_jax.errors import UserError
 
-HELP = "the training step, beside the matmul limit and PyTorch"
+HELP = "the training step, compared with the matmul limit and PyTorch"
 DTYPES = ("float32", "bfloat16")
-CLASSES = 751  # Market-1501's, where the config leaves them to the training set
+CLASSES = 751  # Market-1501's, used if the config leaves them to the training set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", choices=("torch",), help="the same step in PyTorch, in turn")
-    parser.add_argument("--batch", type=int, help="images (default: those of the config's stage 2)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or both with a comma (default: float32 on CPU, else both)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--against", choices=("torch",), help="compare with the same step in PyTorch")
+    parser.add_argument("--batch", type=int, help="images (default: the batch of the config's stage 2)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float32,bfloat16 (default: float32 on CPU, else both)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns per side (default: %(default)s)")
     timed = parser.add_mutually_exclusive_group()
-    timed.add_argument("--seconds", type=float, default=20.0, help="for each side, over its turns (default: 20)")
-    timed.add_argument("--steps", type=int, help="steps in a turn, instead of --seconds")
-    parser.add_argument("--no-torch-compile", action="store_true", help="PyTorch without torch.compile only")
+    timed.add_argument("--seconds", type=float, default=20.0, help="per side, over all turns (default: 20)")
+    timed.add_argument("--steps", type=int, help="steps per turn, instead of --seconds")
+    parser.add_argument("--no-torch-compile", action="store_true", help="run PyTorch only without torch.compile")
 
 
-# The keys that PyTorch's side follows in these groups; it knows every other at its default alone.
+# The config keys that the PyTorch side implements in these groups; others must have their default.
 FOLLOWED = {
     "model": "depth width stem strides last_stride stride_on bn_epsilon grid locator locator_dropout locator_groups "
     "locator_init_std pool_gradient head_dim head_dropout head_bn_visible_only global_head dummy_classes "
@@ -53,15 +53,15 @@ FOLLOWED = {
 
 
 def check_rival(config: ConfigDict) -> None:
-    """Raises UserError for a config of which PyTorch's side would do other work."""
-    usual = config_lib.default()
+    """Raises UserError for a config that the PyTorch side does not implement."""
+    default = config_lib.default()
     for group, followed in FOLLOWED.items():
         for key, value in config[group].items():
-            # Without a reducer (head_dim 0) there is another head.
-            if value != usual[group][key] and (key not in followed.split() or (key == "head_dim" and not value)):
+            # The PyTorch side has no head without a reducer (head_dim 0).
+            if value != default[group][key] and (key not in followed.split() or (key == "head_dim" and not value)):
                 raise UserError(
-                    f"Config key {group}.{key} is {value!r}, which the PyTorch side of this benchmark does not have: "
-                    f"leave it at {usual[group][key]!r}, or measure without --against."
+                    f"Config key {group}.{key} is {value!r}, which the PyTorch side of this benchmark does not "
+                    f"implement: leave it at {default[group][key]!r}, or measure without --against."
                 )
 
 
@@ -70,38 +70,38 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         check_rival(config)
     config = fixed(config)
     batch = random_batch(config, args.batch or config.stage2.identities * config.stage2.images_per_identity)
-    here = probe()
-    dtypes = args.dtype.split(",") if args.dtype else (DTYPES[:1] if here["platform"] == "cpu" else DTYPES[::-1])
+    machine = probe()
+    dtypes = args.dtype.split(",") if args.dtype else (DTYPES[:1] if machine["platform"] == "cpu" else DTYPES[::-1])
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {args.dtype}: expected float32, bfloat16 or float32,bfloat16.")
-    report = Report(rows=[], device=here["accelerator"], config=config.to_dict())
+    report = Report(rows=[], device=machine["accelerator"], config=config.to_dict())
     m, (images, height, width, _) = config.model, batch["image"].shape
     report.lines.append(
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch; "
-        f"on {here['device']}, a process for each side, {args.rounds} turns each."
+        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} per "
+        f"batch; on {machine['device']}, one process per side, {args.rounds} turns each."
     )
     for dtype in dtypes:
         config.model.dtype = dtype
-        measure_dtype(report, config, batch, args, here["platform"])
+        measure_dtype(report, config, batch, args, machine["platform"])
     return report
 
 
 def fixed(config: ConfigDict) -> ConfigDict:
-    """The config with one stage, that of the triplets, and what a training set would decide."""
+    """A copy of the config with stage 2 alone and the values that normally come from the training set."""
     config = config.copy_and_resolve_references()
     config.model.num_identities = config.model.num_identities or CLASSES
     config.pretrained = "none"
     config.stage1.epochs, config.stage2.epochs, config.stage2.steps_per_epoch = 0, 10_000, 100
     stage = config.stage2
-    # Random images teach nothing: a tiny, constant rate keeps numbers finite and does the same work.
+    # A tiny, constant learning rate keeps training on noise finite, at the same cost.
     stage.learning_rate, stage.schedule, stage.decay_epochs, stage.warmup_epochs = 1e-6, "step", (), 0.0
     stage.triplet_start = 0.0
     return config
 
 
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
-    """A training batch of noise; crops, labels and visible sets are drawn as training draws them."""
+    """A training batch of noise, with crops, labels and visible sets drawn as in training."""
     from vpm_jax import models
     from vpm_jax.data.sampling import kept_ratios
     from vpm_jax.geometry import covered, fit_box
@@ -131,21 +131,21 @@ def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
 def measure_dtype(
     report: Report, config: ConfigDict, batch: dict[str, np.ndarray], args: argparse.Namespace, platform: str
 ) -> None:
-    """Appends what one precision gives."""
+    """Appends the results of one dtype to the report."""
     dtype, text = config.model.dtype, config_lib.to_json(config)
     with contextlib.ExitStack() as stack:
-        sides = {"JAX": stack.enter_context(side("jax", text, batch))}
+        sides = {"JAX": stack.enter_context(start_side("jax", text, batch))}
         if args.against:
-            sides["PyTorch, eager"] = stack.enter_context(side("torch", text, batch, False))
+            sides["PyTorch, eager"] = stack.enter_context(start_side("torch", text, batch, False))
             if not args.no_torch_compile:
                 try:
-                    sides["PyTorch, compiled"] = stack.enter_context(side("torch", text, batch, True))
+                    sides["PyTorch, compiled"] = stack.enter_context(start_side("torch", text, batch, True))
                 except UserError as error:
                     report.lines.append(f"{dtype}: PyTorch ran without torch.compile: {error}")
         repetitions = {
-            (name, what): args.steps if args.steps and what == "step" else one.repetitions(what, args)
-            for name, one in sides.items()
-            for what in one.offers
+            (name, work): args.steps if args.steps and work == "step" else side.repetitions(work, args)
+            for name, side in sides.items()
+            for work in side.offers
         }
 
         def turn(key: tuple[str, str]) -> Callable[[], float]:
@@ -153,19 +153,19 @@ def measure_dtype(
 
         times = in_turn({key: turn(key) for key in repetitions}, args.rounds)
 
-    for name, one in sides.items():
+    for name, side in sides.items():
         seconds = times[name, "step"]
-        line = f"{dtype}, {name}: {median(seconds):.4g} s a step ({min(seconds):.4g} to {max(seconds):.4g}, "
-        line += f"{repetitions[name, 'step']} a turn)"
-        if "compiled" in one.facts:
-            line += f"; compiled in {one.facts['compiled'][args.clock]:.1f} s"
+        line = f"{dtype}, {name}: {median(seconds):.4g} s per step ({min(seconds):.4g} to {max(seconds):.4g}, "
+        line += f"{repetitions[name, 'step']} per turn)"
+        if "compiled" in side.facts:
+            line += f"; compiled in {side.facts['compiled'][args.clock]:.1f} s"
         report.lines.append(line + ".")
     step_times = {name: times[name, "step"] for name in sides}
     add_rates(report, dtype, len(batch["image"]), step_times, times, sides["JAX"].facts)
     rivals = {name: median(seconds) for name, seconds in step_times.items() if name != "JAX"}
     if rivals:
         rival = min(rivals, key=lambda name: rivals[name])
-        # Turn by turn, so that what slowed one turn slowed both sides of its ratio.
+        # The ratio of each turn: other load slows both of its sides.
         ratio = median(b / a for a, b in zip(step_times["JAX"], step_times[rival], strict=True))
         aim = "1" if platform == "cpu" else "1.5"
         report.rows.append(Row(f"step {dtype}: JAX / {rival}", ratio, "times", aim=aim))
@@ -179,8 +179,8 @@ def add_rates(
     times: dict[tuple[str, str], list[float]],
     facts: dict[str, Any],
 ) -> None:
-    """Rows of images/s, beside what the program's FLOPs, and its bytes once compiled, allow."""
-    fastest, library = min((min(t), name) for (name, what), t in times.items() if what == "matmul")
+    """Appends images/s with the limits from the program's FLOPs and, once compiled, its bytes."""
+    fastest, library = min((min(t), name) for (name, work), t in times.items() if work == "matmul")
     peak = facts["limits"]["matmul"] / fastest
     bandwidth = facts["limits"]["copy"] / min(times["JAX", "copy"])
     flops, accessed = facts["flops"], facts["bytes"]
@@ -190,8 +190,8 @@ def add_rates(
         report.rows.append(Row(f"step {dtype}: {name}", images / median(seconds), "images/s", limit, limit_is))
     if limit and accessed:
         report.lines.append(
-            f"{dtype}: the step computes {flops / 1e9:,.4g} GFLOP, and compiled accesses {accessed / 1e9:,.4g} GB (no "
-            f"cache counted); a copy moves {bandwidth / 1e9:,.4g} GB/s. The roofline is the lesser of the two limits."
+            f"{dtype}: the step computes {flops / 1e9:,.4g} GFLOP, and compiled accesses {accessed / 1e9:,.4g} GB "
+            f"(ignoring caches); a copy moves {bandwidth / 1e9:,.4g} GB/s. The roofline is the lower of the two limits."
         )
         by_bytes, rate = images * bandwidth / accessed, images / median(step_times["JAX"])
         which = "roofline, bytes" if by_bytes < limit else "roofline, FLOPs"
@@ -202,7 +202,7 @@ def add_rates(
 
 
 class Side:
-    """A process that serves timings: its facts, and `time` of what it offers."""
+    """A process that runs timed functions: its facts, and the names of the functions it offers."""
 
     def __init__(self, connection: Any, name: str) -> None:
         self._connection, self._name = connection, name
@@ -215,31 +215,31 @@ class Side:
             value = self._connection.recv()
         except EOFError:
             raise UserError(
-                f"The process of {self._name} died, for want of memory perhaps: try a smaller --batch."
+                f"The process of {self._name} died, perhaps out of memory: try a smaller --batch."
             ) from None
         if isinstance(value, BaseException):
             raise value
         return value
 
-    def time(self, what: str, repetitions: int) -> dict[str, float]:
-        """The seconds of so many repetitions, by each clock: {"wall", "cpu"}."""
-        self._connection.send((what, repetitions))
+    def time(self, work: str, repetitions: int) -> dict[str, float]:
+        """The seconds of the repetitions on each clock: {"wall", "cpu"}."""
+        self._connection.send((work, repetitions))
         return self._receive()
 
-    def repetitions(self, what: str, args: argparse.Namespace) -> int:
-        """How many fill a turn; warms up on the way. The limits get a tenth of the time."""
-        self.time(what, 1)
-        turn = args.seconds / args.rounds * (1 if what == "step" else 0.1)
-        return max(1, math.ceil(turn / self.time(what, 1)["wall"]))
+    def repetitions(self, work: str, args: argparse.Namespace) -> int:
+        """The number of repetitions that fill a turn, after warming up. The limits get a tenth of the time."""
+        self.time(work, 1)
+        turn = args.seconds / args.rounds * (1 if work == "step" else 0.1)
+        return max(1, math.ceil(turn / self.time(work, 1)["wall"]))
 
 
 @contextlib.contextmanager
-def side(kind: str, *arguments: Any) -> Iterator[Side]:
-    """A `Side` of vpm_jax.benchmark.{kind}_step.build(*arguments)."""
-    context = multiprocessing.get_context("spawn")  # neither library survives a fork
+def start_side(kind: str, *arguments: Any) -> Iterator[Side]:
+    """Runs vpm_jax.benchmark.{kind}_step.build(*arguments) in a process."""
+    context = multiprocessing.get_context("spawn")  # JAX and PyTorch do not support forking
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
-    # Every JAX process would take most of a GPU's memory for itself.
+    # Otherwise each JAX process would reserve most of the GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     process.start()
     theirs.close()
@@ -252,34 +252,34 @@ def side(kind: str, *arguments: Any) -> Iterator[Side]:
 
 
 def probe() -> dict[str, Any]:
-    """`limits.describe`, asked of a process of its own: this one must hold no device."""
-    with side("limits") as one:
-        return one.facts
+    """`limits.describe`, in another process: this one must not hold a device."""
+    with start_side("limits") as side:
+        return side.facts
 
 
-def _serve(connection: Any, kind: str, arguments: tuple) -> None:
-    work: dict[str, Callable[[int], None]]
+def _serve(connection: Any, kind: str, arguments: tuple[Any, ...]) -> None:
+    functions: dict[str, Callable[[int], None]]
     try:
         if kind == "limits":
             from vpm_jax import parallel
             from vpm_jax.benchmark import limits
 
             parallel.prepare_backend()
-            facts, work = limits.describe(), {}
+            facts, functions = limits.describe(), {}
         elif kind == "torch":
             from vpm_jax.benchmark import torch_step
 
-            facts, work = torch_step.build(*arguments)
+            facts, functions = torch_step.build(*arguments)
         else:
             from vpm_jax.benchmark import jax_step
 
-            facts, work = jax_step.build(*arguments)
-        connection.send((facts, list(work)))
+            facts, functions = jax_step.build(*arguments)
+        connection.send((facts, list(functions)))
         while True:
-            what, repetitions = connection.recv()
-            connection.send(clocked(partial(work[what], repetitions))[0])
+            work, repetitions = connection.recv()
+            connection.send(clocked(partial(functions[work], repetitions))[0])
     except EOFError:
-        pass  # nobody asks any more
+        pass  # the other process is done
     except UserError as error:
         connection.send(error)
     except Exception as error:

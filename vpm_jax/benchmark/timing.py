@@ -1,4 +1,4 @@
-"""Clocks: rates of iterators, best and median times of functions, two contestants in turn."""
+"""Timing: rates of iterators, best and repeated times of functions, contestants in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Key = TypeVar("Key")
 
 
 class Rate(NamedTuple):
-    """What was measured: images, seconds on the clock, seconds of CPU over all threads."""
+    """A number of images, with wall-clock seconds and CPU seconds over all threads."""
 
     images: int
     wall: float
@@ -22,14 +22,14 @@ class Rate(NamedTuple):
 
     @property
     def per_core(self) -> float:
-        """Images per second of CPU time: what a core gives, however busy the machine is with other things."""
+        """Images per second of CPU time, which does not depend on other load."""
         return self.images / self.cpu
 
 
 def measure(counts: Iterable[int], seconds: float, warm_up: int = 1) -> Rate:
-    """Takes image counts from an iterator, each when the images are done, for about `seconds`.
+    """Consumes an iterator, which yields the number of images of each finished batch, for about `seconds`.
 
-    The first `warm_up` are not counted: they pay for imports, caches and the filling of buffers.
+    Excludes the first `warm_up` batches, which include imports and filling caches and buffers.
     """
     iterator = iter(counts)
     for _ in range(warm_up):
@@ -43,14 +43,14 @@ def measure(counts: Iterable[int], seconds: float, warm_up: int = 1) -> Rate:
 
 
 def clocked(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """The seconds of one call, {"wall": on the clock, "cpu": of CPU over this process's threads}, and its result."""
+    """The seconds of one call, {"wall", "cpu": over this process's threads}, and its result."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, result
 
 
 def best(work: Callable[[], object], seconds: float = 1.0, clock: str = "wall") -> float:
-    """The seconds of the fastest call in about `seconds`, after one that is not counted."""
+    """The seconds of the fastest call within about `seconds`, after a warm-up call."""
     work()
     fastest, started = float("inf"), time.perf_counter()
     while True:
@@ -60,12 +60,12 @@ def best(work: Callable[[], object], seconds: float = 1.0, clock: str = "wall") 
 
 
 def timed(work: Callable[[], object], clock: str) -> Callable[[], float]:
-    """The function that does the work and returns its seconds, for `in_turn`."""
+    """A function that does the work and returns its seconds, for `in_turn`."""
     return lambda: clocked(work)[0][clock]
 
 
 def in_turn(contestants: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """{name: what each round returned}, A B C, A B C, ...: whatever else the machine does, it does to all of them."""
+    """{name: results of its rounds}, run in the order A B C, A B C, ..., so that other load affects all alike."""
     times: dict[Key, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -74,5 +74,5 @@ def in_turn(contestants: Mapping[Key, Callable[[], float]], rounds: int) -> dict
 
 
 def matmul_size(platform: str) -> int:
-    """n of the n x n products that stand for a device's matmul limit: at full speed, a fraction of a second."""
+    """The size n of the n x n products that measure a device's matmul limit: full speed in a fraction of a second."""
     return 2048 if platform == "cpu" else 8192

@@ -1,8 +1,7 @@
-"""The same training step in PyTorch, written to run fast there: what `benchmark step --against torch` compares with.
+"""The training step in fast PyTorch, for `benchmark step --against torch`.
 
-The module that imports PyTorch; nothing imports it unless asked. Its arithmetic is that of `vpm_jax.models` and
-`vpm_jax.losses`, so that both sides do the same work: tests/benchmark/test_torch_step.py loads the same weights into
-both.
+Only this module imports PyTorch, and it is imported only for that option. It computes the same as `vpm_jax.models` and
+`vpm_jax.losses`; tests compare both with the same weights.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class ResNet(nn.Module):
 
 
 class Heads(nn.Module):
-    """`models.vpm.IdentityHeads`: every region's at once, batch norm over the visible examples."""
+    """`models.vpm.IdentityHeads` of all regions, with batch norm over the visible examples."""
 
     def __init__(self, heads: int, channels: int, dim: int, classes: int, dropout: float, visible_only: bool):
         super().__init__()
@@ -110,9 +109,9 @@ class Heads(nn.Module):
         x = torch.einsum("bpc,pcd->bpd", x, self.reducer)
         weight = (visible if self.visible_only else torch.ones_like(visible))[..., None].to(x.dtype)
         count = weight.sum(0)
-        some = count.clamp(min=1)
-        mean = (weight * x).sum(0) / some
-        var = (weight * (x - mean).square()).sum(0) / some
+        divisor = count.clamp(min=1)
+        mean = (weight * x).sum(0) / divisor
+        var = (weight * (x - mean).square()).sum(0) / divisor
         with torch.no_grad():
             for running, value in ((self.mean, mean), (self.var, var)):
                 running.copy_(torch.where(count > 0, 0.9 * running + 0.1 * value, running))
@@ -121,7 +120,7 @@ class Heads(nn.Module):
 
 
 class VPM(nn.Module):
-    """`models.vpm.VPM` in training, its backbone in `dtype` by autocast, the rest in float32 (or float64)."""
+    """`models.vpm.VPM` for training: the backbone in `dtype` through autocast, the rest in float32 (or float64)."""
 
     def __init__(self, config: ConfigDict):
         super().__init__()
@@ -132,8 +131,8 @@ class VPM(nn.Module):
         self.base = ResNet(config)
         regions, channels = m.grid[0] * m.grid[1], self.base.channels
         if m.locator != "stripes":
-            inside = channels // m.locator_groups if m.locator == "row" else channels
-            self.locator_kernel = nn.Parameter(torch.randn(inside, regions) * (m.locator_init_std or 0.01))
+            inputs = channels // m.locator_groups if m.locator == "row" else channels
+            self.locator_kernel = nn.Parameter(torch.randn(inputs, regions) * (m.locator_init_std or 0.01))
         if m.locator == "row":
             self.locator_bias = nn.Parameter(torch.zeros(regions))
         classes = m.num_identities + m.dummy_classes
@@ -149,7 +148,7 @@ class VPM(nn.Module):
 
     def forward(self, image: Tensor, visible: Tensor) -> dict[str, Tensor]:
         """image uint8 [B, H, W, 3], visible bool [B, P]: the same names and shapes as the JAX model's."""
-        x = image.permute(0, 3, 1, 2)  # in channels_last memory already
+        x = image.permute(0, 3, 1, 2)  # already in channels_last memory
         x = (x.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             x = self.base(x)
@@ -171,7 +170,7 @@ class VPM(nn.Module):
             "locator_logits": logits,
             "visibility": visibility,
             "region_features": features,
-            "logits": identity,  # of the global head too, where there is one
+            "logits": identity,  # including the global head
         }
 
     def locate(self, cells: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class VPM(nn.Module):
 
 
 def load(model: VPM, variables: Mapping[str, Any]) -> None:
-    """Puts the JAX model's variables {"params", "batch_stats"} into the PyTorch model."""
+    """Loads the JAX model's variables {"params", "batch_stats"} into the PyTorch model."""
     from flax.traverse_util import flatten_dict
 
     from vpm_jax.pretrained import torchvision
@@ -230,7 +229,9 @@ def pair_weights(config: ConfigDict, visible: Tensor, visibility: Tensor) -> Ten
     return weights / torch.where(total > 0, total, 1)
 
 
-def triplet_loss(config: ConfigDict, features: Tensor, identity: Tensor, visible: Tensor, visibility: Tensor):
+def triplet_loss(
+    config: ConfigDict, features: Tensor, identity: Tensor, visible: Tensor, visibility: Tensor
+) -> tuple[Tensor, Tensor]:
     """`losses.triplet_loss`: (total, count)."""
     weights, rows = pair_weights(config, visible, visibility), torch.arange(len(features), device=features.device)
     with torch.no_grad():
@@ -257,7 +258,7 @@ def triplet_loss(config: ConfigDict, features: Tensor, identity: Tensor, visible
 
 
 def make_loss(config: ConfigDict, triplet_weight: float) -> Callable[[VPM, dict[str, Tensor]], dict[str, Tensor]]:
-    """(model, batch) -> the metrics of `step.make_step` but for grad_norm and learning_rate, "loss" among them."""
+    """(model, batch) -> the metrics of `step.make_step`, including "loss", without grad_norm and learning_rate."""
     c = config.loss
 
     def loss(model: VPM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,14 +286,14 @@ def make_loss(config: ConfigDict, triplet_weight: float) -> Callable[[VPM, dict[
         triplet, anchors = triplet_loss(config, features, identity, visible, out["visibility"])
         triplet = triplet / anchors.clamp(min=1)
         with torch.no_grad():
-            right = (logits.argmax(-1) == identity[:, None]) & shown
+            correct = (logits.argmax(-1) == identity[:, None]) & shown
             located = locator.argmax(-1) == labels
         return {
             "loss": c.region_weight * region + c.identity_weight * identity_term + triplet_weight * triplet,
             "loss_region": region.detach(),
             "loss_identity": identity_term.detach(),
             "loss_triplet": triplet.detach(),
-            "accuracy_identity": right.sum(0) / head_count.clamp(min=1),
+            "accuracy_identity": correct.sum(0) / head_count.clamp(min=1),
             "accuracy_locator": located.float().mean(),
             "comparable": anchors / len(identity),
         }
@@ -301,7 +302,7 @@ def make_loss(config: ConfigDict, triplet_weight: float) -> Callable[[VPM, dict[
 
 
 def optimizer(config: ConfigDict, model: VPM, learning_rate: float) -> torch.optim.SGD:
-    """`optim.optimizer`: SGD with Nesterov momentum, weight decay on everything, the backbone's own rate."""
+    """`optim.optimizer`: SGD with Nesterov momentum, weight decay on all parameters, and a separate backbone rate."""
     o, base = config.optim, list(model.base.parameters())
     new = [p for name, p in model.named_parameters() if not name.startswith("base.")]
     groups = [{"params": base, "lr": learning_rate * o.backbone_multiplier}, {"params": new, "lr": learning_rate}]
@@ -314,7 +315,7 @@ def optimizer(config: ConfigDict, model: VPM, learning_rate: float) -> torch.opt
 
 
 def build(config_json: str, batch: dict[str, np.ndarray], compile: bool) -> tuple[dict[str, Any], dict[str, Callable]]:
-    """What `step.Side` serves: facts, and {"step", "matmul"}, functions of the repetitions."""
+    """The facts and the timed functions of a `step.Side`: {"step", "matmul"}, functions of the repetitions."""
     config = config_lib.from_json(config_json, "config")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads())
@@ -344,7 +345,7 @@ def build(config_json: str, batch: dict[str, np.ndarray], compile: bool) -> tupl
         synchronize()
 
     if compile:
-        facts["compiled"], _ = clocked(lambda: step(1))  # raises where there is no compiler
+        facts["compiled"], _ = clocked(lambda: step(1))  # raises without a compiler
     size = matmul_size(device)
     a = torch.randn(size, size, device=device).to(dtype)
 
