@@ -617,11 +617,11 @@ def test_the_command_of_a_report_has_no_paths_of_this_machine():
 # ---- A real run -----------------------------------------------------------------------------------------
 
 
-def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call, tmp_path, monkeypatch, capsys):
+def test_from_the_plan_to_the_report_and_again(pedestrians, call, tmp_path, monkeypatch, capsys):
     keys = KEYS | {"data.root": str(pedestrians), "eval.every": 0}
     keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in keys.items()]
     command = f"--table 3 --figure 5 --scale synthetic --variant tiny --models vpm mvpm-1 {' '.join(keys)}"
-    with quick_compiler(compile_cache):
+    with quick_compiler():
         assert call(command) == 0
     out = capsys.readouterr().out
     assert "0 finished before" in out and "timing a few steps" in out and "88 images" in out
