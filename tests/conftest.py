@@ -1,4 +1,4 @@
-"""What every test shares: two virtual CPU devices, the XLA:CPU workaround, checked array shapes, and the real data.
+"""What every test shares: two virtual CPU devices, compiled programs, tiny runs, checked array shapes, real data.
 
 This file is imported before any test module, hence before JAX starts a backend and reads the environment.
 """
@@ -6,13 +6,15 @@ This file is imported before any test module, hence before JAX starts a backend 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
 import pytest
 from paths import REAL_DATA
+from session import made_once
 
-from vpm_jax.parallel import prepare_backend
+from vpm_jax.parallel import prepare_backend, threads
 
 
 def _append_xla_flag(name: str, value: str) -> None:
@@ -26,6 +28,9 @@ def _append_xla_flag(name: str, value: str) -> None:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of whoever runs the tests
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker
+    for variable in ("NPROC", "OMP_NUM_THREADS"):  # of XLA, of PyTorch
+        os.environ.setdefault(variable, "1")
 prepare_backend()
 jaxtyping.install_import_hook(
     [f"vpm_jax.{name}" for name in ("regions", "losses", "models.vpm", "step", "matching", "metrics", "reranking")],
@@ -39,29 +44,71 @@ def unchecked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For -n auto: a worker for each core, each of up to 2 GB of memory; a GPU has room for one process."""
+    return min(threads(), 8) if os.environ["JAX_PLATFORMS"] == "cpu" and threads() > 1 else 0
+
+
+# Files that take long go first, so that no worker is left with one of them at the end.
+LONG = ("test_train", "test_hosts", "test_search", "test_short_lease", "test_models", "test_benchmark")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
-def pedestrians(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pedestrians(shared: Path) -> Path:
     """A data root for data.name=synthetic: runs that ask for the same few pedestrians render them once."""
-    return tmp_path_factory.mktemp("pedestrians")
+    return shared / "pedestrians"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_cache(shared: Path) -> None:
+    """Every program is compiled once, for all files, workers and processes of the session."""
+    import jax
+
+    settings = {
+        "jax_compilation_cache_dir": str(shared / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for key, value in settings.items():
+        jax.config.update(key, value)
+        os.environ[key.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """The programs of a file stay on disk alone: in memory those of all would take gigabytes."""
+    import jax
+
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `tiny_runs.quick_compiler` keeps programs, so that every run of the tiny config compiles them once."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="session")
-def whole(pedestrians: Path, compile_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(pedestrians: Path, shared: Path) -> Path:
     """The workdir of a finished run of `tiny_runs.tiny_run`, which nothing interrupted. Never write into it."""
     from tiny_runs import quick_compiler, tiny_run
 
     from vpm_jax.training import train
 
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    with quick_compiler(compile_cache):
-        assert train(tiny_run(pedestrians), workdir) == 0
-    return workdir
+    def make(workdir: Path) -> None:
+        with quick_compiler():
+            assert train(tiny_run(pedestrians), workdir) == 0
+
+    return made_once(shared / "whole", make)
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ PICTURES = RANDOM.integers(0, 256, (5, 80, 30, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def _compiler():
+    with quick_compiler():
         yield
 
 

@@ -132,7 +132,7 @@ def test_tables_of_results_are_current():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
-def test_marked_examples_run(page, whole, compile_cache, tmp_path, monkeypatch):
+def test_marked_examples_run(page, whole, tmp_path, monkeypatch):
     """In order, on a tiny trained model and five made-up pictures."""
     marked = [(kind, text) for kind, test, text in BLOCK.findall(page.read_text()) if test]
     if not marked:
@@ -145,7 +145,7 @@ def test_marked_examples_run(page, whole, compile_cache, tmp_path, monkeypatch):
     for name in ("pictures/a", "pictures/b", "pictures/c", "pictures/d", "partial"):
         Image.fromarray(random.integers(0, 256, (50, 30, 3), np.uint8)).save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    with quick_compiler(compile_cache):
+    with quick_compiler():
         for kind, text in marked:
             if kind == "python":
                 exec(compile(text, str(page), "exec"), {"__name__": "example"})

@@ -21,8 +21,8 @@ from vpm_jax.reranking import rerank
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def compiler():
+    with quick_compiler():
         yield
 
 

@@ -27,8 +27,8 @@ PICTURES = np.random.default_rng(4).integers(0, 256, (5, 64, 32, 3), dtype=np.ui
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def _compiler():
+    with quick_compiler():
         yield
 
 

@@ -22,8 +22,8 @@ RANDOM = np.random.default_rng(3)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(compile_cache):
-    with quick_compiler(compile_cache) as environment:
+def compiler():
+    with quick_compiler() as environment:
         yield environment
 
 

@@ -22,8 +22,8 @@ PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def _compiler():
+    with quick_compiler():
         yield
 
 

@@ -23,8 +23,8 @@ from vpm_jax.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def compiler():
+    with quick_compiler():
         yield
 
 

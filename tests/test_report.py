@@ -23,10 +23,10 @@ def run(workdir, *arguments) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(whole, compile_cache, tmp_path_factory) -> str:
+def page(whole, tmp_path_factory) -> str:
     """The report of a tiny finished run on synthetic pedestrians, pictures and all."""
     output = tmp_path_factory.mktemp("report") / "a.html"
-    with quick_compiler(compile_cache):
+    with quick_compiler():
         run(whole, "--output", output, "--queries", "1", "--top", "3")
     return output.read_text()
 
@@ -57,8 +57,8 @@ def test_pictures_have_words_and_ranks(page):
     assert found.words.count("✓ match") == kinds.count("right") and "first match at rank" in found.words
 
 
-def test_a_figure_of_one_ranked_list(whole, compile_cache, tmp_path, figures):
-    with quick_compiler(compile_cache):
+def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
+    with quick_compiler():
         run(whole, "--figure", tmp_path / "best.png", "--top", "4")
         run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
         with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):

@@ -15,8 +15,8 @@ Q, G, P, C = 7, 40, 3, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def compiler():
+    with quick_compiler():
         yield
 
 

@@ -16,8 +16,8 @@ Q, G, P, C, K = 6, 90, 3, 16, 5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(compile_cache):
-    with quick_compiler(compile_cache):
+def compiler():
+    with quick_compiler():
         yield
 
 

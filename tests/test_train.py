@@ -31,8 +31,8 @@ from vpm_jax.step import make_feature_step
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment(compile_cache):
-    with quick_compiler(compile_cache) as environment:
+def environment():
+    with quick_compiler() as environment:
         yield environment
 
 

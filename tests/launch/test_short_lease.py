@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from paths import ROOT
-from tiny_runs import KEYS, saved_steps
+from tiny_runs import KEYS, quick_compiler, saved_steps
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
@@ -134,13 +134,8 @@ def rehearsal(module_path, pedestrians, tmp_path_factory):
     checkout, data = make_checkout(folder / "checkout"), make_data(folder / "data", pedestrians)
     arguments = ["--repo", checkout, "--data", data, "--weights", data / "tiny.npz", "--wheels", data / "wheels"]
     assert load("pack").main(list(map(str, arguments))) == 0
-    compiler = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    }
-    machine = Machine(folder, checkout, compiler)
+    with quick_compiler() as compiler:
+        machine = Machine(folder, checkout, compiler)
     first = machine.run("python3 .gpu1/device.py first 300 --rehearse")
     assert first.returncode == 0, first.stdout + first.stderr
     machine.first = machine.summary()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -207,14 +210,15 @@ def pretend(monkeypatch):
     return done
 
 
+def reproduce_in(folder, arguments):
+    folders = {"--results": "results", "--workdirs": "workdirs", "--output": "report"}
+    given = [word for option, name in folders.items() for word in (option, str(folder / name))]
+    return reproduce.main([*arguments.split(), *given])
+
+
 @pytest.fixture
 def call(tmp_path):
-    def run(arguments):
-        folders = {"--results": "results", "--workdirs": "workdirs", "--output": "report"}
-        given = [word for option, name in folders.items() for word in (option, str(tmp_path / name))]
-        return reproduce.main([*arguments.split(), *given])
-
-    return run
+    return partial(reproduce_in, tmp_path)
 
 
 THREE = "--table 1 --scale small --models vpm baseline pcb"
@@ -242,17 +246,6 @@ def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
     for other in ("--variant wide --config.model.width=99", "--dataset dukemtmc"):
         assert call(f"{THREE} {other} --plan") == 0
         assert "a few timed steps" in capsys.readouterr().out
-
-
-def test_a_report_alone_trains_nothing(pretend, call, tmp_path, capsys):
-    with pytest.raises(UserError, match="leave out --report"):
-        call(f"{THREE} --report")
-    assert call(f"{THREE} --models vpm") == 0
-    assert call(f"{THREE} --seeds 2 --report") == 0
-    assert pretend == ["market1501-small-vpm-seed0"]
-    text = (tmp_path / "report" / "report.md").read_text()
-    [absent] = [line for line in text.splitlines() if line.endswith(": each has not finished.")]
-    assert "| VPM | 1 |" in text and absent.count("-seed") == 5
 
 
 PARTS = """
@@ -371,43 +364,6 @@ def test_lists_of_parts_that_are_none(text, found, call, tmp_path):
         call(f"--parts {file} --plan")
 
 
-def test_a_result_says_how_it_came_about(pretend, call, tmp_path):
-    call("--table 3 --scale screen --models mvpm-4 --config.data.root=/somewhere/else --config.data.threads=3")
-    text = (tmp_path / "results" / "market1501-screen-mvpm-4-seed0.json").read_text()
-    found = json.loads(text)
-    assert "/somewhere" not in text and socket.gethostname() not in text
-    assert found["changes"] == {"loss.identity_regions": "all", "loss.triplet_pairs": "all"}
-    assert found["protocol"]["held out identities"] == 100
-    assert found["config"]["data.holdout_identities"] == 100 and "data.root" not in found["config"]
-    assert found["images"] == 500 * found["config"]["stage2.identities"] * found["config"]["stage2.images_per_identity"]
-    assert found["gammas"]["0.5"]["cmc"] == numbers("market1501-screen-mvpm-4-seed0")["0.5"]["cmc"][:10]
-    assert {"jax", "Python"} <= set(re.findall(r"[A-Za-z]+", found["versions"])) and found["hardware"]
-
-
-def test_a_result_of_another_config_is_refused_by_its_keys(pretend, call, tmp_path):
-    call(THREE)
-    path = tmp_path / "results" / "market1501-small-pcb-seed0.json"
-    before = path.read_text()
-    found = json.loads(before)
-    found["config"] |= {"data.gamma": [0.4, 1.0], "stage2.epochs": 3}
-    path.write_text(json.dumps(found))
-    epochs = make_run("market1501", "small", "vpm").config.stage2.epochs
-    with pytest.raises(
-        UserError, match=rf"pcb-seed0\.json.*data\.gamma: .*stage2\.epochs: 3 in the file, {epochs} requested"
-    ):
-        call(f"{THREE} --plan")
-    # Keys that this version has added are as if the file had their defaults; those that are gone do not count.
-    found = json.loads(before)
-    found["config"]["model.name"] = "vpm"
-    del found["config"]["optim.nesterov"]
-    path.write_text(json.dumps(found))
-    assert call(THREE) == 0
-    for text in ('{"config": {}}', '{"config": [1]}', "[]", before[:900], ""):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"pcb-seed0\.json is not the result of a run"):
-            call(THREE)
-
-
 def test_what_changes_no_result_changes_no_fingerprint():
     plain = make_run("market1501", "paper", "vpm").config
     free = set(flatten(plain)) - set(fingerprint(plain))
@@ -449,21 +405,6 @@ def test_the_user_stops_it(pretend, call, tmp_path):
 # ---- Who works on what ----------------------------------------------------------------------------------
 
 
-def test_what_others_work_on_is_left_to_them(pretend, call, tmp_path, capsys):
-    run = make_run("market1501", "small", "baseline")
-    (tmp_path / "results").mkdir()
-    with results.claim(tmp_path / "results", run) as mine:
-        assert mine
-        with pytest.raises(
-            UserError, match=r"1 of 3 runs have no result .*baseline-seed0 is claimed by another process"
-        ):
-            call(THREE)
-        assert (tmp_path / "results" / f"{run.name}.claim").exists()
-    assert run.name not in pretend and len(pretend) == 2
-    assert f"claimed by process {os.getpid()} on {socket.gethostname()}, since" in capsys.readouterr().out
-    assert socket.gethostname() not in (tmp_path / "report" / "report.md").read_text()
-
-
 def test_what_others_finish_meanwhile_is_in_the_report(pretend, call, tmp_path, monkeypatch):
     folder, run = tmp_path / "results", make_run("market1501", "small", "vpm")
     folder.mkdir()
@@ -482,17 +423,6 @@ def test_what_others_finish_meanwhile_is_in_the_report(pretend, call, tmp_path, 
     assert len(pretend) == 2
     text = (tmp_path / "report" / "report.md").read_text()
     assert rows_of(text, "Rank-1 / mAP in percent").keys() >= {"VPM", "global feature", "PCB"} and "Not in" not in text
-
-
-def test_the_claims_of_the_dead_are_taken_over(pretend, call, tmp_path):
-    folder, run = tmp_path / "results", make_run("market1501", "small", "baseline")
-    folder.mkdir()
-    with results.claim(folder, run):
-        claim = json.loads((folder / f"{run.name}.claim").read_text())
-    (folder / f"{run.name}.claim").write_text(json.dumps(claim | {"started": "long ago"}))
-    assert results.owner(folder, run) is None
-    assert call(THREE) == 0
-    assert len(pretend) == 3 and not list(folder.glob("*.claim"))
 
 
 def test_a_claim_lasts_as_long_as_its_run(tmp_path):
@@ -620,40 +550,80 @@ def test_the_command_of_a_report_has_no_paths_of_this_machine():
     assert reproduce.command_line(words.split()) == "python -m vpm_jax.reproduce --table 1 3 --seeds 2"
 
 
-# ---- A real run -----------------------------------------------------------------------------------------
+# ---- Real runs, tiny ------------------------------------------------------------------------------------
+
+VPM, MVPM = "synthetic-vpm-tiny-seed0", "synthetic-mvpm-1-tiny-seed0"
 
 
-def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def command(pedestrians):
+    """Arguments that train VPM and evaluate its checkpoint as MVPM-1."""
     keys = KEYS | {"data.root": str(pedestrians), "eval.every": 0}
     keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in keys.items()]
-    command = f"--table 3 --figure 5 --scale synthetic --variant tiny --models vpm mvpm-1 {' '.join(keys)}"
-    with quick_compiler(compile_cache):
-        assert call(command) == 0
-    out = capsys.readouterr().out
+    return f"--table 3 --figure 5 --scale synthetic --variant tiny --models vpm mvpm-1 {' '.join(keys)}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    with quick_compiler():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(the folder of the command's results, workdirs and report; what it printed)."""
+    folder, out = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert reproduce_in(folder, f"{command} --plan") == 0
+        assert not list(folder.iterdir())
+        assert reproduce_in(folder, command) == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The results of the finished runs; their workdirs stay where they are."""
+    shutil.copytree(finished[0] / "results", tmp_path / "results")
+    (tmp_path / "workdirs").symlink_to(finished[0] / "workdirs")
+    return tmp_path / "results"
+
+
+def test_from_the_plan_to_the_report(finished):
+    folder, out = finished
     assert "0 already finished" in out and "timing a few steps" in out and "88 images" in out
-    for name in ("synthetic-vpm-tiny-seed0", "synthetic-mvpm-1-tiny-seed0"):
-        found = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-        evaluation = json.loads((tmp_path / "workdirs" / name / "evaluation.json").read_text())
+    for name in (VPM, MVPM):
+        found = json.loads((folder / "results" / f"{name}.json").read_text())
+        evaluation = json.loads((folder / "workdirs" / name / "evaluation.json").read_text())
         assert list(found["gammas"]) == ["0.5", "1.0"] and found["chance_rank1"] == evaluation["chance_rank1"]
         for gamma, values in found["gammas"].items():
             theirs = evaluation["gammas"][gamma]
             assert values == theirs | {"cmc": theirs["cmc"][:10]}
-    assert found["images"] == 0 and found["evaluates"] == "synthetic-vpm-tiny-seed0"
+    assert found["images"] == 0 and found["evaluates"] == VPM
     assert found["match"]["visibility"] == "uniform"
-    vpm = json.loads((tmp_path / "results" / "synthetic-vpm-tiny-seed0.json").read_text())
+    vpm = json.loads((folder / "results" / f"{VPM}.json").read_text())
     assert vpm["images"] == 88 and vpm["seconds"] > 0 and vpm["images_per_second"] > 0 and vpm["steps"] == 11
     assert vpm["resolved"] == {"model.num_identities": 8}
-    report = (tmp_path / "report" / "report.md").read_text()
-    data = json.loads((tmp_path / "report" / "report.json").read_text())["exhibits"]["table 3"]["sweep"]
+    report = (folder / "report" / "report.md").read_text()
+    data = json.loads((folder / "report" / "report.json").read_text())["exhibits"]["table 3"]["sweep"]
     shown = rows_of(report, "Rank-1 / mAP in percent")
     for row, name in zip(data, ("VPM", "MVPM-1"), strict=True):
-        evaluation = json.loads((tmp_path / "workdirs" / row["runs"][0] / "evaluation.json").read_text())
+        evaluation = json.loads((folder / "workdirs" / row["runs"][0] / "evaluation.json").read_text())
         expected = [f"{100 * v['cmc'][0]:.1f} / {100 * v['mAP']:.1f}" for v in evaluation["gammas"].values()]
         assert row["title"] == name and shown[name] == ["1", *expected]
     for picture in ("table-3.png", "figure-5.png", "figure-5-vpm.png"):
-        assert (tmp_path / "report" / picture).read_bytes().startswith(b"\x89PNG") and f"({picture})" in report
+        assert (folder / "report" / picture).read_bytes().startswith(b"\x89PNG") and f"({picture})" in report
 
-    # Again: everything is there. With --plan, nothing is even written.
+
+def test_a_result_says_how_it_came_about(finished, pedestrians):
+    text = (finished[0] / "results" / f"{VPM}.json").read_text()
+    found = json.loads(text)
+    assert str(pedestrians) not in text and socket.gethostname() not in text
+    assert found["changes"]["model.head_dim"] == 8 and "data.root" not in found["changes"]
+    assert found["config"]["model.head_dim"] == 8 and "data.root" not in found["config"]
+    assert {"jax", "Python"} <= set(re.findall(r"[A-Za-z]+", found["versions"])) and found["hardware"]
+
+
+def test_finished_runs_are_reported_and_not_repeated(copied, command, call, tmp_path, monkeypatch, capsys):
     def no(*arguments):
         raise AssertionError("trained or evaluated again")
 
@@ -662,14 +632,65 @@ def test_from_the_plan_to_the_report_and_again(pedestrians, compile_cache, call,
     monkeypatch.setattr(figures, "region_maps", lambda *arguments: None)
     assert call(command) == 0
     assert "2 already finished" in capsys.readouterr().out
+    assert call(f"{command} --seeds 2 --report") == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    [absent] = [line for line in text.splitlines() if line.endswith(": each has not finished.")]
+    assert "| VPM | 1 |" in text and absent.count("-seed1") == 2
+    shutil.rmtree(copied)
+    with pytest.raises(UserError, match="leave out --report"):
+        call(f"{command} --report")
 
-    # MVPM-1 wants the checkpoint that its VPM left, not another run's.
-    monkeypatch.undo()
-    (tmp_path / "results" / "synthetic-mvpm-1-tiny-seed0.json").unlink()
-    config = tmp_path / "workdirs" / "synthetic-vpm-tiny-seed0" / "config.json"
-    config.write_text(config.read_text().replace('"head_dim": 8', '"head_dim": 9'))
+
+def test_a_result_of_another_config_is_refused_by_its_keys(copied, command, call):
+    path = copied / f"{VPM}.json"
+    before = path.read_text()
+    found = json.loads(before)
+    found["config"] |= {"data.gamma": [0.4, 1.0], "stage2.epochs": 3}
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"{VPM}\.json.*data\.gamma: .*stage2\.epochs: 3 in the file, 2 requested"):
+        call(f"{command} --plan")
+    # Keys that this version has added are as if the file had their defaults; those that are gone do not count.
+    found = json.loads(before)
+    found["config"]["model.name"] = "vpm"
+    del found["config"]["optim.nesterov"]
+    path.write_text(json.dumps(found))
+    assert call(f"{command} --plan") == 0
+    for text in ('{"config": {}}', '{"config": [1]}', "[]", before[:900], ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"{VPM}\.json is not the result of a run"):
+            call(f"{command} --plan")
+
+
+def test_a_run_is_left_to_who_works_on_it_unless_that_is_dead(copied, command, call, tmp_path, capsys):
+    command = command.replace("--figure 5 ", "")
+    [run] = (r for r in plan(["table 3"], "synthetic", "synthetic", 1, ["mvpm-1"], "tiny").values() if r.of)
+    result = json.loads((copied / f"{MVPM}.json").read_text())
+    (copied / f"{MVPM}.json").unlink()
+    with results.claim(copied, run) as mine:
+        assert mine
+        with pytest.raises(UserError, match=rf"1 of 2 runs have no result .*{MVPM} is claimed by another process"):
+            call(command)
+        claim = json.loads((copied / f"{MVPM}.claim").read_text())
+    assert f"claimed by process {os.getpid()} on {socket.gethostname()}, since" in capsys.readouterr().out
+    assert socket.gethostname() not in (tmp_path / "report" / "report.md").read_text()
+
+    (copied / f"{MVPM}.claim").write_text(json.dumps(claim | {"started": "long ago"}))
+    assert results.owner(copied, run) is None
+    assert call(command) == 0
+    assert json.loads((copied / f"{MVPM}.json").read_text())["gammas"] == result["gammas"]
+    assert not list(copied.glob("*.claim"))
+
+
+def test_an_evaluation_wants_the_checkpoint_of_its_own_run(copied, command, call, tmp_path):
+    command = command.replace("--figure 5 ", "")
+    (copied / f"{MVPM}.json").unlink()
+    config = (tmp_path / "workdirs" / VPM / "config.json").read_text()
+    (tmp_path / "workdirs").unlink()
+    workdir = tmp_path / "workdirs" / VPM
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(config.replace('"head_dim": 8', '"head_dim": 9'))
     with pytest.raises(UserError, match=r"mvpm-1-tiny-seed0 failed: .*model\.head_dim differs"):
         call(command)
-    config.unlink()
-    with pytest.raises(UserError, match=r"which is not in .*copy it from the machine that"):
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=r"which is not in .*bring it from where it was trained"):
         call(command)

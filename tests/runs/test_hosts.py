@@ -27,8 +27,8 @@ DOUBLE = {"model__dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
-def environment(compile_cache):
-    with quick_compiler(compile_cache) as quick:
+def environment():
+    with quick_compiler() as quick:
         # One device each.
         alone = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "CUDA_VISIBLE_DEVICES": ""}
         yield os.environ | quick | alone | {"PYTHONPATH": PYTHON_PATH}
