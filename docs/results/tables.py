@@ -79,6 +79,13 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains] = {
         "soft_hinge whole region_smoothing any neck_reduced pad smoothing deeper_crops locator_hidden soft_pairs "
         "erasing_small ema unnormalised bilateral jitter neck erasing",
     ),
+    "proportions": (
+        Row("stretched", "market1501-screen-vpm", "0"),
+        Row("padded, at the top", "market1501-screen-fit_top", "0"),
+        Row("padded, at the top, saturated visibility", "market1501-screen-fit_top_saturated", "0"),
+        Row("padded, at random places", "market1501-screen-fit_random", "0"),
+        Row("padded, at random places, saturated visibility", "market1501-screen-fit_random_saturated", "0"),
+    ),
     "gallery-crops": (
         Row("Eq. 4", f"{_SMALL}-vpm"),
         Row("gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
