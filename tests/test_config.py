@@ -133,12 +133,13 @@ def test_what_may_differ():
     run = {"recipe", "data.corrupt", "log_every", "checkpoint_every", "keep_checkpoints", "tracker", "parallel"}
     assert set(keys.keys_with(keys.PROCESS)) == machine
     test_set = {"data.also_train", "data.distractors", "data.corrupt"}
-    assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation | test_set
+    assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation | test_set | {"data.height", "data.width"}
     assert set(RESUMABLE) == machine | evaluation | run | {"data.distractors"}
     assert set(keys.keys_with(keys.NO_RESULT)) == machine | run | {"eval.batch", "eval.every"}
     assert keys.keys_with(keys.WEIGHTS) == ("data.mean", "data.std", "model.stride_on", "model.bn_epsilon")
     assert keys.in_words(keys.keys_with(keys.EVALUATE)) == (
-        "data.root, data.also_train, data.distractors, data.workers, data.threads, data.corrupt, match.*, eval.*"
+        "data.root, data.height, data.width, data.also_train, data.distractors, data.workers, data.threads, "
+        "data.corrupt, match.*, eval.*"
     )
 
 
@@ -153,7 +154,8 @@ def test_what_weights_presuppose_is_set_in_a_copy():
     }
 
 
-def test_the_keys_are_listed(capsys):
+def test_the_keys_are_listed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert config_main(["gamma", "log_every"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if line.startswith("log_every"))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_runs import quick_compiler, tiny_run
 
-from vpm_jax import VPM, evaluation, export, extents, parallel, train
+from vpm_jax import VPM, evaluation, export, extents, parallel
 from vpm_jax import config as config_lib
 from vpm_jax import search as search_command
 from vpm_jax.data.decode import decode
@@ -17,6 +17,7 @@ from vpm_jax.data.pipeline import eval_crops, eval_picture
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.regions import visible_heights
+from vpm_jax.training import train
 
 PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
 
@@ -30,7 +31,7 @@ def _compiler():
 @pytest.fixture(scope="module")
 def run(pedestrians, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("padded") / "run"
-    assert train.train(tiny_run(pedestrians, **PADDED), workdir) == 0
+    assert train(tiny_run(pedestrians, **PADDED), workdir) == 0
     return workdir
 
 

@@ -16,7 +16,7 @@ from vpm_jax.data.datasets import DATASETS
 
 def is_partial(dataset: str) -> bool:
     """Whether a dataset's queries are partial or occluded images, taken as they are."""
-    return DATASETS[dataset].protocol.queries == "partial"
+    return dataset in DATASETS and DATASETS[dataset].protocol.queries == "partial"
 
 
 def groups(identity: ArrayLike) -> list[np.ndarray]:

@@ -60,7 +60,7 @@ def pixel_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
     return top, left, min(bottom, height), min(right, width)
 
 
-def draw_crop(strategy: str, gamma: float, random: tuple[float, float, float]) -> Crop:
+def draw_crop(strategy: str, gamma: float, random: Sequence[float]) -> Crop:
     """Draws a crop of area ratio gamma from three uniform random numbers in [0, 1).
 
     `top`, `bottom`, `left` and `right` keep that side of the image. `bilateral` is top or bottom and

@@ -692,5 +692,5 @@ def test_an_evaluation_wants_the_checkpoint_of_its_own_run(copied, command, call
     with pytest.raises(UserError, match=r"mvpm-1-tiny-seed0 failed: .*model\.head_dim differs"):
         call(command)
     (workdir / "config.json").unlink()
-    with pytest.raises(UserError, match=r"which is not in .*bring it from where it was trained"):
+    with pytest.raises(UserError, match=r"which is not in .*copy it from the machine that trained it"):
         call(command)
