@@ -178,9 +178,10 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             raise UserError(
                 f"{error}: {kept}; train in another --workdir with a lower learning_rate{precise}."
             ) from None
-        for file in (log, records):
-            if file is not None:
-                file.close()
+        finally:
+            for file in (log, records):
+                if file is not None:
+                    file.close()
         if interrupts.stop:
             checkpoints.wait()
             print(f"\nStopped after step {steps} of {total} and saved in {workdir}: run the same command to continue.")
