@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import jaxtyping
@@ -27,6 +28,10 @@ def _append_xla_flag(name: str, value: str) -> None:
 # The same tests everywhere; JAX_PLATFORMS=cuda runs them on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of whoever runs the tests
+# What matters is that programs compute the right thing: they compile in a sixth of the time without optimizations.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
+if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):  # an unknown flag would end the process
+    _append_xla_flag("--xla_cpu_use_fusion_emitters", "false")
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker
     for variable in ("NPROC", "OMP_NUM_THREADS"):  # of XLA, of PyTorch
@@ -100,15 +105,24 @@ def _forget_programs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def whole(pedestrians: Path, shared: Path) -> Path:
     """The workdir of a finished run of `tiny_runs.tiny_run`, which nothing interrupted. Never write into it."""
-    from tiny_runs import quick_compiler, tiny_run
+    from tiny_runs import tiny_run
 
     from vpm_jax.training import train
 
     def make(workdir: Path) -> None:
-        with quick_compiler():
-            assert train(tiny_run(pedestrians), workdir) == 0
+        assert train(tiny_run(pedestrians), workdir) == 0
 
     return made_once(shared / "whole", make)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compiles as users do, for what depends on how XLA optimizes."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

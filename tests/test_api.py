@@ -13,19 +13,13 @@ import tiny
 from images import encode
 from PIL import Image
 from tiny import assert_equal
-from tiny_runs import make_run, quick_compiler
+from tiny_runs import make_run
 
 import vpm_jax
 from vpm_jax import VPM, Description, UserError, api, convert, models, region_distance
 
 RANDOM = np.random.default_rng(5)
 PICTURES = RANDOM.integers(0, 256, (5, 80, 30, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

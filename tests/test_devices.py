@@ -12,11 +12,7 @@ from paths import HELPERS, PYTHON_PATH
 
 
 def compare(*arguments: str) -> list[dict]:
-    environment = os.environ | {
-        "PYTHONPATH": PYTHON_PATH,
-        "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiled in a fraction of the time
-    }
+    environment = os.environ | {"PYTHONPATH": PYTHON_PATH}
     command = [sys.executable, str(HELPERS / "devices.py"), "--json", *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert process.returncode == 0, process.stderr

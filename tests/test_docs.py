@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
-from tiny_runs import quick_compiler
 
 from vpm_jax.config import default, flatten
 
@@ -145,12 +144,11 @@ def test_marked_examples_run(page, whole, tmp_path, monkeypatch):
     for name in ("pictures/a", "pictures/b", "pictures/c", "pictures/d", "partial"):
         Image.fromarray(random.integers(0, 256, (50, 30, 3), np.uint8)).save(tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    with quick_compiler():
-        for kind, text in marked:
-            if kind == "python":
-                exec(compile(text, str(page), "exec"), {"__name__": "example"})
-                continue
-            lines = commands(text)
-            assert len(lines) == len(text.strip().splitlines()), "an example to run is python -m vpm_jax... alone"
-            for module, *arguments in lines:
-                assert not importlib.import_module(module).main(arguments)
+    for kind, text in marked:
+        if kind == "python":
+            exec(compile(text, str(page), "exec"), {"__name__": "example"})
+            continue
+        lines = commands(text)
+        assert len(lines) == len(text.strip().splitlines()), "an example to run is python -m vpm_jax... alone"
+        for module, *arguments in lines:
+            assert not importlib.import_module(module).main(arguments)

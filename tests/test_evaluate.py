@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_runs import STEPS, quick_compiler, saved_state
+from tiny_runs import STEPS, saved_state
 
 from vpm_jax import config as config_lib
 from vpm_jax import description, evaluate, metrics, parallel
@@ -18,12 +18,6 @@ from vpm_jax.errors import UserError
 from vpm_jax.evaluation import distances, matching_in_words, ranked
 from vpm_jax.matching import region_distance
 from vpm_jax.reranking import rerank
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from disk import largest_file
 from flax import traverse_util
 from raising import raises
 from tiny import assert_equal
-from tiny_runs import make_run, quick_compiler
+from tiny_runs import make_run
 
 from vpm_jax import VPM, UserError, api, export, step
 from vpm_jax import config as config_lib
@@ -24,12 +24,6 @@ from vpm_jax.pretrained import own
 pytest.importorskip("flatbuffers", reason="jax.export writes and reads with it")
 
 PICTURES = np.random.default_rng(4).integers(0, 256, (5, 64, 32, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module", params=["market", "market_released"])

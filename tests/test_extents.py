@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import make_run, quick_compiler
+from tiny_runs import make_run
 
 from vpm_jax import cli, config, extents
 from vpm_jax.data.sampling import Sampler
@@ -19,12 +19,6 @@ from vpm_jax.errors import UserError
 from vpm_jax.regions import Crop, RegionGrid, project_regions, visible_heights
 
 RANDOM = np.random.default_rng(3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler() as environment:
-        yield environment
 
 
 def region_map(top, bottom, grid, shape, sure=1.0):

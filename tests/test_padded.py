@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import quick_compiler, tiny_run
+from tiny_runs import tiny_run
 
 from vpm_jax import VPM, evaluation, export, extents, parallel
 from vpm_jax import config as config_lib
@@ -20,12 +20,6 @@ from vpm_jax.regions import visible_heights
 from vpm_jax.training import train
 
 PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,11 @@ FORWARD = {"float64": 1e-8, "float32": 1e-5}
 GRADIENT = {"float64": 1e-8, "float32": 1e-3}
 LOSSES = ("loss", "loss_region", "loss_identity", "loss_triplet")  # metrics, in the reference's order
 FILES = {"paper": CONFIGS / "market.py", "released": CONFIGS / "market_released.py"}
-FAST = {"xla_backend_optimization_level": 0}  # compiling is what these tests would spend their time on
+
+
+def fast(dtype: str) -> dict:
+    """Compiler options: compiling is what these tests would spend their time on. In float32 XLA fuses as for users."""
+    return {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": dtype == "float32"}
 
 
 # --- the two sides ----------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def backbone(depth: int, stride_on: str, dtype: str):
         variables = {
             k: v["backbone"] for k, v in filled({k: {"backbone": v} for k, v in shapes.items()}, dtype).items()
         }
-        return jax.device_get(jax.jit(network.apply, compiler_options=FAST)(variables, image))
+        return jax.device_get(jax.jit(network.apply, compiler_options=fast(dtype))(variables, image))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -272,7 +276,7 @@ def parts(recipe: str, dtype: str):
             _, plain = model.apply(variables, T, train=False)
             return values, out, gradients, plain
 
-        found = jax.jit(all_of_it, compiler_options=FAST)(variables["params"], T)
+        found = jax.jit(all_of_it, compiler_options=fast(dtype))(variables["params"], T)
         values, out, gradients, plain = jax.device_get(found)
 
     results = {f"loss/{kind}": value for kind, value in values.items()}
@@ -329,7 +333,7 @@ def variants(dtype: str):
         def all_of_it(inputs):
             return {name: jax.value_and_grad(loss)(inputs[name]) for name, (loss, _) in wanted.items()}
 
-        found = jax.jit(all_of_it, compiler_options=FAST)({name: x for name, (_, x) in wanted.items()})
+        found = jax.jit(all_of_it, compiler_options=fast(dtype))({name: x for name, (_, x) in wanted.items()})
         found = jax.device_get(found)
     return {name: v for name, (v, _) in found.items()} | {f"gradient of {name}": g for name, (_, g) in found.items()}
 
@@ -354,7 +358,7 @@ def train(recipe: str, dtype: str):
         batches = [cases.batch(recipe, number) for number in range(cases.STEPS)]
         shapes = jax.eval_shape(models.create(config).init, jax.random.key(0), batches[0]["image"])
         state = step_lib.new_state(config, filled(shapes, dtype))
-        step = jax.jit(step_lib.make_step(config)).lower(state, batches[0]).compile(FAST)
+        step = jax.jit(step_lib.make_step(config)).lower(state, batches[0]).compile(fast(dtype))
         states, metrics = [state], []
         for batch in batches:
             state, measured = step(state, batch)

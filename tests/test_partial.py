@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from partial_files import make, pack
 from plain_metrics import reference
-from tiny_runs import STEPS, quick_compiler, rendered, saved_state, tiny_run
+from tiny_runs import STEPS, rendered, saved_state, tiny_run
 
 from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial
 from vpm_jax import config as config_lib
@@ -20,12 +20,6 @@ from vpm_jax import training as train
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler():
-        yield
 
 
 def command(workdir: Path, output: Path, *arguments) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from html_reader import Reader
 from PIL import Image
 from raising import raises
-from tiny_runs import make_run, quick_compiler
+from tiny_runs import make_run
 
 from vpm_jax import html, metrics, report
 from vpm_jax.errors import UserError
@@ -26,8 +26,7 @@ def run(workdir, *arguments) -> None:
 def page(whole, tmp_path_factory) -> str:
     """The report of a tiny finished run on synthetic pedestrians, pictures and all."""
     output = tmp_path_factory.mktemp("report") / "a.html"
-    with quick_compiler():
-        run(whole, "--output", output, "--queries", "1", "--top", "3")
+    run(whole, "--output", output, "--queries", "1", "--top", "3")
     return output.read_text()
 
 
@@ -58,11 +57,10 @@ def test_pictures_have_words_and_ranks(page):
 
 
 def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
-    with quick_compiler():
-        run(whole, "--figure", tmp_path / "best.png", "--top", "4")
-        run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
-        with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):
-            run(whole, "--figure", tmp_path / "no.png", "--query", "none.jpg")
+    run(whole, "--figure", tmp_path / "best.png", "--top", "4")
+    run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
+    with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):
+        run(whole, "--figure", tmp_path / "no.png", "--query", "none.jpg")
     assert Image.open(tmp_path / "best.png").mode == "P" and (tmp_path / "named.pdf").read_bytes().startswith(b"%PDF")
     pictures = [axes for axes in figures[0].axes if axes.images]
     assert len(pictures) == 2 + 4

@@ -5,19 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from plain_matching import example
-from tiny_runs import quick_compiler
 
 from vpm_jax import reranking
 from vpm_jax.matching import region_distance
 from vpm_jax.reranking import rerank
 
 Q, G, P, C = 7, 40, 3, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler():
-        yield
 
 
 def reference(qg, qq, gg, k1, k2, lambda_):

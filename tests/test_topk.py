@@ -6,19 +6,12 @@ import jax
 import numpy as np
 import pytest
 from plain_matching import example, reference
-from tiny_runs import quick_compiler
 
 from vpm_jax import matching
 from vpm_jax.matching import top_k
 from vpm_jax.search.store import About, Store, write
 
 Q, G, P, C, K = 6, 90, 3, 16, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(params=[1, 2], ids=["one device", "two devices"])

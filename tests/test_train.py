@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from paths import PYTHON_PATH
 from raising import raises
-from tiny_runs import STEPS, assert_same_run, quick_compiler, records, rendered, saved_state, saved_steps, tiny_run
+from tiny_runs import STEPS, assert_same_run, records, rendered, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
 from vpm_jax import description, evaluation, parallel
@@ -28,12 +28,6 @@ from vpm_jax.runs import workdir as workdir_lib
 from vpm_jax.runs.logs import Status
 from vpm_jax.schedule import ends_epochs, stage_of
 from vpm_jax.step import make_feature_step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    with quick_compiler() as environment:
-        yield environment
 
 
 def at_step(monkeypatch, number: int, act) -> None:
@@ -187,7 +181,7 @@ def test_past_a_damaged_checkpoint_the_last_step_is_saved_again(whole, pedestria
     assert_same_run(workdir, whole)
 
 
-def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, environment):
+def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path):
     program = f"""
 import os, signal, time
 from pathlib import Path
@@ -202,7 +196,7 @@ def and_die(self, steps, metrics):
 train.Window.add = and_die
 train.train(tiny_run({str(pedestrians)!r}), Path("run"))
 """
-    variables = os.environ | environment | {"PYTHONPATH": PYTHON_PATH}
+    variables = os.environ | {"PYTHONPATH": PYTHON_PATH}
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -51,20 +49,6 @@ KEYS = {
     "eval.every": 1,
     "log_every": 4,
 }
-
-
-@contextlib.contextmanager
-def quick_compiler() -> Iterator[dict[str, str]]:
-    """Compiles with few optimisations: what matters is that runs agree.
-
-    Yields the environment that does the same in another process.
-    """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def tiny_run(root: Path, **changes) -> ConfigDict:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from paths import ROOT
-from tiny_runs import KEYS, quick_compiler, saved_steps
+from tiny_runs import KEYS, saved_steps
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
@@ -91,11 +91,11 @@ class Machine:
 
     first: dict  # the first command's summary
 
-    def __init__(self, folder: Path, checkout: Path, compiler: dict[str, str]):
+    def __init__(self, folder: Path, checkout: Path):
         self.home, self.out, self.checkout = folder / "home", folder / "out", checkout
         for path in (self.home, folder / "fast"):
             path.mkdir(parents=True)
-        self.environment = compiler | {
+        self.environment = {
             "HOME": str(self.home),
             "OUT": str(self.out),
             "TMPDIR": str(folder / "fast"),
@@ -134,8 +134,7 @@ def rehearsal(module_path, pedestrians, tmp_path_factory):
     checkout, data = make_checkout(folder / "checkout"), make_data(folder / "data", pedestrians)
     arguments = ["--repo", checkout, "--data", data, "--weights", data / "tiny.npz", "--wheels", data / "wheels"]
     assert load("pack").main(list(map(str, arguments))) == 0
-    with quick_compiler() as compiler:
-        machine = Machine(folder, checkout, compiler)
+    machine = Machine(folder, checkout)
     first = machine.run("python3 .gpu1/device.py first 300 --rehearse")
     assert first.returncode == 0, first.stdout + first.stderr
     machine.first = machine.summary()
@@ -228,7 +227,7 @@ def test_training_that_the_clock_stops_is_saved_evaluated_and_exported(rehearsal
 
 
 def test_a_fresh_machine_says_what_to_do(rehearsal, tmp_path):
-    fresh = Machine(tmp_path, rehearsal.checkout, {})
+    fresh = Machine(tmp_path, rehearsal.checkout)
     (fresh.home / "vpm-gpu").mkdir()
     shutil.copy(SCRIPTS / "device.py", fresh.home / "vpm-gpu")
     command = 'python3 "$HOME/vpm-gpu/device.py" second 300'

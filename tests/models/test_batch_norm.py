@@ -13,6 +13,8 @@ from tiny import fill
 
 from vpm_jax.models.batch_norm import BatchNorm, channel_sum, spread
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 EXACT = dict(rtol=1e-12, atol=1e-12)
 SHAPES = [(4, 16, 8, 3), (2, 12, 5, 3), (1, 1, 1, 2), (6, 7, 6, 1)]
 

@@ -9,6 +9,8 @@ import pytest
 
 from vpm_jax.models.resnet import convolve, max_pool
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture
 def float64():

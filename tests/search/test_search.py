@@ -18,7 +18,7 @@ from disk import flip
 from html_reader import Reader
 from images import encode, oriented, with_size
 from PIL import Image
-from tiny_runs import make_run, quick_compiler
+from tiny_runs import make_run
 
 from vpm_jax import VPM, api, cli
 from vpm_jax.data.decode import decode
@@ -29,12 +29,6 @@ from vpm_jax.search import ranking
 from vpm_jax.search.store import Store
 
 RANDOM = np.random.default_rng(7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    with quick_compiler() as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +179,7 @@ def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment(tmp_path, run, model, compiler):
+def test_sigkill_at_any_moment(tmp_path, run, model):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(300):
@@ -195,7 +189,7 @@ def test_sigkill_at_any_moment(tmp_path, run, model, compiler):
     arguments = ["index", str(folder), "--workdir", str(run), "--index", str(store), "--batch", "8"]
     draw, kills = np.random.default_rng(0), 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | compiler)
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments])
         while process.poll() is None and not (store / "store.json").exists():
             time.sleep(0.05)
         before = len(Store(store)) if (store / "store.json").exists() else 0
