@@ -28,7 +28,8 @@ def _append_xla_flag(name: str, value: str) -> None:
 # The same tests everywhere; JAX_PLATFORMS=cuda runs them on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of whoever runs the tests
-# What matters is that programs compute the right thing: they compile in a sixth of the time without optimizations.
+# What matters is that programs compute the right thing: they compile in a sixth of the time without optimizations
+# (tiny.optimized is for the others).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
 if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):  # an unknown flag would end the process
     _append_xla_flag("--xla_cpu_use_fusion_emitters", "false")
@@ -113,16 +114,6 @@ def whole(pedestrians: Path, shared: Path) -> Path:
         assert train(tiny_run(pedestrians), workdir) == 0
 
     return made_once(shared / "whole", make)
-
-
-@pytest.fixture
-def optimized() -> Iterator[None]:
-    """Compiles as users do, for what depends on how XLA optimizes."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

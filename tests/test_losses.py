@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import optimized
 
 from vpm_jax.errors import UserError
 from vpm_jax.losses import identity_loss, region_loss, triplet_loss
@@ -28,7 +29,7 @@ def run(request):
     """Calls a loss as it is, or compiled: run(loss, *arrays)."""
 
     def call(loss, *arrays):
-        return (jax.jit(loss) if request.param == "jit" else loss)(*map(jnp.asarray, arrays))
+        return (optimized(loss) if request.param == "jit" else loss)(*map(jnp.asarray, arrays))
 
     return call
 
@@ -682,7 +683,7 @@ def test_losses_over_two_devices_see_the_whole_batch():
         return [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in arrays]
 
     logits, names, shown = identity_batch(20, images=8)
-    total, count = jax.jit(identity_loss)(*shard(logits, names, shown))
+    total, count = optimized(identity_loss)(*shard(logits, names, shown))
     expected_total, expected_count = reference_identity_loss(logits, names, shown)
     np.testing.assert_allclose(total, expected_total, **FLOAT32)
     np.testing.assert_array_equal(count, expected_count)
@@ -690,7 +691,7 @@ def test_losses_over_two_devices_see_the_whole_batch():
     features, identity, visible = triplet_batch(20)
     identity = np.tile(np.arange(7), 2).astype(np.int32)  # every positive lies on the other device
     expected_total, expected_count, expected = reference_triplet_loss(features, identity, shared(visible), 1.0)
-    (total, count), gradient = jax.jit(TRIPLET_AND_GRADIENT)(*shard(features, identity, visible))
+    (total, count), gradient = optimized(TRIPLET_AND_GRADIENT)(*shard(features, identity, visible))
     assert expected_count > 0
     np.testing.assert_allclose(total, expected_total, **FLOAT32)
     np.testing.assert_allclose(gradient, expected, **FLOAT32)

@@ -45,6 +45,16 @@ def shrunk(file: str, **changes) -> ConfigDict:
     return config
 
 
+def optimized(function):
+    """jax.jit as users have it: XLA has miscompiled reductions that it optimizes (jax#39103)."""
+    options = {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+        "xla_cpu_use_fusion_emitters": True,
+    }
+    return jax.jit(function, compiler_options=options)
+
+
 class Given(nn.Module):
     """A backbone for tests: its feature map is the image itself, times a parameter."""
 

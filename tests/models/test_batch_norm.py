@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import fill
+from tiny import fill, optimized
 
 from vpm_jax.models.batch_norm import BatchNorm, channel_sum, spread
-
-pytestmark = pytest.mark.usefixtures("optimized")
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 SHAPES = [(4, 16, 8, 3), (2, 12, 5, 3), (1, 1, 1, 2), (6, 7, 6, 1)]
@@ -33,10 +31,10 @@ def sample(shape, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sum_and_spread_are_each_others_gradient(float64, shape):
     x, g = sample(shape)
-    total, back = jax.vjp(jax.jit(channel_sum), x)
+    total, back = jax.vjp(optimized(channel_sum), x)
     np.testing.assert_allclose(total, x.sum((0, 1, 2)), **EXACT)
     np.testing.assert_array_equal(back(g[0, 0, 0])[0], np.broadcast_to(g[0, 0, 0], shape))
-    wide, back = jax.vjp(jax.jit(partial(spread, shape=shape)), x[0, 0, 0])
+    wide, back = jax.vjp(optimized(partial(spread, shape=shape)), x[0, 0, 0])
     np.testing.assert_array_equal(wide, np.broadcast_to(x[0, 0, 0], shape))
     np.testing.assert_allclose(back(g)[0], g.sum((0, 1, 2)), **EXACT)
 
@@ -44,7 +42,7 @@ def test_sum_and_spread_are_each_others_gradient(float64, shape):
 def test_sum_keeps_the_digits_of_float32():
     x = np.random.default_rng(1).uniform(0, 1, size=(4, 96, 32, 8)).astype(np.float32)
     exact = x.astype(np.float64).sum((0, 1, 2))
-    assert np.abs(jax.jit(channel_sum)(x) / exact - 1).max() < 3e-7
+    assert np.abs(optimized(channel_sum)(x) / exact - 1).max() < 3e-7
 
 
 def reference(x, g, scale, bias, epsilon):
@@ -76,12 +74,12 @@ def test_training_mode(float64, shape, devices):
 
     if devices:
         halves = (a.reshape(2, -1, *shape[1:]) for a in (x, g))
-        y, by_x, by_params, updates = jax.jit(jax.vmap(gradients, axis_name="data"))(*halves)
+        y, by_x, by_params, updates = optimized(jax.vmap(gradients, axis_name="data"))(*halves)
         y, by_x = y.reshape(shape), by_x.reshape(shape)
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[1]), (by_params, updates))
         by_params, updates = jax.tree.map(lambda leaf: leaf[0], (by_params, updates))
     else:
-        y, by_x, by_params, updates = jax.jit(gradients)(x, g)
+        y, by_x, by_params, updates = optimized(gradients)(x, g)
 
     expected, expected_gradients = reference(x, g, params["scale"], params["bias"], 1e-3)
     np.testing.assert_allclose(y, expected, **EXACT)
@@ -94,7 +92,7 @@ def test_training_mode(float64, shape, devices):
 def test_variance_survives_a_large_mean():
     x = sample((2, 16, 8, 4))[0] * 0.5 + 3000
     net = BatchNorm(train=True)
-    y, _ = jax.jit(net.init_with_output)(jax.random.key(0), x.astype(np.float32))
+    y, _ = optimized(net.init_with_output)(jax.random.key(0), x.astype(np.float32))
     x = x.astype(np.float32).astype(np.float64)
     expected, _ = reference(x, 0 * x, 1, 0, 1e-5)
     assert np.abs(y - expected).max() < 1e-3  # of E[x^2] - E[x]^2 no digit would be left
@@ -107,6 +105,6 @@ def test_variables_and_eval_mode_are_those_of_flax(dtype):
     shapes = [jax.eval_shape(module.init, jax.random.key(0), x) for module in (net, flax)]
     assert shapes[0] == shapes[1]
     variables = fill(shapes[0])
-    got, expected = (jax.jit(module.apply)(variables, x) for module in (net, flax))
+    got, expected = (optimized(module.apply)(variables, x) for module in (net, flax))
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=1e-5, atol=1e-5)
