@@ -50,7 +50,7 @@ def test_the_model_says_what_its_network_computes(run, model, described):
     features = np.asarray(out["region_features"], np.float64)
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     np.testing.assert_allclose(described.features, features, atol=1e-5)
-    np.testing.assert_allclose(described.visibility, out["visibility"], rtol=1e-5)
+    np.testing.assert_allclose(described.visibility, out["visibility"], rtol=1e-4)
     np.testing.assert_allclose(described.region_maps, out["probability"], atol=1e-6)
     np.testing.assert_allclose(described.region_maps.sum(axis=(1, 2)), described.visibility, rtol=1e-5)
     assert {x.dtype for x in vars(described).values()} == {np.dtype(np.float32)}
@@ -59,8 +59,8 @@ def test_the_model_says_what_its_network_computes(run, model, described):
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 64])
 def test_neither_batch_nor_padding_changes_anything(model, described, batch):
-    assert_equal(model(list(PICTURES), batch=batch), described, 1e-6)
-    assert_equal(model.features(PICTURES[:1], batch=batch), described[0], 1e-6)
+    assert_equal(model(list(PICTURES), batch=batch), described, 1e-5)
+    assert_equal(model.features(PICTURES[:1], batch=batch), described[0], 1e-5)
 
 
 def test_iterators_are_read_as_they_are_used(model, described):
@@ -155,15 +155,16 @@ def test_any_size_and_grey(model, shape):
         (Image.new("RGB", (0, 9)), "image 1 has 9 x 0 pixels"),
         ("/dev/null", "/dev/null is a pipe or a device"),
         (Image.new("F", (9, 9)), "image 1 has more than 16 bits per channel"),
-        (Image.new("1", (30000, 30000)), "expected at most 89,478,485"),
-        (encode(Image.new("1", (30000, 30000))), "expected at most 89,478,485"),
-        (encode(Image.new("1", (10000, 10000))), "expected at most 89,478,485"),
-        (encode(Image.new("L", (10000, 10000)), "JPEG"), "image 1 has 10000 x 10000 pixels"),
+        # Made in the test alone: they take gigabytes.
+        (lambda: Image.new("1", (30000, 30000)), "expected at most 89,478,485"),
+        (lambda: encode(Image.new("1", (30000, 30000))), "expected at most 89,478,485"),
+        (lambda: encode(Image.new("1", (10000, 10000))), "expected at most 89,478,485"),
+        (lambda: encode(Image.new("L", (10000, 10000)), "JPEG"), "image 1 has 10000 x 10000 pixels"),
     ],
 )
 def test_what_is_no_image_is_one_sentence_that_names_it(model, bad, sentence):
     with pytest.raises(UserError) as error:
-        model([PICTURES[0], bad])
+        model([PICTURES[0], bad() if callable(bad) else bad])
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 

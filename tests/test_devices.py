@@ -27,8 +27,8 @@ def check(rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("recipe, kind", [("market", "pmap"), ("market_released", "jit")])
-def test_ten_steps_on_eight_devices(recipe, kind):
-    rows = compare("--recipes", recipe, "--kinds", kind, "--devices", "8")
+def test_a_few_steps_on_eight_devices(recipe, kind):
+    rows = compare("--steps", "4", "--recipes", recipe, "--kinds", kind, "--devices", "8")
     check(rows)
     assert [(row["recipe"], row["kind"], row["devices"]) for row in rows] == [(recipe, kind, 8)]
 

@@ -130,6 +130,8 @@ def test_tables_of_results_are_current():
         assert tables["rewrite"](page.read_text()) == page.read_text(), "run python docs/results/tables.py"
 
 
+# Examples leave it to Python to close their files.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_marked_examples_run(page, whole, tmp_path, monkeypatch):
     """In order, on a tiny trained model and five made-up pictures."""

@@ -75,7 +75,8 @@ def test_region_maps(tmp_path, figures, count, grid):
         expected = overlay(images[index], prob[index], grid[1], height=512)
         np.testing.assert_array_equal(under.images[0].get_array(), expected)
         assert plain.get_title(loc="left") == captions[index]
-    assert Image.open(tmp_path / "regions.png").size[0] == 444 * min(count, 4) + 192
+    with Image.open(tmp_path / "regions.png") as image:
+        assert image.size[0] == 444 * min(count, 4) + 192
 
 
 def test_region_maps_names_the_shapes():

@@ -228,7 +228,8 @@ def test_own_images_train_as_the_dataset_they_are(own_images, whole, pedestrians
 
 
 def test_without_cameras_nothing_is_dropped(own_images, whole, tmp_path):
-    rows = [row[:2] + row[3:] for row in csv.reader(own_images.open(newline="")) if row[3] != "train"]
+    with own_images.open(newline="") as file:
+        rows = [row[:2] + row[3:] for row in csv.reader(file) if row[3] != "train"]
     path = tmp_path / "nocameras.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -34,7 +34,8 @@ def test_gamma_curves(tmp_path, figures):
     assert curves(panel(figures[0], "mAP"))["VPM"] == ([0.5, 1.0], [0.1, 0.5])
     assert "chance (1%)" in curves(panel(figures[0], "rank-1"))
     assert "chance (1%)" not in curves(panel(figures[0], "mAP"))
-    assert Image.open(tmp_path / "gamma.png").size == (1376, 624)
+    with Image.open(tmp_path / "gamma.png") as image:
+        assert image.size == (1376, 624)
     plots.gamma_curves(tmp_path / "gamma.svg", results, "a recipe")
     assert "<svg" in (tmp_path / "gamma.svg").read_text()[:2000]
 
@@ -122,7 +123,8 @@ def test_training_curves(tmp_path, figures):
     assert "comparable" not in curves(accuracy)
     assert list(figures[0].axes[2].get_xticks()) == [0, 1, 2, 3]
     assert figures[0].get_suptitle().startswith("a run\n3 steps, 40 images/s (median)")
-    assert Image.open(tmp_path / "training.png").size == (1400, 896)
+    with Image.open(tmp_path / "training.png") as image:
+        assert image.size == (1400, 896)
 
 
 def test_training_curves_of_little(tmp_path, figures):

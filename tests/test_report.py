@@ -61,7 +61,9 @@ def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
     run(whole, "--figure", tmp_path / "named.pdf", "--query", "0010_c1s1_001576_01.jpg", "--gamma", "1")
     with pytest.raises(UserError, match=r"--query none\.jpg: 0 of the 8 queries"):
         run(whole, "--figure", tmp_path / "no.png", "--query", "none.jpg")
-    assert Image.open(tmp_path / "best.png").mode == "P" and (tmp_path / "named.pdf").read_bytes().startswith(b"%PDF")
+    with Image.open(tmp_path / "best.png") as image:
+        assert image.mode == "P"
+    assert (tmp_path / "named.pdf").read_bytes().startswith(b"%PDF")
     pictures = [axes for axes in figures[0].axes if axes.images]
     assert len(pictures) == 2 + 4
     said = [text.get_text() for text in figures[0].texts]

@@ -83,13 +83,13 @@ time.sleep(60)
     command = [LAUNCH / "local.sh", "2", sys.executable, "-c", program]
     # What a shell starts in the background ignores Ctrl-C, as do its children, and no shell can trap what it ignores.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-    process.send_signal(number)
-    assert process.stdout.read() == "saved\n" * 2
-    assert process.wait() == 143
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGINT, before)
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        process.send_signal(number)
+        assert process.stdout.read() == "saved\n" * 2
+    assert process.returncode == 143
 
 
 @pytest.mark.parametrize("arguments", [(), ("2",), ("no", "command"), ("0", "true")])
