@@ -203,6 +203,26 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert process.stderr == ""
 
 
+def test_the_work_goes_on_when_nobody_reads(tmp_path):
+    program = "from pathlib import Path; from vpm_jax import cli\n"
+    program += f"def main():\n for _ in range(100000): print('line')\n Path({str(tmp_path / 'result')!r}).touch()\n"
+    process = subprocess.Popen([sys.executable, "-c", program + "cli.run(main)"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "result").exists()
+
+
+def test_a_closed_terminal_and_other_encodings_end_no_command(tmp_path):
+    controller, terminal = os.openpty()
+    os.close(controller)
+    with open(terminal, "w") as closed, cli.unfailing(closed) as stream:
+        print("line", file=stream)
+    with open(tmp_path / "file", "w", encoding="ascii") as file, cli.unfailing(file) as stream:
+        print("Zo\xeb \udcff", file=stream)
+    assert (tmp_path / "file").read_bytes() == b"Zo\\xeb \\udcff\n"
+
+
 def test_disk_trouble_is_found_in_what_libraries_make_of_it():
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped = RuntimeError("the writer failed")

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
-from vpm_jax.errors import UserError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpm_jax.errors import UserError, printable
 
 
 def test_an_error_has_a_code_wherever_it_goes():
     assert UserError("No.").code == "user-error" and str(UserError()) == ""
     error = pickle.loads(pickle.dumps(UserError("No.", code="no-run")))  # loader processes send theirs
     assert (str(error), error.code) == ("No.", "no-run")
+
+
+@given(st.text(st.characters(exclude_categories=())))  # surrogates too, which stand for bytes that are not UTF-8
+def test_any_name_can_be_shown(name):
+    shown = printable(name)
+    assert shown.encode("utf-8").decode() == shown
+    assert str(UserError(name)) == shown
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        assert "\\" in shown
+    else:
+        assert shown == name
+
+
+def test_a_byte_of_a_name_is_shown_as_that_byte():
+    assert printable(os.fsdecode(b"Zo\xeb.png")) == "Zo\\xeb.png"

@@ -119,7 +119,7 @@ def test_the_command(tmp_path, capsys):
     assert len(read.data.gamma) == 11 and read.recipe.endswith("-transductive")
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["path"] for row in rows] == ["a.jpg", "below/b.png", "?.png"]
+    assert [row["path"] for row in rows] == ["a.jpg", "below/b.png", "\\xff.png"]
     assert all(0 <= float(row["top"]) < float(row["bottom"]) <= 1 for row in rows)
 
     (folder / "c.jpg").write_text("no picture")

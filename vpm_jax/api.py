@@ -132,7 +132,7 @@ class VPM:
 
         again, beside = "export it again with python -m vpm_jax.export", sidecar(path)
         try:
-            about = json.loads(beside.read_text())
+            about = json.loads(beside.read_text(encoding="utf-8"))
             digest, config = about["sha256"], json.dumps(about["config"])
             fingerprint, source = str(about["fingerprint"]), str(about["source"])
             data = path.read_bytes()

@@ -6,14 +6,16 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import inspect
+import io
 import logging
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ml_collections import ConfigDict
 
@@ -28,11 +30,12 @@ OVERRIDES = f"--config.KEY=VALUE sets any of {in_words(keys_with(EVALUATE))}: {L
 def run(main: Callable[[], Any]) -> None:
     """Runs a command. An error the user can fix becomes one sentence on stderr and exit code 1."""
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, unfailing(stream))
     try:
         sys.exit(main() or 0)
-    except BrokenPipeError:  # as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails too
-        sys.exit(1)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -40,6 +43,27 @@ def run(main: Callable[[], Any]) -> None:
         _fail(sentence)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "Interrupted.", code=130)
+
+
+def unfailing(stream: TextIO) -> TextIO:
+    """A stream that prints where `stream` does and never ends a command.
+
+    It escapes what the encoding lacks, and drops everything once nobody reads it, as in `... | head`.
+    """
+    file = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    buffered = bool(getattr(stream, "line_buffering", True))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=buffered)
+
+
+class _Output(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
 
 
 def explain(error: BaseException) -> str | None:

@@ -1,12 +1,19 @@
-"""UserError, and explaining disk errors in words."""
+"""UserError, names as text, and explaining disk errors in words."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def printable(text: object) -> str:
+    """The text with bytes of file names that are not UTF-8 as backslash escapes, since they cannot be encoded."""
+    escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", str(text))
+    return escaped.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(Exception):
@@ -16,8 +23,14 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", *, code: str = "user-error"):
-        super().__init__(sentence)
+        super().__init__(printable(sentence))
         self.code = code  # names the problem for programs, which should not depend on the wording
+
+
+def check_utf8(folder: Path, need: str) -> None:
+    """Raises UserError unless the absolute path of the folder is UTF-8; `need` names what needs it."""
+    if printable(folder.absolute()) != str(folder.absolute()):
+        raise UserError(f"The path {folder.absolute()} is not UTF-8, which {need} need: choose another folder.")
 
 
 _DISK = {

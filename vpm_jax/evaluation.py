@@ -371,7 +371,7 @@ def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None
         return [record.get(key) for key in ("protocol", "match")] + list(record.get("gammas", ()))
 
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        earlier = json.loads((output / f"{name}.json").read_text())
+        earlier = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
         if setting(earlier) != setting(json.loads(json.dumps(record))):
             kept = next(f"{name}-{n}" for n in itertools.count(1) if not (output / f"{name}-{n}.json").exists())
             for suffix in (".json", ".md"):

@@ -65,7 +65,7 @@ def compilation_cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         kind += repr(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return Path(root) / "vpm_jax" / f"xla-{zlib.crc32(kind.encode()):08x}"
 

@@ -361,7 +361,7 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
       ValueError: if the file holds no line with a step.
     """
     lines = {}
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # cut short by a kill

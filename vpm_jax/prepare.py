@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         except UserError as error:
             damaged.append(str(error))
 
-    arrayrecord.write(dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images"), inspect)
+    arrayrecord.write(
+        dataset, output, lambda images, name: tqdm(images, desc=f"{name:>7}", unit=" images", disable=None), inspect
+    )
     print(f"Prepared {folder} in {time.monotonic() - start:.1f} s ({_sizes(dataset)}).")
     if len(dataset.train):
         holdout = "" if len(dataset.query) else " --config.data.holdout_identities=N"

@@ -98,14 +98,16 @@ def results(workdir: Path, config: ConfigDict) -> str:
         )
     body = ""
     for path in evaluations:
-        body += gamma_plot(path.with_suffix(".json"), config) + html.markdown(path.read_text(errors="replace"))
+        body += gamma_plot(path.with_suffix(".json"), config) + html.markdown(
+            path.read_text(encoding="utf-8", errors="replace")
+        )
     return html.section("Results", body)
 
 
 def gamma_plot(path: Path, config: ConfigDict) -> str:
     """Rank-1 and mAP against gamma of an evaluation.json; "" if it has no gammas."""
     try:
-        evaluation = json.loads(path.read_text())
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
         curve = {
             float(gamma): {"rank-1": float(scores["cmc"][0]), "mAP": float(scores["mAP"])}
             for gamma, scores in evaluation["gammas"].items()

@@ -101,7 +101,7 @@ def read(source: str, seed: str = "*", test: str = "") -> dict[int, dict[str, An
         files = [RESULTS / source / f"evaluation{f'-{test}' * bool(test)}.json"]
     else:
         files = sorted((RESULTS / "runs").glob(f"{source}{f'-on-{test}' * bool(test)}-seed{seed}.json"))
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     return {result["seed"]: result for result in results}
 
 
@@ -186,6 +186,6 @@ def rewrite(text: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        before = page.read_text()
-        page.write_text(after := rewrite(before))
+        before = page.read_text(encoding="utf-8")
+        page.write_text(after := rewrite(before), encoding="utf-8")
         print(f"{page}: {'unchanged' if after == before else 'rewritten'}")

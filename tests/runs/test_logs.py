@@ -32,6 +32,12 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_names_that_are_not_utf8_are_written_in_any_locale(tmp_path):
+    path = tmp_path / "a.md"
+    write_atomically(path, "Zo\xeb " + os.fsdecode(b"\xff.png"))
+    assert path.read_bytes() == b"Zo\xc3\xab \\xff.png"
+
+
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
     path = tmp_path / "a.json"
     with replacing(path) as one, replacing(path) as other:

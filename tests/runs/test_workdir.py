@@ -210,6 +210,8 @@ def test_where_nothing_can_be_written_no_run_begins(tmp_path):
     with raises("bad-output"):
         find_run(tmp_path / "file" / "run", resume=True)
     assert find_run(tmp_path / "new" / "run", resume=True) == (None, False)
+    with pytest.raises(UserError, match=r"The path .*\\xff is not UTF-8, which checkpoints need: choose another"):
+        find_run(tmp_path / os.fsdecode(b"\xff"), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -529,7 +529,9 @@ def test_what_cannot_be_written_is_said_before_anything_is(folder, indexed, tmp_
     assert not (tmp_path / "good").exists()
 
 
-def test_names_that_are_no_text_are_printed(indexed, folder, capsys):
-    assert ranking.printable(os.fsdecode(b"\xff.png")) == "?.png"
-    assert search.main(["query", str(folder / os.fsdecode(b"\xff.png")), "--index", str(indexed)]) == 0
-    capsys.readouterr().out.encode()
+def test_names_that_are_not_text_are_shown(indexed, folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    query = ["query", str(folder / os.fsdecode(b"\xff.png")), "--index", str(indexed), "--html", str(page)]
+    assert search.main(query) == 0
+    assert "\\xff.png" in capsys.readouterr().out.encode().decode()
+    assert "\\xff.png" in page.read_text(encoding="utf-8")

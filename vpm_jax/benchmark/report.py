@@ -86,7 +86,7 @@ def hardware(device: str = "") -> str:
     """JAX's device, and the processor with the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass

@@ -260,7 +260,7 @@ def from_json(text: str, source: str) -> ConfigDict:
 def read(workdir: Path) -> ConfigDict | None:
     """The resolved config of the run in a workdir, None without a run. Raises UserError as `from_json` does."""
     file = workdir / "config.json"
-    return from_json(file.read_text(errors="replace"), str(file)) if file.is_file() else None
+    return from_json(file.read_text(encoding="utf-8", errors="replace"), str(file)) if file.is_file() else None
 
 
 def changed_keys(saved: ConfigDict, now: ConfigDict) -> list[str]:

@@ -24,7 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.errors import UserError, disk_trouble
+from vpm_jax.errors import UserError, check_utf8, disk_trouble
 
 VERSION = "1.0.0"
 INDEX = "index.json"
@@ -69,7 +69,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         for name, split in splits.items():
             camera = None if split.camera is None else split.camera.tolist()
             index[name] = dict(names=split.names, identity=split.identity.tolist(), camera=camera)
-        (Path(self.data_dir) / INDEX).write_text(json.dumps(index))
+        (Path(self.data_dir) / INDEX).write_text(json.dumps(index), encoding="utf-8")
         return {name: self._generate_examples(split) for name, split in splits.items() if len(split)}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -104,6 +104,7 @@ def write(
       UserError: for an image that cannot be read, or an output that cannot be written.
     """
     folder = folder_of(output, dataset.name)
+    check_utf8(folder, "ArrayRecord files")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # TFDS requires a folder for downloads, and prints sizes that it does not know.
@@ -113,7 +114,7 @@ def write(
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        trouble = disk_trouble(error) or f"{_line(error)}: free some space or choose another output"
+        trouble = disk_trouble(error) or f"{_line(error)}: choose another output"
         raise UserError(f"{folder} could not be written and was removed: {trouble}.") from error
     return folder
 
@@ -124,9 +125,10 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
     Raises:
       UserError: if the folder has another dataset or is damaged.
     """
+    check_utf8(folder, "ArrayRecord files")
     _open.cache_clear()  # the folder may have been prepared again since this process last read it
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         splits = {}
         for split in SPLITS:
             if split == "multi_query" and split not in index:

@@ -18,7 +18,7 @@ import numpy as np
 from vpm_jax.data.datasets import DATASETS, Entry, Layout
 from vpm_jax.data.decode import SUFFIXES
 from vpm_jax.data.files import ARCHIVE_SUFFIXES, FolderTree, Tree, ZipTree, below, open_zip
-from vpm_jax.data.split import Listing, Reader, number_identities, printable, some
+from vpm_jax.data.split import Listing, Reader, number_identities, some
 from vpm_jax.errors import UserError
 
 PREPARED = "dataset_info.json"  # which TFDS writes into a prepared dataset
@@ -238,8 +238,8 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
     if len(others) > len(kept) + len(unusable):
         raise UserError(
             f"{tree.where} has {len(others):,} of {len(others) + len(kept) + len(unusable):,} images in {folder} that "
-            f"are not named {layout.example}: {printable(([k[0] for k in kept] + unusable)[0])} is, "
-            f"{printable(others[0])} is not; {_RENAME}."
+            f"are not named {layout.example}: {([k[0] for k in kept] + unusable)[0]} is, "
+            f"{others[0]} is not; {_RENAME}."
         )
     _check_folders(tree, kept)
     names, identity, *camera = zip(*kept, strict=True) if kept else ((), ())
@@ -257,9 +257,9 @@ def _check_folders(tree: Tree, kept: list[tuple]) -> None:
             same_folder = by_folder.setdefault(int(folder), (identity, name))
             same_identity = by_identity.setdefault(identity, (int(folder), name))
             if same_folder[0] != identity or same_identity[0] != int(folder):
-                other = printable(same_folder[1] if same_folder[0] != identity else same_identity[1])
+                other = same_folder[1] if same_folder[0] != identity else same_identity[1]
                 raise UserError(
-                    f"{tree.where} has {other} and {printable(name)}, whose folders and names disagree about the "
+                    f"{tree.where} has {other} and {name}, whose folders and names disagree about the "
                     f"identity; expected the identity at the start of each name: {_RENAME}."
                 )
 
@@ -309,7 +309,7 @@ def _rows(tree: Tree, name: str, layout: Layout) -> Iterator[tuple[str, int, int
         camera = layout.name.match(_base(image))
         if not identity.isdecimal() or not camera:
             raise UserError(
-                f"Line {line} of {name} ({tree.where[0].lower()}{tree.where[1:]}) is {printable(text.strip())!r}, "
+                f"Line {line} of {name} ({tree.where[0].lower()}{tree.where[1:]}) is {text.strip()!r}, "
                 f"expected a path and an identity, with images named {layout.example}."
             )
         yield image.strip(), int(identity), int(camera[1])
@@ -333,8 +333,8 @@ def _by_folders(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[di
         with_camera = [match is not None for match in tests]
         raise UserError(
             f"{tree.where} has images with a camera in their names, such as "
-            f"{printable(names[with_camera.index(True)])}, and others without, such as "
-            f"{printable(names[with_camera.index(False)])}: {_RENAME}."
+            f"{names[with_camera.index(True)]}, and others without, such as "
+            f"{names[with_camera.index(False)]}: {_RENAME}."
         )
     listings = {}
     for split, (images, ignored, unusable) in contents.items():
@@ -367,7 +367,7 @@ def list_distractors(path: Path) -> tuple[Reader, Listing]:
     for name, match in zip(names, matches, strict=True):
         if match and int(match[1]) > 0:
             raise UserError(
-                f"{path} (config.data.distractors) contains {printable(name)}, named like an image of a person: "
+                f"{path} (config.data.distractors) contains {name}, named like an image of a person: "
                 "expected only distractors."
             )
     camera = np.array([int(match[2]) if match else 0 for match in matches], np.int32)

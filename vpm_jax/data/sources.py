@@ -17,8 +17,8 @@ from vpm_jax.data import folders, synthetic, table
 from vpm_jax.data.datasets import DATASETS, TITLES
 from vpm_jax.data.files import FolderReader
 from vpm_jax.data.folders import Place
-from vpm_jax.data.split import Dataset, Listing, Reader, Split, join, printable, some
-from vpm_jax.errors import UserError
+from vpm_jax.data.split import Dataset, Listing, Reader, Split, join, some
+from vpm_jax.errors import UserError, printable
 
 _FLAGS = "--config.data.root (evaluate and benchmark data: --root, prepare: --source)"
 
@@ -211,9 +211,9 @@ def _synthetic_place(config_data: ConfigDict, root: Path) -> Place:
 
 
 def _show_rendering(done: int, total: int) -> None:
-    if done % 50 == 0 or done == total:
-        end = "\n" if done == total else ""
-        print(f"\rRendering synthetic pedestrians: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+    if done == total or (done % 50 == 0 and sys.stderr.isatty()):
+        start, end = "\r" * sys.stderr.isatty(), "\n" * (done == total)
+        print(f"{start}Rendering synthetic pedestrians: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
 
 
 def _file_splits(place: Place, config_data: ConfigDict, notes: list[str], preparing: bool) -> dict[str, Split]:

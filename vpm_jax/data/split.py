@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vpm_jax.errors import printable
+
 
 class Reader(Protocol):
     """Reads one image of a source, by its name or its position there. Must pickle."""
@@ -133,11 +135,6 @@ def number(texts: Collection[str], start: int) -> dict[str, int]:
 def number_identities(texts: Collection[str]) -> dict[str, int]:
     """Numbers identities from 1 with `number`. Junk, "-1", stays -1."""
     return number(set(texts) - {"-1"}, 1) | {"-1": -1}
-
-
-def printable(text: str) -> str:
-    """The text with undecodable bytes of file names as backslash escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def some(names: Sequence[str]) -> str:

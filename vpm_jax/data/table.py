@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpm_jax.data.split import Listing, number, number_identities, printable
+from vpm_jax.data.split import Listing, number, number_identities
 from vpm_jax.errors import UserError
 
 COLUMNS = ("path", "identity", "camera", "split")
@@ -219,4 +219,4 @@ def _cameras(path: Path, rows: list[_Row]) -> np.ndarray | None:
 
 
 def _error(path: Path, line: int, problem: str, advice: str) -> UserError:
-    return UserError(printable(f"Line {line} of {path}: {problem}; {advice}."))
+    return UserError(f"Line {line} of {path}: {problem}; {advice}.")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 @cache
 def _multiplies_bfloat16() -> bool:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             return "avx512_bf16" in file.read()
     except OSError:  # not Linux
         return False

@@ -191,7 +191,7 @@ def read_tfjs(folder: Path, advice: str) -> tuple[dict[str, dict], dict[str, np.
     Raises UserError if a file is missing, truncated or damaged, or a tensor is not float32.
     """
     try:
-        model = json.loads((folder / "model.json").read_text())
+        model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         layers = {layer["config"]["name"]: layer["config"] for layer in _layers(model)}
         groups = [([str(p) for p in group["paths"]], list(group["weights"])) for group in model["weightsManifest"]]
         entries = [(str(w["name"]), tuple(w["shape"]), w["dtype"], "quantization" in w) for _, ws in groups for w in ws]

@@ -290,7 +290,7 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     from vpm_jax.schedule import schedule
 
     workdir = workdirs / run.name
-    evaluation = json.loads((workdir / f"evaluation{f'-{run.test}' * bool(run.test)}.json").read_text())
+    evaluation = json.loads((workdir / f"evaluation{f'-{run.test}' * bool(run.test)}.json").read_text(encoding="utf-8"))
     if run.of is not None:
         return results.record(run, evaluation, {}, images=0, seconds=0.0, rate=0.0)
     config = config_lib.read(workdir)

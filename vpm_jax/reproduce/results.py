@@ -36,7 +36,7 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         saved = {key: value for key, value in result["config"].items() if key not in RETIRED}
         needed = {"protocols" if run.test else "gammas", "images", "seconds", "hardware", "protocol"}
         if absent := needed - set(result):
@@ -122,7 +122,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     results = []
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(ValueError, OSError):
-            results.append(json.loads(path.read_text()))
+            results.append(json.loads(path.read_text(encoding="utf-8")))
     return [result for result in results if isinstance(result, dict) and "images_per_second" in result]
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vpm_jax.errors import UserError, disk_trouble, writing
+from vpm_jax.errors import UserError, check_utf8, disk_trouble, writing
 from vpm_jax.runs import hosts
 
 _DAMAGED = ": it is damaged."
@@ -74,11 +74,12 @@ class Checkpoints:
       latest: the newest step, None without checkpoints. `restore` without a step sets it to the restored one.
 
     Raises:
-      UserError: if the folder cannot be created.
+      UserError: if the folder cannot be created, or its path is not UTF-8.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
         _hush_libraries()
+        check_utf8(workdir, "checkpoints")
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._first, self._writes = hosts.is_first(), keep > 0
         if self._first:

@@ -179,7 +179,7 @@ def _place() -> str:
     """Equal for processes that can see each other: the same boot of the same host, in the same container."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        names.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
         names.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(names)
 
@@ -193,6 +193,6 @@ def _started(pid: int) -> str | None:
     except PermissionError:  # a process of another user
         pass
     with contextlib.suppress(OSError, ValueError, IndexError):
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]  # a zombie counts as dead; field 18 is in clock ticks since boot
     return "unknown"  # alive, on a system without /proc

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vpm_jax.errors import UserError, no_writing, writing
+from vpm_jax.errors import UserError, no_writing, printable, writing
 
 
 @contextlib.contextmanager
@@ -46,9 +46,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written. Raises as `replacing` does."""
+    """Writes a text file, as UTF-8, that is never seen half-written. Raises as `replacing` does."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(printable(text), encoding="utf-8")
 
 
 class Records:
@@ -65,7 +65,7 @@ class Records:
     def __init__(self, path: Path, step: int = 0):
         self.path, self.last = path, 0
         if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             self.last = int(max(map(_step_of, kept), default=0))
             write_atomically(path, "".join(line + "\n" for line in kept))
@@ -135,7 +135,7 @@ class Wandb:
             self._run = wandb.init(
                 project=project,
                 name=workdir.resolve().name,
-                id=file.read_text().strip(),
+                id=file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(workdir),
                 config=dict(config),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, check_utf8
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
 from vpm_jax.runs.locks import Lock
@@ -24,6 +24,7 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
       UserError: for a run that must not be resumed or has lost its config, or a workdir that cannot be written.
     """
     cli.check_folder("--workdir", workdir)
+    check_utf8(workdir, "checkpoints")
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
         return None, False
     saved = config_lib.read(workdir)

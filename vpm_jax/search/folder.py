@@ -19,7 +19,6 @@ from vpm_jax.description import Description
 from vpm_jax.errors import UserError
 from vpm_jax.regions import UNCUT, GalleryCrop
 from vpm_jax.runs.logs import Progress
-from vpm_jax.search.ranking import printable
 from vpm_jax.search.store import Entry
 
 IMAGES = decode.SUFFIXES
@@ -83,7 +82,7 @@ def describe(
                 for entry, image in zip(chunk, pool.map(read, chunk), strict=True):
                     if isinstance(image, UserError):
                         progress.total -= 1
-                        print(f"skipped: {printable(image)}", file=sys.stderr)
+                        print(f"skipped: {image}", file=sys.stderr)
                     else:
                         ready.append(entry)
                         yield image

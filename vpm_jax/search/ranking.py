@@ -11,7 +11,7 @@ import numpy as np
 from vpm_jax import api, html
 from vpm_jax.api import VPM
 from vpm_jax.description import Description, route
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, printable
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.overlay import LOW_WEIGHT
 from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid
@@ -114,11 +114,6 @@ def _results(model: VPM, store: Store, queries: Description, top: int, root: Pat
 def region_numbers(mask: np.ndarray) -> str:
     """The true regions of a mask [P], such as "0 1 2"."""
     return " ".join(str(i) for i in np.flatnonzero(mask)) or "none"
-
-
-def printable(text: object) -> str:
-    """A file name without surrogates, which cannot be printed or written."""
-    return str(text).encode(errors="replace").decode()
 
 
 def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class Store:
 def _read_about(folder: Path) -> About:
     path = folder / "store.json"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no feature store (no store.json): create one with python -m vpm_jax.search index."
