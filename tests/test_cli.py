@@ -64,7 +64,7 @@ def test_an_override_is_read_as_the_type_it_replaces(key, text, value, form):
         ("--config.optim.nesterov=1", "expected true or false"),
         ("--config.model.grid=(a,b)", "expected numbers in brackets, such as (6, 1)"),
         ("--config.model.grid=(4.5,1)", "(rows, cols)"),
-        ("--config.model.depth=20", "expected one of 18, 34, 50, 101"),
+        ("--config.model.depth=20", "expected one of 10, 18, 34, 50, 101"),
         ("--config.seed", "--config.seed has no value"),
         ("--config.eval", "--config.eval is a group of keys: set one of eval.batch, eval.crop, eval.every, "),
         (

@@ -179,7 +179,7 @@ def test_the_keys_are_listed(capsys, monkeypatch):
         ("model.width", 0, "at least 1"),
         ("model.width", 2.5, "expected int"),
         ("model.width", True, "expected int"),
-        ("model.depth", 19, "expected one of 18, 34, 50, 101"),
+        ("model.depth", 19, "expected one of 10, 18, 34, 50, 101"),
         ("model.head_dropout", 1.0, "from 0 to 0.99"),
         ("model.grid", (6,), "(rows, cols)"),
         ("model.grid", (0, 1), "(rows, cols)"),

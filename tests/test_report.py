@@ -121,7 +121,7 @@ def test_evaluations_of_any_kind_are_shown(tmp_path):
         (["--gamma", "nan"], "--gamma nan"),
         (["--queries", "0"], "--queries 0"),
         (["--top", "-1"], "--top -1"),
-        (["--config.model.depth=50"], "trained with another config (model.depth: 18 -> 50)"),
+        (["--config.model.depth=50"], "trained with another config (model.depth: 10 -> 50)"),
         (["--config.modle=50"], "no config key"),
     ],
 )

@@ -206,7 +206,7 @@ KEYS = (
     Key("data.synthetic.images_per_camera", 2, "images of each identity per camera", flags=PROTOCOL),
     Key("data.synthetic.cameras", 4, "number of synthetic cameras", flags=PROTOCOL),
     # ---- The network ----
-    Key("model.depth", 50, "layers of the ResNet", one_of(18, 34, 50, 101), FEATURES),
+    Key("model.depth", 50, "layers of the ResNet", one_of(10, 18, 34, 50, 101), FEATURES),
     Key("model.width", 64, "channels of the first stage's 3x3 convolutions", at_least(1), FEATURES),
     Key(
         "model.stem",

@@ -208,7 +208,7 @@ def test_cpu_time_is_of_one_thread(monkeypatch):
 
 @pytest.mark.slow  # compiles in processes of their own
 def test_step_runs(capsys):
-    config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=18"]
+    config = ["--config.model.width=4", "--config.data.height=64", "--config.data.width=32", "--config.model.depth=10"]
     main(["step", "--batch=8", "--rounds=2", "--steps=1", "--dtype=float32", "--config.model.grid=(3,1)", *config])
     assert "step float32: JAX" in capsys.readouterr().out
 

@@ -17,7 +17,7 @@ SHRUNK = {
     "pretrained": "none",
     "data.height": 64,
     "data.width": 32,
-    "model.depth": 18,
+    "model.depth": 10,
     "model.width": 4,
     "model.grid": (3, 1),
     "model.head_dim": 6,
@@ -36,7 +36,7 @@ def recipe(file: str, variant: str = "", **changes) -> ConfigDict:
 
 
 def shrunk(file: str, **changes) -> ConfigDict:
-    """configs/FILE.py with a ResNet-18 of width 4 on 64 x 32 images, of three regions and four identities."""
+    """configs/FILE.py with a ResNet-10 of width 4 on 64 x 32 images, of three regions and four identities."""
     config = recipe(file)
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     for key, value in (SHRUNK | changes).items():

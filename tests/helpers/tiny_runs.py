@@ -25,6 +25,7 @@ KEYS = {
     "pretrained": "none",
     "data.height": 32,
     "data.width": 16,
+    "model.depth": 10,
     "model.width": 4,
     "model.stem": "3x3",
     "model.strides": (1, 2, 2),

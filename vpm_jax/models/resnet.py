@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101 for re-ID (He et al., CVPR 2016), which returns every stage.
+"""ResNet-10/18/34/50/101 for re-ID (He et al., CVPR 2016), which returns every stage.
 
 The last stage may keep its resolution (`last_stride=1`), any width is allowed, and a bottleneck's stride is on its 3x3
 convolution (torchvision) or its first 1x1 (Caffe, Keras).
@@ -21,8 +21,8 @@ from vpm_jax.geometry import STEMS
 from vpm_jax.models import cpu
 from vpm_jax.models.batch_norm import BatchNorm
 
-STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-BOTTLENECK = {18: False, 34: False, 50: True, 101: True}
+STAGE_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BOTTLENECK = {10: False, 18: False, 34: False, 50: True, 101: True}
 
 # He et al., ICCV 2015, with fan-out: the initializer of torchvision's ResNet and of the released code.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
