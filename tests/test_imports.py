@@ -110,7 +110,7 @@ def test_no_module_imports_a_command(module):
         return  # they start the command
     others = [command for command in COMMANDS if not is_in(module, command)]
     commands = {name for name, _ in imports(module) if name in others}
-    assert commands <= ({"vpm_jax.convert"} if module == "vpm_jax.export" else set())
+    assert not commands
 
 
 def test_imports_inside_functions_have_a_reason():

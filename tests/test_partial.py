@@ -14,9 +14,8 @@ from partial_files import make, pack
 from plain_metrics import reference
 from tiny_runs import STEPS, rendered, saved_state, tiny_run
 
-from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial
+from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, training
 from vpm_jax import config as config_lib
-from vpm_jax import training as train
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
@@ -220,7 +219,7 @@ def own_images(pedestrians, whole, tmp_path_factory) -> Path:
 
 def test_own_images_train_as_the_dataset_they_are(own_images, whole, pedestrians, tmp_path):
     config = tiny_run(pedestrians, data__name="csv", data__root=str(own_images), eval__every=0)
-    assert train.train(config, tmp_path) == 0
+    assert training.train(config, tmp_path) == 0
     one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (whole, tmp_path))
     assert one["gammas"] == two["gammas"] and two["dataset"] == "csv"
     assert evaluate.main(["--workdir", str(tmp_path), "--output", str(tmp_path / "again")]) == 0
@@ -244,7 +243,7 @@ def test_without_cameras_nothing_is_dropped(own_images, whole, tmp_path):
 def test_datasets_for_testing_alone_train_nothing(pedestrians, tmp_path):
     make(tmp_path, "probe")
     with pytest.raises(UserError, match=r"no training images.*evaluate --workdir .* --dataset partial_ilids\."):
-        train.train(tiny_run(pedestrians, data__name="partial_ilids", data__root=str(tmp_path)), tmp_path / "run")
+        training.train(tiny_run(pedestrians, data__name="partial_ilids", data__root=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

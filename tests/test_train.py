@@ -18,8 +18,7 @@ from raising import raises
 from tiny_runs import STEPS, assert_same_run, records, rendered, saved_state, saved_steps, tiny_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import description, evaluation, parallel
-from vpm_jax import training as train
+from vpm_jax import description, evaluation, parallel, training
 from vpm_jax.config import flatten, set_key
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
@@ -32,14 +31,14 @@ from vpm_jax.step import make_feature_step
 
 def at_step(monkeypatch, number: int, act) -> None:
     """Calls act() while step `number` is under way."""
-    add = train.Window.add
+    add = training.Window.add
 
     def and_act(self, steps, metrics):
         add(self, steps, metrics)
         if steps == number:
             act()
 
-    monkeypatch.setattr(train.Window, "add", and_act)
+    monkeypatch.setattr(training.Window, "add", and_act)
 
 
 def test_a_run_leaves_what_its_reader_needs(whole):
@@ -86,7 +85,7 @@ def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedes
         at_step(
             patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)
         )  # neither a log record's step nor an epoch's end
-        assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+        assert training.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     out, err = capfd.readouterr()
     assert "Stopping after this step" in err
@@ -95,7 +94,7 @@ def test_stopped_in_an_epoch_and_continued_is_the_run_never_stopped(whole, pedes
     assert saved_steps(tmp_path / "run")[-1] == 5
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
-    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
     assert "after step 5 of" in capfd.readouterr().out
     assert_same_run(tmp_path / "run", whole)
 
@@ -109,7 +108,7 @@ def test_evaluations_compile_once(pedestrians, tmp_path, monkeypatch):
         return lambda *arguments: traced.append(1) or features(*arguments)
 
     monkeypatch.setattr(description, "make_feature_step", counted)
-    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
     assert len(records(tmp_path / "run", "evaluations.jsonl")) == 3
     assert len(traced) == 1
 
@@ -123,11 +122,11 @@ def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, 
 
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: patch.setattr(Status, "show", stop_at_the_first_batch))
-        assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+        assert training.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
     assert len(shown) == 1  # of the batches of an evaluation
     assert saved_steps(tmp_path / "run")[-1] == 7
     assert [r["step"] for r in records(tmp_path / "run", "evaluations.jsonl")] == [3]
-    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole, but_best=7)
 
 
@@ -142,9 +141,9 @@ def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: patch.setattr(Status, "show", stop))
         for _ in range(2):
-            assert train.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+            assert training.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
             assert saved_steps(tmp_path / "run")[-1] == 7
-    assert train.train(tiny_run(pedestrians), tmp_path / "run") == 0
+    assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole, but_best=7)
 
 
@@ -158,25 +157,25 @@ def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians,
         "stage1__width": 8,
         "eval__every": 0,
     }
-    assert train.train(tiny_run(pedestrians, **changes), tmp_path / "whole") == 0
+    assert training.train(tiny_run(pedestrians, **changes), tmp_path / "whole") == 0
     assert config_lib.read(tmp_path / "whole").data.aspect == 2.0  # of the synthetic training images
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 128 + signal.SIGTERM
-    assert train.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 0
+        assert training.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 128 + signal.SIGTERM
+    assert training.train(tiny_run(pedestrians, **changes), tmp_path / "run") == 0
     one, two = (saved_state(tmp_path / name)[0] for name in ("whole", "run"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     results = [json.loads((tmp_path / name / "evaluation.json").read_text())["gammas"] for name in ("whole", "run")]
     assert results[0] == results[1]
     with pytest.raises(UserError, match=r"stage2\.epochs: 2 -> 3"):  # the cosine would be another
-        train.train(tiny_run(pedestrians, **changes, stage2__epochs=3), tmp_path / "run")
+        training.train(tiny_run(pedestrians, **changes, stage2__epochs=3), tmp_path / "run")
 
 
 def test_past_a_damaged_checkpoint_the_last_step_is_saved_again(whole, pedestrians, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").write_text("{")
-    assert train.train(tiny_run(pedestrians, checkpoint_every=100), workdir) == 0  # the end alone asks for one
+    assert training.train(tiny_run(pedestrians, checkpoint_every=100), workdir) == 0  # the end alone asks for one
     assert saved_steps(workdir) == [7, STEPS]
     assert_same_run(workdir, whole)
 
@@ -186,15 +185,15 @@ def test_killed_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_p
 import os, signal, time
 from pathlib import Path
 from tiny_runs import tiny_run
-from vpm_jax import training as train
-add = train.Window.add
+from vpm_jax import training
+add = training.Window.add
 def and_die(self, steps, metrics):
     add(self, steps, metrics)
     if steps == 9:
         while not Path("run/checkpoints/7").exists(): time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-train.Window.add = and_die
-train.train(tiny_run({str(pedestrians)!r}), Path("run"))
+training.Window.add = and_die
+training.train(tiny_run({str(pedestrians)!r}), Path("run"))
 """
     variables = os.environ | {"PYTHONPATH": PYTHON_PATH}
     process = subprocess.run(
@@ -208,7 +207,7 @@ train.train(tiny_run({str(pedestrians)!r}), Path("run"))
         file.write('{"step": 9, "loss": 1.')  # a line that the kill cut short
     shutil.copytree(workdir / "checkpoints" / "7", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
 
-    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert training.train(tiny_run(pedestrians), workdir) == 0
     assert_same_run(workdir, whole)
     assert saved_steps(workdir) == [7, STEPS]
     assert not list((workdir / "checkpoints").glob("*tmp*"))
@@ -217,7 +216,7 @@ train.train(tiny_run({str(pedestrians)!r}), Path("run"))
 def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "evaluation.json").unlink()
-    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert training.train(tiny_run(pedestrians), workdir) == 0
     assert_same_run(workdir, whole)
     again, first = (json.loads((w / "evaluation.json").read_text()) for w in (workdir, whole))
     assert again["gammas"] == first["gammas"]
@@ -229,16 +228,16 @@ def test_a_run_of_a_version_with_other_keys_resumes(whole, pedestrians, tmp_path
     saved["model"]["name"], saved["tensorboard"] = "vpm", True
     (workdir / "config.json").write_text(json.dumps(saved))
     assert config_lib.read(workdir).tracker == "tensorboard"
-    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert training.train(tiny_run(pedestrians), workdir) == 0
     assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
 
 
 def test_more_epochs_of_the_last_stage_and_other_allowed_keys(whole, pedestrians, tmp_path):
     longer = {"stage2__epochs": 3}
     straight, grown = tmp_path / "straight", shutil.copytree(whole, tmp_path / "grown")
-    assert train.train(tiny_run(pedestrians, **longer), straight) == 0
+    assert training.train(tiny_run(pedestrians, **longer), straight) == 0
     allowed = {"data__threads": 1, "keep_checkpoints": 3, "recipe": "longer", "checkpoint_every": 2}
-    assert train.train(tiny_run(pedestrians, **longer, **allowed), grown) == 0
+    assert training.train(tiny_run(pedestrians, **longer, **allowed), grown) == 0
     one, two = saved_state(straight)[0], saved_state(grown)[0]
     assert int(two.step) == STEPS + 4
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -250,7 +249,7 @@ def refused(config, workdir: Path, sentence: str, **arguments) -> None:
     """Training raises a UserError of one line with the sentence, and leaves every file as it was."""
     files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} if workdir.exists() else None
     with pytest.raises(UserError, match=sentence) as error:
-        train.train(config, workdir, **arguments)
+        training.train(config, workdir, **arguments)
     assert "\n" not in str(error.value)
     assert files == ({path: path.stat().st_mtime_ns for path in workdir.rglob("*")} if workdir.exists() else None)
 
@@ -291,7 +290,7 @@ def test_a_workdir_in_use_is_refused(whole, pedestrians, tmp_path, monkeypatch):
     workdir = shutil.copytree(whole, tmp_path / "run")
     with workdir_lib.WorkdirLock(workdir):
         refused(tiny_run(pedestrians), workdir, "in use by another training")
-    assert train.train(tiny_run(pedestrians), workdir) == 0
+    assert training.train(tiny_run(pedestrians), workdir) == 0
 
 
 def test_what_failed_before_its_first_checkpoint_starts_anew(whole, pedestrians, tmp_path):
@@ -299,7 +298,7 @@ def test_what_failed_before_its_first_checkpoint_starts_anew(whole, pedestrians,
         shutil.copy(whole / name, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(config_lib.to_json(tiny_run(pedestrians, seed=7)))
-    assert train.train(tiny_run(pedestrians), tmp_path, resume=False) == 0
+    assert training.train(tiny_run(pedestrians), tmp_path, resume=False) == 0
     assert_same_run(tmp_path, whole)
 
 
@@ -307,13 +306,13 @@ def test_nothing_moves_to_the_devices_unasked(pedestrians, tmp_path, monkeypatch
     placement = parallel.placement
     monkeypatch.setattr(parallel, "placement", lambda *args: placement(*args)._replace(put_batch=lambda batch: batch))
     with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
-        train.train(tiny_run(pedestrians), tmp_path / "run")
+        training.train(tiny_run(pedestrians), tmp_path / "run")
 
 
 def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):
     (tmp_path / "run").write_text("mine")
     with raises("bad-output"):
-        train.train(tiny_run(pedestrians), tmp_path / "run")
+        training.train(tiny_run(pedestrians), tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -329,7 +328,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(whole, pedestrians,
 def test_the_batch_is_that_of_the_stage_that_is_trained(pedestrians, tmp_path):
     config = tiny_run(pedestrians, stage1__identities=3, stage1__images_per_identity=1, stage2__epochs=0)
     with raises("indivisible-batch"):
-        train.train(config, tmp_path)
+        training.train(config, tmp_path)
 
 
 def test_a_grid_finer_than_the_feature_map_is_refused(pedestrians, tmp_path):
@@ -341,7 +340,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(pede
     config = tiny_run(pedestrians, stage2__learning_rate=1e30, eval__every=0, log_every=3)
     sentence = r"after step \d+ is not finite|of step \d+ is .* with gradient norm"
     with pytest.raises(UserError, match=rf"({sentence}).*: the checkpoint of step 3 is kept.*lower learning_rate\.$"):
-        train.train(config, tmp_path / "run")
+        training.train(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [3]
     state, _ = saved_state(tmp_path / "run")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -352,11 +351,11 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(pede
 @pytest.mark.slow  # another program to compile, twice
 def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monkeypatch):
     config = tiny_run(pedestrians, optim__ema=0.7)
-    assert train.train(config, tmp_path / "straight") == 0
+    assert training.train(config, tmp_path / "straight") == 0
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train.train(config, tmp_path / "run") == 128 + signal.SIGTERM
-    assert train.train(config, tmp_path / "run") == 0
+        assert training.train(config, tmp_path / "run") == 128 + signal.SIGTERM
+    assert training.train(config, tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     state, _ = saved_state(tmp_path / "run")
     config, mesh = config_lib.read(tmp_path / "run"), parallel.data_mesh(config.eval.batch)
@@ -368,7 +367,7 @@ def test_averaged_weights_are_evaluated_and_resumed(pedestrians, tmp_path, monke
 def test_the_wait_for_input_is_told(whole, monkeypatch):
     """A loader that takes 3 s for a batch, of which the step takes 1 s; the first steps compile and do not count."""
     now = [100.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
 
     def batches():
         for _ in range(4):
@@ -376,7 +375,7 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
             yield {}
 
     config = config_lib.read(whole)
-    window = train.Window(config, [], 0, STEPS)
+    window = training.Window(config, [], 0, STEPS)
     window.pause(5)  # the evaluation that was due before
     for number, _ in enumerate(window.waits(batches()), 1):
         now[0] += 1
@@ -385,18 +384,18 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
     told = ("loss_region", "loss_identity", "loss_triplet", "accuracy_locator", "comparable")
     assert record["input_wait"] == 0.75
     assert record["images_per_second"] == pytest.approx(8 / 4)
-    assert "(input 75%)" in train.describe(record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS)
+    assert "(input 75%)" in training.describe(record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS)
 
 
 @pytest.mark.slow  # a worker process imports everything
 def test_a_worker_process_changes_nothing(whole, pedestrians, tmp_path):
-    assert train.train(tiny_run(pedestrians, data__workers=1), tmp_path / "run") == 0
+    assert training.train(tiny_run(pedestrians, data__workers=1), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with train.Interrupts() as interrupts:
+    with training.Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
         assert interrupts.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

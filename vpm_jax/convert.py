@@ -13,16 +13,12 @@ The extension of --output selects the format:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from vpm_jax.pretrained import Pretrained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own.write_npz(args.output, weights)
         print(f"Wrote {args.output}: train from it with --config.pretrained={args.output}")
     elif kind == ".safetensors":
-        write_for_torch(args.output, weights, args.backbone_only, args.keep_epsilon)
+        own.write_for_torch(args.output, weights, args.backbone_only, args.keep_epsilon)
     else:
         if weights.config is not None:
             cli.override(weights.config, overrides)
@@ -77,40 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         own.write_workdir(args.output, weights)
         print(f"Wrote {args.output}: evaluate it with python -m vpm_jax.evaluate --workdir {args.output}")
     return 0
-
-
-def write_for_torch(
-    path: Path,
-    weights: Pretrained,
-    backbone_only: bool = False,
-    keep_epsilon: bool = False,
-    check: Callable[[Path], object] | None = None,
-) -> Path:
-    """Writes the .safetensors and prints notes for PyTorch users, which its name summarizes; returns its path.
-
-    `check` is called with the temporary file before it is moved into place; if it raises, nothing is written.
-    """
-    from vpm_jax.pretrained import own
-
-    folded_from = None
-    if not keep_epsilon and weights.bn_epsilon != own.TORCH_EPSILON:
-        folded_from, weights = weights.bn_epsilon, own.fold_epsilon(weights)
-    differences = own.differences_from_torchvision(weights)
-    suffixes = [suffix for suffix in differences if suffix not in path.stem]
-    path = path.with_name("-".join([path.stem, *suffixes]) + path.suffix)
-    more = {} if folded_from is None else {"bn_folded_from": folded_from}
-    own.write_safetensors(path, weights, backbone_only, check, **more)
-    print(f"Wrote {path}.")
-    if differences:
-        print("A torchvision ResNet loads these names but computes something else, unless it is changed:")
-        for sentence in differences.values():
-            print(f"  - {sentence}")
-    if folded_from is not None:
-        print(
-            f"Batch norms were folded from epsilon {folded_from:g} to PyTorch's 1e-5: exact in eval mode; to train "
-            "further, convert with --keep-epsilon."
-        )
-    return path
 
 
 if __name__ == "__main__":

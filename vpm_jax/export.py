@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpm_jax import cli, convert, models, parallel, pretrained, step
+from vpm_jax import cli, models, parallel, pretrained, step
 from vpm_jax.api import VPM, sidecar
 from vpm_jax.errors import UserError
 from vpm_jax.pretrained import own
@@ -148,7 +148,7 @@ def write_safetensors(path: Path, source: Path) -> float:
     """
     live, differences = VPM.load(source, "float32"), []
     weights = pretrained.load(f"vpm:{source}")
-    convert.write_for_torch(
+    own.write_for_torch(
         path, weights, check=lambda file: differences.append(compare(live, VPM.load(file, "float32").step))
     )
     print(f"Read again and compared: {_summary(differences[0])}.")

@@ -68,8 +68,7 @@ def config_of(plan: dict[str, Any]) -> Any:
 def be_victim(plan: dict[str, Any]) -> int:
     """Trains; the fault comes `delay` seconds after the `number`-th beginning of its moment, and not before the path
     `after` is there."""
-    from vpm_jax import cli, evaluation, parallel
-    from vpm_jax import training as train
+    from vpm_jax import cli, evaluation, parallel, training
     from vpm_jax.data import sources
     from vpm_jax.runs import checkpoints
 
@@ -109,13 +108,13 @@ def be_victim(plan: dict[str, Any]) -> int:
 
     watch(sources, "load_dataset", "data")
     watch(parallel, "data_mesh", "start")
-    watch(train.Window, "add", "step")
+    watch(training.Window, "add", "step")
     watch(checkpoints.Checkpoints, "save", "save")
     watch(evaluation, "evaluate", "evaluate")
     watch(evaluation, "evaluate_and_report", "report")
 
     def run() -> int:
-        code = train.train(config_of(plan), Path(plan["workdir"]))
+        code = training.train(config_of(plan), Path(plan["workdir"]))
         end_of_moment()
         if "measure" in plan:
             Path(plan["measure"]).write_text(json.dumps(durations))

@@ -290,3 +290,35 @@ def differences_from_torchvision(weights: Pretrained) -> dict[str, str]:
         mean, std = (", ".join(f"{x:.6g}" for x in values) for values in (weights.mean, weights.std))
         differences["input"] = f"RGB images are normalized as (x / 255 - ({mean})) / ({std})"
     return differences
+
+
+def write_for_torch(
+    path: Path,
+    weights: Pretrained,
+    backbone_only: bool = False,
+    keep_epsilon: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Writes the .safetensors and prints notes for PyTorch users, which its name summarizes; returns its path.
+
+    `check` is called with the temporary file before it is moved into place; if it raises, nothing is written.
+    """
+    folded_from = None
+    if not keep_epsilon and weights.bn_epsilon != TORCH_EPSILON:
+        folded_from, weights = weights.bn_epsilon, fold_epsilon(weights)
+    differences = differences_from_torchvision(weights)
+    suffixes = [suffix for suffix in differences if suffix not in path.stem]
+    path = path.with_name("-".join([path.stem, *suffixes]) + path.suffix)
+    more = {} if folded_from is None else {"bn_folded_from": folded_from}
+    write_safetensors(path, weights, backbone_only, check, **more)
+    print(f"Wrote {path}.")
+    if differences:
+        print("A torchvision ResNet loads these names but computes something else, unless it is changed:")
+        for sentence in differences.values():
+            print(f"  - {sentence}")
+    if folded_from is not None:
+        print(
+            f"Batch norms were folded from epsilon {folded_from:g} to PyTorch's 1e-5: exact in eval mode; to train "
+            "further, convert with --keep-epsilon."
+        )
+    return path
