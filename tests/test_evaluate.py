@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from plain_metrics import reference
 from tiny_runs import STEPS, saved_state
 
 from vpm_jax import config as config_lib
-from vpm_jax import description, evaluate, metrics, parallel
+from vpm_jax import description, evaluate, evaluation, metrics, parallel
 from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.split import join
 from vpm_jax.description import CroppedSplit, Describer
 from vpm_jax.errors import UserError
 from vpm_jax.evaluation import distances, matching_in_words, ranked
@@ -140,6 +143,37 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     again = json.loads((tmp_path / "evaluation.json").read_text())
     assert again["gammas"] == json.loads((whole / "evaluation.json").read_text())["gammas"] != record["gammas"]
     assert not (tmp_path / "evaluation-2.json").exists()
+
+
+@pytest.mark.parametrize("crops", [(), (0.5,)])
+def test_distractors_are_described_and_compared_in_pieces(trained, monkeypatch, crops):
+    plain, variables, dataset = trained
+    describer = with_changes(plain, eval__batch=4, match__gallery_gammas=crops)
+    nobody = replace(dataset.train, identity=np.zeros_like(dataset.train.identity))
+    dataset = replace(dataset, gallery=join(dataset.gallery, nobody))
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    matrices = distances(describer, variables, [CroppedSplit(query, gamma) for gamma in (0.5, 1.0)], gallery)
+    monkeypatch.setattr(evaluation, "PIECE_BYTES", 6 * 2 * 32 * 4)  # 6 images, which leaves batches of 4
+    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 4 * 4 * len(query))
+    queries = [CroppedSplit(query, gamma) for gamma in (0.5, 1.0)]
+    blocks = list(evaluation.blocks(describer, variables, queries, gallery))
+    assert {block.columns.stop - block.columns.start for block in blocks} == {12, 4, len(gallery) % 4}
+    assert max(block.distance.nbytes for block in blocks) <= 4 * 4 * len(query)
+    for number, rows, columns, distance in blocks:
+        np.testing.assert_allclose(distance, matrices[number][rows, columns], rtol=1e-5, atol=1e-5)
+    found = evaluation.evaluate(describer, variables, dataset)
+    labels = query.identity, gallery.identity, query.camera, gallery.camera
+    for gamma, distance in zip((0.5, 1.0), matrices, strict=True):
+        expected, _ = reference(distance, *labels)
+        np.testing.assert_allclose(found[gamma]["cmc"], expected["cmc"])
+        assert found[gamma]["mAP"] == pytest.approx(expected["mAP"])
+
+
+def test_reranking_that_does_not_fit_is_refused_at_once(trained, monkeypatch):
+    describer, variables, dataset = trained
+    monkeypatch.setattr(evaluation.os, "sysconf", lambda name: 16)
+    with pytest.raises(UserError, match="all 9 gallery images, 0 GiB, and this machine has 0 GiB: leave out"):
+        evaluation.evaluate(with_changes(describer, match__rerank=True), variables, dataset)
 
 
 @pytest.mark.parametrize("crop", ["top", "bilateral"])

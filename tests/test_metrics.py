@@ -133,3 +133,38 @@ def test_gamma_table():
         "| 0.5 | 30.0 | 34.0 | 39.0 | 20.0 | 5.1 |\n"
         "| 1 | 50.0 | 75.0 | 75.0 | 100.0 | 33.3 |\n"
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("levels", [0, 3])
+def test_blocks_give_what_the_whole_matrix_gives(seed, levels):
+    """Rows in two parts; columns up to the last match first, then in pieces; equal distances across pieces."""
+    distance, *labels = example(seed, gallery=400)
+    labels[1][90:] = np.minimum(labels[1][90:], 0)  # distractors and junk
+    if levels:
+        distance = np.floor(distance * levels)
+    whole = metrics.Ranking(*labels, keep=7)
+    whole.add(distance)
+    blocks = metrics.Ranking(*labels, keep=7)
+    for columns in (slice(0, 100), slice(100, 101), slice(101, 380), slice(380, 400)):
+        for rows in (np.array([3, 4, 20]), np.delete(np.arange(25), [3, 4, 20])):
+            blocks.add(distance[rows, columns], rows, columns)
+    assert_same(blocks.metrics(), reference(distance, *labels)[0])
+    np.testing.assert_array_equal(blocks.average_precision(), metrics.average_precision(distance, *labels))
+    for query in range(25):
+        dropped = (labels[1] == labels[0][query]) & (labels[3] == labels[2][query]) | (labels[1] == -1)
+        expected = [i for i in np.argsort(distance[query], kind="stable") if not dropped[i]][:7]
+        for ranking in (whole, blocks):
+            index, near = ranking.nearest(query)
+            assert index.tolist() == expected
+            np.testing.assert_array_equal(near, distance[query, expected])
+
+
+def test_blocks_that_cannot_be_ranked():
+    distance, *labels = example(0)
+    ranking = metrics.Ranking(*labels)
+    with pytest.raises(ValueError, match="no distances of query 0"):
+        ranking.metrics()
+    query = int(np.flatnonzero(np.isin(labels[0], labels[1][50:]))[0])
+    with pytest.raises(ValueError, match=f"the first distances of query {query} lack gallery images of its identity"):
+        ranking.add(distance[[query], :50], np.array([query]), slice(0, 50))

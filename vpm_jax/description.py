@@ -120,30 +120,45 @@ class Describer:
           UserError: for an image that cannot be read, or features that are not finite.
         """
         progress = Progress(title, sum(len(images.split) for images in cropped))
-        return [self._describe(variables, images, progress, check) for images in cropped]
+        return [piece for images in cropped for piece in self.stream(variables, images, [], progress, check)]
 
-    def _describe(
-        self, variables: Variables, images: CroppedSplit, progress: Progress, check: Callable[[], None] | None
-    ) -> Description:
+    def stream(
+        self,
+        variables: Variables,
+        images: CroppedSplit,
+        stops: Sequence[int],
+        progress: Progress,
+        check: Callable[[], None] | None = None,
+    ) -> Iterator[Description]:
+        """Describes a split piece by piece: images [0, stops[0]), [stops[0], stops[1]), ..., and the rest.
+
+        Args:
+          stops: increasing multiples of eval.batch, smaller than the split.
+          variables, progress, check: as for `splits`.
+        """
         split, gamma, crop = images
         crop = (crop or self.config.eval.crop) if gamma < 1 else "none"
         batches = eval_batches(self.config, split, crop, gamma, jax.process_index(), jax.process_count())
+        begin = first = 0
+        ends = iter([*stops, len(split)])
+        end = next(ends)
         arrays: dict[str, np.ndarray] = {}
-        first = 0
         for inputs in parallel.prefetch(batches, self._put_batch):
             count = min(self.config.eval.batch, len(split) - first)
             batch = fetch(self.step(variables, *inputs), count)._arrays()
-            arrays = arrays or {name: np.empty((len(split), *x.shape[1:]), x.dtype) for name, x in batch.items()}
+            arrays = arrays or {name: np.empty((end - begin, *x.shape[1:]), x.dtype) for name, x in batch.items()}
             for name, x in batch.items():
-                arrays[name][first : first + count] = x
+                arrays[name][first - begin : first - begin + count] = x
             first += count
             progress.add(count)
             if check is not None:
                 check()
-        if not arrays or first != len(split):
+            if first == end:
+                check_finite(arrays["features"], f"{split.name} images")
+                yield Description(**arrays)
+                arrays, begin, end = {}, end, next(ends, 0)
+        if first != len(split):
             raise RuntimeError(f"{first} features of {len(split)} images")
-        check_finite(arrays["features"], f"{split.name} images")
-        return Description(**arrays)
 
 
 def fetch(outputs: dict[str, jax.Array], count: int) -> Description:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,8 +32,11 @@ from vpm_jax.regions import RegionGrid, gallery_crops
 from vpm_jax.reranking import rerank
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
-from vpm_jax.runs.logs import duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.logs import Progress, duration, make_folder, replacing, write_atomically
 from vpm_jax.runs.workdir import read_run
+
+PIECE_BYTES = 2**28  # of the features of distractors in memory
+BLOCK_BYTES = 2**28  # of distances in memory
 
 Results = Mapping[Any, Mapping[str, Any]]  # {gamma, or protocol of a partial dataset: `metrics.rank_metrics`}
 
@@ -140,19 +144,84 @@ def evaluate(
 
     `check` is called between batches and may raise to stop.
     """
-    dataset = by_protocol(describer.config, dataset)
+    config, dataset = describer.config, by_protocol(describer.config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
-    labels = query.identity, gallery.identity, query.camera, gallery.camera
-    if not partial.is_partial(dataset.name):
-        gammas = describer.config.eval.gammas
-        matrices = distances(describer, variables, [CroppedSplit(query, gamma) for gamma in gammas], gallery, check)
-        return {g: metrics.rank_metrics(distance, *labels) for g, distance in zip(gammas, matrices, strict=True)}
-    [distance] = distances(describer, variables, [CroppedSplit(query)], gallery, check)
-    results = {"all-shot": metrics.rank_metrics(distance, *labels)}
+    is_partial = partial.is_partial(dataset.name)
+    gammas = (1.0,) if is_partial else config.eval.gammas
+    rankings = [metrics.Ranking(query.identity, gallery.identity, query.camera, gallery.camera) for _ in gammas]
     most_images = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
-    if "single" in DATASETS[dataset.name].protocol.shots and most_images > 1 and not describer.config.match.rerank:
-        results["single-shot"] = partial.single_shot(distance, query.identity, gallery.identity)
+    single = is_partial and "single" in DATASETS[dataset.name].protocol.shots
+    single = single and most_images > 1 and not config.match.rerank
+    matrix = np.empty((len(query), len(gallery)), np.float32) if single else None
+    for block in blocks(describer, variables, [CroppedSplit(query, gamma) for gamma in gammas], gallery, check):
+        rankings[block.number].add(block.distance, block.rows, block.columns)
+        if matrix is not None:
+            matrix[block.rows, block.columns] = block.distance
+    if not is_partial:
+        return {gamma: ranking.metrics() for gamma, ranking in zip(gammas, rankings, strict=True)}
+    results = {"all-shot": rankings[0].metrics()}
+    if matrix is not None:
+        results["single-shot"] = partial.single_shot(matrix, query.identity, gallery.identity)
     return results
+
+
+class Block(NamedTuple):
+    """Distances float32 [q, g] of some queries to some gallery images."""
+
+    number: int  # of the query set
+    rows: slice | np.ndarray  # the queries
+    columns: slice  # the gallery images
+    distance: np.ndarray
+
+
+def blocks(
+    describer: Describer,
+    variables: Variables,
+    queries: Sequence[CroppedSplit],
+    gallery: Split,
+    check: Callable[[], None] | None = None,
+) -> Iterator[Block]:
+    """The distances of query sets to the gallery by config.match, block by block, in the order of `metrics.Ranking`.
+
+    The first block of a query reaches to the last gallery image of a query's identity. The others, such as added
+    distractors, are described and compared PIECE_BYTES of features at a time, so that memory does not depend on their
+    number. With match.gallery_gammas, each query is compared with the gallery crop closest to it
+    (`description.route`). `check` is as in `evaluate`.
+
+    Raises:
+      UserError: if re-ranking needs more memory than there is.
+    """
+    config = describer.config
+    if config.match.rerank:
+        yield from _reranked(describer, variables, queries, gallery, check)
+        return
+    described = describer.splits(variables, queries, check, "features of queries")
+    crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
+    routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
+    stops = _stops(queries[0].split, gallery, described[0], config.eval.batch)
+    for number, crop in enumerate(crops, 1):
+        if not any(crop in rows for rows in routes):
+            continue
+        title = "features of the gallery" + f" ({crop}, {number} of {len(crops)})" * (len(crops) > 1)
+        images, start = CroppedSplit(gallery, crop.gamma, crop.side), 0
+        for piece in describer.stream(variables, images, stops, Progress(title, len(gallery)), check):
+            columns = slice(start, start + len(piece))
+            size = max(1, BLOCK_BYTES // (4 * len(piece)))
+            for index, (query, rows_of) in enumerate(zip(described, routes, strict=True)):
+                chosen = rows_of.get(crop, np.empty(0, int))
+                for first in range(0, len(chosen), size):
+                    rows = chosen[first : first + size]
+                    some = query if len(rows) == len(query) else query[rows]
+                    yield Block(index, rows, columns, pairwise_distance(config.match, some, piece))
+            start += len(piece)
+
+
+def _stops(query: Split, gallery: Split, described: Description, batch: int) -> list[int]:
+    """Where `blocks` divides the gallery: multiples of `batch`."""
+    last = int(np.flatnonzero(np.isin(gallery.identity, query.identity)).max(initial=-1)) + 1
+    size = min(PIECE_BYTES // described.features[0].nbytes, BLOCK_BYTES // (4 * len(query)))
+    size = max(1, size // batch) * batch
+    return list(range(-(-last // batch) * batch or size, len(gallery), size))
 
 
 def distances(
@@ -161,51 +230,36 @@ def distances(
     queries: Sequence[CroppedSplit],
     gallery: Split,
     check: Callable[[], None] | None = None,
-) -> Iterator[np.ndarray]:
-    """The distances float32 [Q, G] of each query set to the gallery by config.match; `check` as in `evaluate`.
-
-    With match.gallery_gammas, each query is compared with the gallery crop closest to it (`description.route`).
-    """
-    match = describer.config.match
-    if match.gallery_gammas:
-        yield from _distances_to_crops(describer, variables, queries, gallery, check)
-        return
-    whole, *described = describer.splits(variables, [CroppedSplit(gallery), *queries], check)
-    gallery_distance = pairwise_distance(match, whole, whole) if match.rerank else None
-    for query in described:
-        distance = pairwise_distance(match, query, whole)
-        yield distance if gallery_distance is None else _reranked(match, distance, query, gallery_distance)
+) -> list[np.ndarray]:
+    """The distances float32 [Q, G] of each query set to the gallery: `blocks`, as whole matrices."""
+    matrices = [np.empty((len(query.split), len(gallery)), np.float32) for query in queries]
+    for number, rows, columns, distance in blocks(describer, variables, queries, gallery, check):
+        matrices[number][rows, columns] = distance
+    return matrices
 
 
-def _distances_to_crops(
+def _reranked(
     describer: Describer,
     variables: Variables,
     queries: Sequence[CroppedSplit],
     gallery: Split,
     check: Callable[[], None] | None,
-) -> list[np.ndarray]:
-    """Holds the gallery features of one crop at a time."""
-    config = describer.config
-    crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
-    described = describer.splits(variables, queries, check, "features of queries")
-    routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
-    matrices = [np.empty((len(query), len(gallery)), np.float32) for query in described]
-    for number, crop in enumerate(crops, 1):
-        if any(crop in rows for rows in routes):
-            title = f"features of the gallery ({crop}, {number} of {len(crops)})"
-            cropped = [CroppedSplit(gallery, crop.gamma, crop.side)]
-            [cropped_gallery] = describer.splits(variables, cropped, check, title)
-            for query, rows, distance in zip(described, routes, matrices, strict=True):
-                if crop in rows:
-                    distance[rows[crop]] = pairwise_distance(config.match, query[rows[crop]], cropped_gallery)
-    return matrices
-
-
-def _reranked(match: ConfigDict, distance: np.ndarray, query: Description, gallery_distance: np.ndarray) -> np.ndarray:
-    """Distances [Q, G] after k-reciprocal re-ranking; `gallery_distance` is [G, G]."""
-    query_distance = pairwise_distance(match, query, query)
+) -> Iterator[Block]:
+    """Distances after k-reciprocal re-ranking: one block for each query set."""
+    match = describer.config.match
+    needed, there = 4 * len(gallery) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"Re-ranking needs the distances between all {len(gallery):,} gallery images, {needed / 2**30:,.0f} GiB, "
+            f"and this machine has {there / 2**30:,.0f} GiB: leave out match.rerank, or data.distractors."
+        )
+    whole, *described = describer.splits(variables, [CroppedSplit(gallery), *queries], check)
+    gallery_distance = pairwise_distance(match, whole, whole)
     parameters = match.rerank_k1, match.rerank_k2, match.rerank_lambda, match.squared
-    return rerank(distance, query_distance, gallery_distance, *parameters)
+    everything = slice(None)
+    for number, query in enumerate(described):
+        three = pairwise_distance(match, query, whole), pairwise_distance(match, query, query), gallery_distance
+        yield Block(number, everything, everything, rerank(*three, *parameters))
 
 
 def means(results: Results) -> dict[str, float]:

@@ -46,22 +46,9 @@ def rank_metrics(
     Raises:
       ValueError: if the shapes do not match, a set is empty, a distance is NaN, or no query has a match.
     """
-    protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
-    hits = np.zeros(min(protocol.shape[1], RANKS))
-    precisions: list[float] = []
-    penalties: list[float] = []
-    for _, ranks in protocol.ranks(distance):
-        if ranks[0] <= len(hits):
-            hits[ranks[0] - 1] += 1
-        precisions.append(float(np.mean(np.arange(1, len(ranks) + 1) / ranks)))
-        penalties.append(float(len(ranks) / ranks[-1]))
-    protocol.require_matches(len(precisions))
-    return {
-        "cmc": np.cumsum(hits) / len(precisions),
-        "mAP": float(np.mean(precisions)),
-        "mINP": float(np.mean(penalties)),
-        "skipped": protocol.shape[0] - len(precisions),
-    }
+    ranking = Ranking(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    ranking.add(distance)
+    return ranking.metrics()
 
 
 def average_precision(
@@ -75,11 +62,9 @@ def average_precision(
 
     Arguments and errors are those of `rank_metrics`, except that no query needs a match.
     """
-    protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
-    precision = np.full(protocol.shape[0], np.nan)
-    for query, ranks in protocol.ranks(distance):
-        precision[query] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-    return precision
+    ranking = Ranking(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    ranking.add(distance)
+    return ranking.average_precision()
 
 
 def chance_rank1(
@@ -97,8 +82,9 @@ def chance_rank1(
       ValueError: as `rank_metrics`.
     """
     protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
-    images = len(protocol.kept_index)
-    shares = [len(matches) / (images - len(removed)) for _, matches, removed in protocol.queries() if len(matches)]
+    images = int((protocol.gallery_ids != -1).sum())
+    queries = map(protocol.images_of, range(protocol.shape[0]))
+    shares = [len(matches) / (images - len(removed)) for matches, removed in queries if len(matches)]
     protocol.require_matches(len(shares))
     return float(np.mean(shares))
 
@@ -118,8 +104,136 @@ def gamma_table(results: Mapping[float, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+class Ranking:
+    """The metrics of a distance matrix [Q, G] that arrives in blocks and never exists as a whole.
+
+    A query's blocks come in gallery order, and the first one holds every gallery image of its identity. Memory beyond
+    the labels is proportional to the number of matches.
+
+    Args:
+      query_ids, gallery_ids, query_cameras, gallery_cameras: as for `rank_metrics`.
+      keep: how many of each query's nearest images `nearest` returns.
+
+    Raises:
+      ValueError: as `rank_metrics`.
+    """
+
+    def __init__(
+        self,
+        query_ids: QueryLabels,
+        gallery_ids: GalleryLabels,
+        query_cameras: QueryLabels | None = None,
+        gallery_cameras: GalleryLabels | None = None,
+        keep: int = 0,
+    ):
+        self._protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
+        self._keep = keep
+        queries = self._protocol.shape[0]
+        # For each query whose first block came: its matches from nearest to farthest, their distances and their ranks.
+        self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray] | None] = [None] * queries
+        self._nearest = [(np.empty(0, np.int64), np.empty(0, np.float32))] * queries
+
+    def add(self, distance: Distance, rows: slice | np.ndarray = slice(None), columns: slice = slice(None)) -> None:
+        """Takes the distances of the queries `rows` to the gallery images `columns`."""
+        queries, images = np.arange(self._protocol.shape[0])[rows], np.arange(self._protocol.shape[1])[columns]
+        distance = np.asarray(distance)
+        if distance.shape != (len(queries), len(images)):
+            raise ValueError(
+                f"a distance matrix {distance.shape} for {len(queries)} queries and {len(images)} gallery images, "
+                f"expected {(len(queries), len(images))}"
+            )
+        people = self._protocol.gallery_ids[images] != -1
+        whole = bool(people.all())  # then rows need no copy
+        kept = images[people]
+        for query, row in zip(queries.tolist(), distance, strict=True):
+            if np.isnan(row).any():
+                wrong = images[np.isnan(row).argmax()]
+                raise ValueError(f"the distance of query {query} to gallery image {wrong} is NaN")
+            self._add(query, row if whole else row[people], kept)
+
+    def _add(self, query: int, row: np.ndarray, images: np.ndarray) -> None:
+        """Takes a row of distances to `images`, increasing positions in the gallery without junk."""
+        found = self._found[query]
+        removed = images[:0]
+        if found is None:
+            matches, removed = self._protocol.images_of(query)
+            at, removed_at = (np.searchsorted(images[:-1], some) for some in (matches, removed))
+            if not (np.array_equal(images[at], matches) and np.array_equal(images[removed_at], removed)):
+                raise ValueError(f"the first distances of query {query} lack gallery images of its identity")
+            values, removed_values = row[at], row[removed_at]
+            order = np.argsort(values, kind="stable")  # stable: equal distances in gallery order
+            matches, values = matches[order], values[order]
+            ranks = 1 + _before(row, images, matches, values, own=1)
+            ranks -= (removed_values < values[:, None]).sum(axis=1)
+            ranks -= ((removed_values == values[:, None]) & (removed < matches[:, None])).sum(axis=1)
+        else:
+            matches, values, ranks = found
+            ranks = ranks + _before(row, images, matches, values, own=0)
+        self._found[query] = matches, values, ranks
+        if self._keep:
+            ranked, (index, near) = ~np.isin(images, removed), self._nearest[query]
+            index, near = np.concatenate([index, images[ranked]]), np.concatenate([near, row[ranked]])
+            if len(near) > self._keep:
+                chosen = np.flatnonzero(near <= np.partition(near, self._keep - 1)[self._keep - 1])
+                index, near = index[chosen], near[chosen]
+            order = np.argsort(near, kind="stable")[: self._keep]
+            self._nearest[query] = index[order], near[order]
+
+    def metrics(self) -> dict[str, Any]:
+        """The result of `rank_metrics`. Raises ValueError if no query has a match."""
+        hits = np.zeros(min(self._protocol.shape[1], RANKS))
+        penalties: list[float] = []
+        for ranks in self._ranks():
+            if len(ranks):
+                if ranks[0] <= len(hits):
+                    hits[ranks[0] - 1] += 1
+                penalties.append(float(len(ranks) / ranks[-1]))
+        self._protocol.require_matches(len(penalties))
+        return {
+            "cmc": np.cumsum(hits) / len(penalties),
+            "mAP": float(np.nanmean(self.average_precision())),
+            "mINP": float(np.mean(penalties)),
+            "skipped": self._protocol.shape[0] - len(penalties),
+        }
+
+    def average_precision(self) -> Float[np.ndarray, " q"]:
+        """The result of `average_precision`."""
+        precisions = [np.mean(np.arange(1, len(r) + 1) / r) if len(r) else np.nan for r in self._ranks()]
+        return np.array(precisions)
+
+    def nearest(self, query: int) -> tuple[Integer[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+        """(positions in the gallery, distances) of the `keep` nearest images that the protocol ranks for a query."""
+        return self._nearest[query]
+
+    def _ranks(self) -> Iterator[np.ndarray]:
+        """The 1-based ranks of each query's matches, increasing."""
+        for query, found in enumerate(self._found):
+            if found is None:
+                raise ValueError(f"there are no distances of query {query}")
+            yield found[2]
+
+
+def _before(row: np.ndarray, images: np.ndarray, matches: np.ndarray, values: np.ndarray, own: int) -> np.ndarray:
+    """How many images of a row of distances rank before each match, which has its value in `values`.
+
+    `own`: how often the row holds a match itself.
+    """
+    if len(values) > SORT_ABOVE:
+        ordered = np.sort(row)
+        before = np.searchsorted(ordered, values, side="left")
+        until = np.searchsorted(ordered, values, side="right")
+    else:
+        before = np.array([np.count_nonzero(row < value) for value in values], np.int64)
+        until = np.array([np.count_nonzero(row <= value) for value in values], np.int64)
+    # Break ties by gallery order.
+    for value in np.unique(values[until - before > own]):
+        tied = values == value
+        before[tied] += np.searchsorted(images[row == value], matches[tied])
+    return before
+
+
 class _Protocol:
-    """The matches of each query. Junk is removed once, and the gallery is indexed by identity."""
+    """The matches of each query, by an index of the gallery's identities."""
 
     def __init__(
         self,
@@ -146,39 +260,20 @@ class _Protocol:
                     f"query cameras {shapes[0]} and gallery cameras {shapes[1]} for {self.shape[0]} queries and "
                     f"{self.shape[1]} gallery images, expected one for each"
                 )
-        self.kept_index = np.flatnonzero(self.gallery_ids != -1)
-        # A slice avoids copying the rows when there is no junk.
-        self.kept = slice(None) if len(self.kept_index) == self.shape[1] else self.kept_index
-        ids = self.gallery_ids[self.kept_index]
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted_ids = ids[self._order]
+        self._order = np.argsort(self.gallery_ids, kind="stable")
+        ordered = self.gallery_ids[self._order]
+        self._first = np.searchsorted(ordered, self.query_ids, side="left")
+        self._last = np.searchsorted(ordered, self.query_ids, side="right")
 
-    def queries(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yields (query, its matches, its removed images), as increasing positions among the kept images."""
-        first = np.searchsorted(self._sorted_ids, self.query_ids, side="left")
-        last = np.searchsorted(self._sorted_ids, self.query_ids, side="right")
-        for query in range(self.shape[0]):
-            same = self._order[first[query] : last[query]]
-            if self.cameras is None:
-                yield query, same, same[:0]
-            else:
-                here = self.cameras[1][self.kept_index[same]] == self.cameras[0][query]
-                yield query, same[~here], same[here]
-
-    def ranks(self, distance: Distance) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (query, the 1-based ranks of its matches, increasing) for queries with a match. ValueError for NaN."""
-        distance = np.asarray(distance)
-        if distance.shape != self.shape:
-            raise ValueError(
-                f"a distance matrix {distance.shape} for {self.shape[0]} queries and {self.shape[1]} gallery images, "
-                f"expected {self.shape}"
-            )
-        for query, matches, removed in self.queries():
-            row = distance[query]
-            if np.isnan(row).any():
-                raise ValueError(f"the distance of query {query} to gallery image {np.isnan(row).argmax()} is NaN")
-            if len(matches):
-                yield query, _ranks(row[self.kept], matches, removed)
+    def images_of(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the matches of a query, the images removed for it), as increasing positions in the gallery."""
+        same = self._order[self._first[query] : self._last[query]]
+        if self.query_ids[query] == -1:
+            return same[:0], same[:0]  # all junk
+        if self.cameras is None:
+            return same, same[:0]
+        here = self.cameras[1][same] == self.cameras[0][query]
+        return same[~here], same[here]
 
     def require_matches(self, counted: int) -> None:
         if not counted:
@@ -186,24 +281,3 @@ class _Protocol:
                 f"none of the {self.shape[0]} queries has a match among the {self.shape[1]} gallery images, expected "
                 "shared identities" + ("" if self.cameras is None else " seen by another camera")
             )
-
-
-def _ranks(row: np.ndarray, matches: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """The 1-based ranks of the matches, increasing, in a row of distances from which some images are removed."""
-    matches = matches[np.argsort(row[matches], kind="stable")]  # stable: equal distances in gallery order
-    values = row[matches]
-    if len(matches) > SORT_ABOVE:
-        ordered = np.sort(row)
-        before = np.searchsorted(ordered, values, side="left")
-        until = np.searchsorted(ordered, values, side="right")
-    else:
-        before = np.array([np.count_nonzero(row < value) for value in values])
-        until = np.array([np.count_nonzero(row <= value) for value in values])
-    # Break ties by gallery order. `until - before` includes the match itself.
-    for value in np.unique(values[until - before > 1]):
-        tied = values == value
-        before[tied] += np.searchsorted(np.flatnonzero(row == value), matches[tied])
-    removed_values = row[removed]
-    before -= (removed_values < values[:, None]).sum(axis=1)
-    before -= ((removed_values == values[:, None]) & (removed < matches[:, None])).sum(axis=1)
-    return before + 1
