@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -116,11 +117,26 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
         batches = train_batches(config, dataset.train, None, steps, total, *share)
         window = Window(config, meta["pending"], steps, total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
+        saved_at = started
+
+        def save_is_due() -> bool:
+            elapsed = time.monotonic() - saved_at
+            with jax.transfer_guard("allow"):
+                return hosts.from_first(lambda: elapsed >= config.checkpoint_seconds)
+
+        def write_records(wait: bool = False) -> None:
+            for record in window.records(wait):
+                if log is not None:
+                    log.write(record)
+                status.show(describe(record, total), final=record["step"] == total)
 
         def save(state: step.State) -> None:
+            nonlocal saved_at
+            write_records(wait=True)
             window.fetch()
             if lock is not None:
                 lock.check()
+            saved_at = time.monotonic()
             meta.update(seconds=spent + time.monotonic() - started, pending=window.pending)
             with jax.transfer_guard("allow"):
                 checkpoints.save(steps, place.whole(state), meta)
@@ -129,6 +145,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             nonlocal last_evaluated
             if last_evaluated >= steps or not config.eval.every or not ends_epochs(config, steps, config.eval.every):
                 return None
+            write_records(wait=True)
             window.fetch()
             began, variables = time.monotonic(), step.evaluated(place.whole(state))
             try:
@@ -159,12 +176,10 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
                     steps += 1
                     window.add(steps, place.whole(metrics))
                     if steps % config.log_every == 0 or steps == total:
-                        record = window.close()
-                        if log is not None:
-                            log.write(record)
-                        status.show(describe(record, total), final=steps == total)
+                        window.close()
+                    write_records()
                     results = evaluate_if_due(state)
-                    if ends_epochs(config, steps, config.checkpoint_every):
+                    if results or (ends_epochs(config, steps, config.checkpoint_every) and save_is_due()):
                         save(state)
                     if interrupts.agreed():
                         break
@@ -228,17 +243,29 @@ def reference_aspect(split: Split, count: int = 500) -> float:
     return round(float(np.median([height / width for height, width, _ in shapes])), 4)
 
 
+class ClosedWindow(NamedTuple):
+    """The steps of a record: the last one, those with metrics on the host and on the devices, and their timing."""
+
+    steps: int
+    fetched: list[dict]
+    device: list[tuple[int, dict]]
+    timed: int
+    waited: float
+
+
 class Window:
     """The metrics of the steps since the last record, which `close` averages into the next one.
 
-    They stay on the device until needed. Checkpoints keep `pending`, the fetched ones, so that a resumed run writes the
-    same records as an uninterrupted one.
+    They stay on the device until needed, and a record follows once they have arrived, so that the devices never wait
+    for it. Checkpoints keep `pending`, the fetched ones, so that a resumed run writes the same records as an
+    uninterrupted one.
     """
 
     def __init__(self, config: ConfigDict, pending: list[dict], steps: int, total: int) -> None:
         self.pending = pending
         self._config, self._total, self._steps = config, total, steps
         self._device: list[tuple[int, dict]] = []
+        self._closed: deque[ClosedWindow] = deque()
         self._since, self._timed, self._waited = 0.0, 0, 0.0
 
     def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -252,12 +279,15 @@ class Window:
                 return
             yield batch
 
-    def add(self, steps: int, metrics: dict) -> None:
+    def add(self, steps: int, metrics: dict[str, jax.Array]) -> None:
         """Adds the metrics of step number `steps`, which was just dispatched."""
         if self._since:
             self._timed += 1
         else:  # exclude compile time from the rate: the first step has compiled by now
             self._since, self._waited = time.monotonic(), 0.0
+        with jax.transfer_guard("allow"):
+            for value in metrics.values():
+                value.copy_to_host_async()
         self._device.append((steps, metrics))
         self._steps = steps
 
@@ -267,42 +297,61 @@ class Window:
             self._since += seconds
 
     def fetch(self) -> None:
-        """Moves the metrics to the host.
+        """Moves the metrics of the open window to the host.
 
         Raises:
           FloatingPointError: if the loss or the gradient is not finite.
         """
-        fetched, self._device = jax.device_get(self._device), []
-        for number, metrics in fetched:
-            values = {k: v.tolist() for k, v in metrics.items()}
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                raise FloatingPointError(
-                    f"The loss of step {number} is {values['loss']} with gradient norm {values['grad_norm']}"
-                )
-            self.pending.append(values)
+        self.pending += _fetched(self._device)
+        self._device = []
 
-    def close(self) -> dict[str, Any]:
-        """Returns the record of the window and starts the next one. Raises as `fetch` does."""
-        self.fetch()
+    def close(self) -> None:
+        """Ends the window and opens the next one."""
+        self._closed.append(ClosedWindow(self._steps, self.pending, self._device, self._timed, self._waited))
+        self.pending, self._device, self._timed, self._waited = [], [], 0, 0.0
+
+    def records(self, wait: bool = False) -> Iterator[dict[str, Any]]:
+        """Yields the records of closed windows whose metrics have arrived, or of all; raises as `fetch` does."""
+        while self._closed:
+            newest = [value for _, metrics in self._closed[0].device[-1:] for value in metrics.values()]
+            if not (wait or len(self._closed) > 1 or all(value.is_ready() for value in newest)):
+                return
+            yield self._record(self._closed.popleft())
+
+    def _record(self, closed: ClosedWindow) -> dict[str, Any]:
+        fetched = closed.fetched + _fetched(closed.device)
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
-        rate = max(self._timed, 1) / seconds
-        within, stage = stage_of(self._config, self._steps)
+        self._since = now
+        rate = max(closed.timed, 1) / seconds
+        within, stage = stage_of(self._config, closed.steps)
         record: dict[str, Any] = {
-            "step": self._steps,
+            "step": closed.steps,
             "stage": 1 if stage is self._config.stage1 else 2,
             "epoch": round(within / stage.steps_per_epoch, 3),
         }
-        for key in self.pending[0]:
-            values = [p[key] for p in self.pending]
+        for key in fetched[0]:
+            values = [metrics[key] for metrics in fetched]
             record[key] = [mean(v) for v in zip(*values, strict=True)] if isinstance(values[0], list) else mean(values)
-        record["learning_rate"] = self.pending[-1]["learning_rate"]
+        record["learning_rate"] = fetched[-1]["learning_rate"]
         record["images_per_second"] = rate * stage.identities * stage.images_per_identity
-        record["input_wait"] = round(min(self._waited / seconds, 1.0), 4)  # fraction of the time
+        record["input_wait"] = round(min(closed.waited / seconds, 1.0), 4)  # fraction of the time
         record["memory_gib"] = round(parallel.peak_memory(), 3)
-        record["eta"] = (self._total - self._steps) / rate
-        self.pending, self._since, self._timed, self._waited = [], now, 0, 0.0
+        record["eta"] = (self._total - closed.steps) / rate
         return record
+
+
+def _fetched(device: list[tuple[int, dict]]) -> list[dict]:
+    """The metrics of steps as Python numbers. Raises FloatingPointError if a loss or gradient is not finite."""
+    fetched = []
+    for number, metrics in jax.device_get(device):
+        values = {k: v.tolist() for k, v in metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"The loss of step {number} is {values['loss']} with gradient norm {values['grad_norm']}"
+            )
+        fetched.append(values)
+    return fetched
 
 
 def describe(record: dict[str, Any], total: int) -> str:

@@ -49,6 +49,7 @@ KEYS = {
     "eval.gammas": (0.5, 1.0),
     "eval.every": 1,
     "log_every": 4,
+    "checkpoint_seconds": 0.0,
 }
 
 

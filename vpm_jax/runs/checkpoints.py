@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ def _hush_libraries() -> None:
 
 
 @jax.jit
-def _finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]))
+def _snapshot(state: Any) -> tuple[Any, jax.Array]:
+    """(a copy of the state on the devices, whether all of it is finite)."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)]
+    return jax.tree.map(jnp.copy, state), jnp.all(jnp.stack(finite))
 
 
 def _checksum(state: Any, meta: dict) -> int:
@@ -82,6 +85,8 @@ class Checkpoints:
         check_utf8(workdir, "checkpoints")
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._first, self._writes = hosts.is_first(), keep > 0
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._written: Future[None] | None = None
         if self._first:
             self._open(keep)
         self.latest: int | None = hosts.from_first(lambda: max(self._steps(), default=None))
@@ -94,7 +99,11 @@ class Checkpoints:
         # Only this process takes part; otherwise Orbax waits for the others.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, read_only=not self._writes, create=False, multiprocessing_options=alone
+            max_to_keep=keep or None,
+            read_only=not self._writes,
+            create=False,
+            multiprocessing_options=alone,
+            enable_async_checkpointing=False,  # `_write` has its own thread
         )
         # With named handlers, item_metadata works before anything was saved or restored.
         handlers = {
@@ -117,6 +126,7 @@ class Checkpoints:
             if error is None:  # otherwise the current error is more informative
                 raise
         finally:
+            self._writer.shutdown()
             if self._first:
                 with contextlib.suppress(Exception):  # close raises what `wait` already raised
                     self._manager.close()
@@ -126,30 +136,32 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Waits for the previous save, then starts to write the state and `meta`, which must be JSON.
 
+        The devices copy the state and continue; another thread fetches and writes the copy.
+
         Raises:
           FloatingPointError: if the state is not finite; training could not continue from it.
           UserError: when the disk is full or read-only, for this save or the previous one.
         """
-        if not _finite(jax.tree.leaves(state)):
-            raise FloatingPointError(f"The state after step {step} is not finite")
         self.wait()
+        copy, finite = _snapshot(state)
+        if not finite:
+            raise FloatingPointError(f"The state after step {step} is not finite")
         if self._first:
-            # Copied because the next step donates these buffers.
-            copy = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
-            meta = {"meta": json.loads(json.dumps(meta)), "crc32": _checksum(copy, meta)}
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardSave(copy), meta=ocp.args.JsonSave(meta))
-                self._manager.save(step, args=args, force=True)
-            except Exception as error:
-                raise self._explain(error) from error
+            self._written = self._writer.submit(self._write, step, copy, json.loads(json.dumps(meta)))
         self.latest = step
+
+    def _write(self, step: int, copy: Any, meta: dict) -> None:
+        state = jax.tree.map(np.asarray, jax.device_get(copy))
+        saved = {"meta": meta, "crc32": _checksum(state, meta)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(saved))
+        self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Waits for the save in progress. Raises as `save` does."""
-        if not self._first:
-            return
+        written, self._written = self._written, None
         try:
-            self._manager.wait_until_finished()
+            if written is not None:
+                written.result()
         except Exception as error:
             raise self._explain(error) from error
 
@@ -182,6 +194,7 @@ class Checkpoints:
         Raises:
           UserError: if there is no intact checkpoint (for readers: the newest is damaged), or it is of another model.
         """
+        self.wait()
         number, state, meta = hosts.from_first(lambda: self._restore(like, step))
         if step is None:
             self.latest = number
