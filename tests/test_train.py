@@ -45,7 +45,7 @@ def at_step(monkeypatch, number: int, act) -> None:
 def test_a_run_leaves_what_its_reader_needs(whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
-        *("config.json", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "training.png"),
+        *("config.json", "data.json", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "training.png"),
         *("evaluation.json", "evaluation.md", "gamma.png"),
     }
     assert saved_steps(whole) == [7, STEPS]  # the two newest
@@ -230,10 +230,14 @@ training.train(tiny_run({str(pedestrians)!r}), Path("run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
+    """On data that moved; runs made before data.json existed get one."""
     workdir = shutil.copytree(whole, tmp_path / "run")
-    (workdir / "evaluation.json").unlink()
-    assert training.train(tiny_run(pedestrians), workdir) == 0
+    for name in ("evaluation.json", "data.json"):
+        (workdir / name).unlink()
+    moved = shutil.copytree(rendered(pedestrians), tmp_path / "deep" / "moved")
+    assert training.train(tiny_run(moved), workdir) == 0
     assert_same_run(workdir, whole)
+    assert (workdir / "data.json").read_text() == (whole / "data.json").read_text()
     again, first = (json.loads((w / "evaluation.json").read_text()) for w in (workdir, whole))
     assert again["gammas"] == first["gammas"]
 
@@ -285,6 +289,34 @@ def test_resume_never_refuses_a_workdir_that_holds_a_run(whole, pedestrians):
 )
 def test_another_config_is_refused_with_the_keys_name(whole, pedestrians, key, value, sentence):
     refused(tiny_run(pedestrians, **{key: value}), whole, sentence)
+
+
+def other_people(source: Path, root: Path) -> Path:
+    """A copy with two training images fewer, one more, and one of another identity; the pixels do not matter."""
+    shutil.copytree(source, root)
+    first, second, third, *_ = sorted((root / "bounding_box_train").iterdir())
+    shutil.copy(first, first.with_name("0001_c1s1_999999_01.jpg"))
+    first.unlink(), second.unlink()
+    third.rename(third.with_name(f"0002{third.name[4:]}"))
+    return root
+
+
+@pytest.mark.parametrize("steps", [7, STEPS])
+def test_other_training_data_are_refused_with_counts(whole, pedestrians, tmp_path, steps):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    if steps < STEPS:
+        shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    others = other_people(rendered(pedestrians), tmp_path / "others")
+    sentence = "on other training data .images: 2 added, 3 removed.: restore its data, or choose another --workdir"
+    refused(tiny_run(others), workdir, sentence)
+    repainted = shutil.copytree(rendered(pedestrians), tmp_path / "repainted")
+    for path in (repainted / "bounding_box_train").iterdir():
+        path.write_bytes(path.read_bytes() + b" ")
+    refused(tiny_run(repainted), workdir, "the same names with other images")
+    # A key that selects other data is named instead.
+    refused(tiny_run(others, data__holdout_identities=2), workdir, r"data\.holdout_identities: 0 -> 2")
+    (workdir / "data.json").write_text("{}")
+    refused(tiny_run(pedestrians), workdir, r"data\.json is damaged .*: restore it, or delete it")
 
 
 def test_what_may_change_passes(whole, pedestrians):

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from vpm_jax import comparison, metrics, paper, parallel, partial, plots, step
 from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import DATASETS, TITLES
+from vpm_jax.data.inventory import digest_of_test_set
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
@@ -322,6 +323,7 @@ def evaluate_and_report(
         "steps": steps,
         "dataset": dataset.name,
         **({"trained_on": trained_on} if trained_on else {}),
+        "test_set": digest_of_test_set(dataset.query, dataset.gallery),
         "notes": dataset.notes[1:],
         "protocol": protocol.settings,
         "match": config.match.to_dict() | {"flip": config.eval.flip},

@@ -21,6 +21,7 @@ from vpm_jax import cli
 from vpm_jax.config import default
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.decode import decode
+from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.sources import data_root, load_dataset
 from vpm_jax.data.split import Dataset
 from vpm_jax.errors import UserError
@@ -48,12 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = arrayrecord.folder_of(output, args.dataset)
     if folder.exists():
         dataset = _load(args.dataset, str(folder))
-        if args.source and Path(args.source).exists() and not _same(dataset, _load(args.dataset, args.source)):
-            raise UserError(
-                f"{folder} was prepared from other images ({_sizes(dataset)}) than those of {args.source}: choose "
-                "another --output, or delete that folder first."
-            )
-        print(f"Already prepared: {folder} ({_sizes(dataset)}). To prepare it again, delete that folder first.")
+        compared = f"not compared with {args.source}, which does not exist" if args.source else "no --source to compare"
+        if args.source and Path(args.source).exists():
+            compared = f"the same images as {args.source}"
+            if differences := _differences(dataset, _load(args.dataset, args.source)):
+                raise UserError(
+                    f"{folder} was prepared from other images ({_sizes(dataset)}) than those of {args.source} "
+                    f"({differences}): choose another --output, or delete that folder first."
+                )
+        print(
+            f"Already prepared: {folder} ({_sizes(dataset)}), {compared}. To prepare it again, delete that folder "
+            "first."
+        )
         return
 
     cli.check_folder("--output", output)
@@ -91,17 +98,20 @@ def _load(name: str, root: str) -> Dataset:
     return load_dataset(config, preparing=True)
 
 
-def _same(prepared: Dataset, source: Dataset) -> bool:
-    """Whether both list the same images. Compares the content of only the first image of each split."""
+def _differences(prepared: Dataset, source: Dataset) -> str:
+    """How the source differs from the prepared images, in words; "" if it does not. Compares a few contents only."""
     for name in ("train", "query", "gallery"):
         a, b = getattr(prepared, name), getattr(source, name)
-        if a.names != b.names or not np.array_equal(a.identity, b.identity):
-            return False
-        if (a.camera is None) != (b.camera is None) or not np.array_equal(a.camera, b.camera):
-            return False
-        if len(a) and a.read(0) != b.read(0):
-            return False
-    return True
+        before, now = Inventory.of(a), Inventory.of(b)
+        if before != now:
+            return f"{name}: {before.differences(now) or 'other images under the same names'}"
+        if not np.array_equal(a.identity, b.identity) or not _same_cameras(a.camera, b.camera):
+            return f"{name}: other identities or cameras"
+    return ""
+
+
+def _same_cameras(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def _sizes(dataset: Dataset) -> str:

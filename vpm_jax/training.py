@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from vpm_jax import config as config_lib
 from vpm_jax import evaluation, models, paper, parallel, plots, pretrained, step
 from vpm_jax.data.decode import decode
+from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.pipeline import Batch, train_batches
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Split
@@ -27,7 +28,7 @@ from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.runs.interrupts import Interrupts, Stopped
 from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.runs.workdir import WorkdirLock, continue_run, find_run
+from vpm_jax.runs.workdir import WorkdirLock, check_data, continue_run, find_run, write_data
 from vpm_jax.schedule import ends_epochs, schedule, stage_of
 
 
@@ -71,7 +72,9 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
         backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
         config = config_lib.for_weights(config, backbone)
         print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
+    data = Inventory.of(dataset.train)
     if saved is not None:
+        check_data(saved, config, workdir, data)
         config = continue_run(saved, config, workdir)
 
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
@@ -106,6 +109,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             print(f"resuming {workdir} after step {steps} of {total}")
         log = records = None
         if first:
+            write_data(workdir, data)
             write_atomically(workdir / "config.json", config_lib.to_json(config))
             log = MetricsLog(workdir, steps, config.tracker, config.to_dict())
             records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None

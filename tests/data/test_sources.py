@@ -263,6 +263,10 @@ def test_synthetic_is_rendered_and_read(tmp_path):
     assert loaded.train.num_identities == 2 and len(loaded.train) == 8
     assert set(loaded.query.identity.tolist()) <= set(loaded.gallery.identity.tolist())
     assert Image.open(BytesIO(loaded.query.read(0))).size == (64, 128)
+    data.root = str(next((tmp_path / "new").iterdir()))
+    assert not any("not those of" in note for note in load_dataset(data).notes)
+    data.synthetic.seed = 5
+    assert any("train2-test2-images2-cameras2, not those of" in note for note in load_dataset(data).notes)
 
 
 @pytest.mark.parametrize("name", ["partial_reid", "partial_reid_occluded", "partial_ilids", "partial_ilids_nocrop"])

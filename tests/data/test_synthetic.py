@@ -87,6 +87,9 @@ def test_rendered_once_with_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert calls == [(i, total) for i in range(1, total + 1)]
     monkeypatch.setattr(synthetic, "encode", lambda *_: pytest.fail("rendered again"))
     assert synthetic.ensure(tmp_path, **SMALL) == folder
+    min((folder / "query").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of its \d+ images, such as query/.*: delete the folder"):
+        synthetic.ensure(tmp_path, **SMALL)
 
 
 def test_interrupted_rendering_leaves_nothing(tmp_path: Path, folder: Path) -> None:

@@ -633,6 +633,20 @@ def test_finished_runs_are_reported_and_not_repeated(copied, command, call, tmp_
         call(f"{command} --report")
 
 
+@pytest.mark.parametrize(("split", "name"), [("train", VPM), ("test", MVPM)])
+def test_a_result_on_other_data_is_refused(copied, command, call, split, name):
+    path = copied / f"{name}.json"
+    found = json.loads(path.read_text())
+    assert re.fullmatch("[0-9a-f]{16}", found["data"]["test"]) and (found["data"]["train"] is None) == (name == MVPM)
+    found["data"][split] = "0123456789abcdef"
+    path.write_text(json.dumps(found))
+    assert call(f"{command} --plan") == 0  # which works without the data
+    with pytest.raises(
+        UserError, match=rf"{name}\.json is the result of .* on other data .*\(the {split} set differs\)"
+    ):
+        call(command)
+
+
 def test_a_result_of_another_config_is_refused_by_its_keys(copied, command, call):
     path = copied / f"{VPM}.json"
     before = path.read_text()

@@ -468,6 +468,17 @@ def test_the_page_shows_what_was_found_and_asks_nobody(folder, indexed, tmp_path
     assert len(bars) == 1 + 9 and bars[1].startswith("distance in each region, and its share")
 
 
+def test_a_picture_that_changed_since_it_was_indexed_is_named_and_not_shown(folder, indexed, tmp_path, capsys):
+    picture().save(folder / "b.PNG")
+    page, ranking = tmp_path / "page.html", tmp_path / "ranking.json"
+    command = ["query", str(folder / "a.jpg"), "--index", str(indexed), "--html", str(page), "--json", str(ranking)]
+    assert search.main(command) == 0
+    assert "changed since they were indexed: b.PNG: index again." in capsys.readouterr().err
+    results = json.loads(ranking.read_text())["queries"][0]["results"]
+    assert [result["image"] for result in results if result["changed"]] == ["b.PNG"]
+    assert page.read_text().count("This image has changed since it was indexed.") == 1
+
+
 def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypatch, capsys):
     """By "binary" visibility, where no score reaches a cell."""
     features = VPM.features

@@ -66,6 +66,10 @@ def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict
         raise UserError(f"config.data.name is {name!r}, but the known datasets are {', '.join(DATASETS)}.")
     place = _synthetic_place(config_data, root) if name == "synthetic" else _place(config_data, root)
     notes: list[str] = []
+    folder = place.path.name
+    if name == "synthetic" and folder.startswith("synthetic-v"):
+        others = folder != synthetic.folder_name(**config_data.synthetic)
+        notes += [f"These are the pedestrians of {folder}, not those of config.data.synthetic."] * others
     if place.form == "prepared":
         splits = _prepared_splits(place, name, notes)
     else:

@@ -61,15 +61,19 @@ def ensure(
       progress: called with (finished images, all images) after each image.
 
     Raises:
-      UserError: for numbers out of range, a full disk or a folder that cannot be written.
+      UserError: for numbers out of range, a full disk, a folder that cannot be written, or one that lacks images.
     """
     counts = dict(train=train_identities, test=test_identities, images=images_per_camera, cameras=cameras)
     _check(seed, **counts)
-    root = Path(root)
-    folder = root / "-".join([f"synthetic-v{VERSION}", f"seed{seed}", *(f"{k}{v}" for k, v in counts.items())])
+    root, shots = Path(root), list(_shots(**counts))
+    folder = root / folder_name(seed, train_identities, test_identities, images_per_camera, cameras)
     if folder.is_dir():
+        if missing := [shot.path for shot in shots if not (folder / shot.path).is_file()]:
+            raise UserError(
+                f"{folder} lacks {len(missing):,} of its {len(shots):,} images, such as {missing[0]}: delete the "
+                "folder to render them again."
+            )
         return folder
-    shots = list(_shots(**counts))
     # A unique name, since another process may be rendering too.
     temporary = root / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -89,6 +93,12 @@ def ensure(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def folder_name(seed: int, train_identities: int, test_identities: int, images_per_camera: int, cameras: int) -> str:
+    """The name of the folder that `ensure` renders with these arguments."""
+    counts = f"train{train_identities}-test{test_identities}-images{images_per_camera}-cameras{cameras}"
+    return f"synthetic-v{VERSION}-seed{seed}-{counts}"
 
 
 def _check(seed: int, train: int, test: int, images: int, cameras: int) -> None:

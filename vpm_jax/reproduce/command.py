@@ -32,6 +32,7 @@ from vpm_jax.reproduce import estimate, experiments, results
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Method, Run
 from vpm_jax.reproduce.report import write_report
 from vpm_jax.runs.logs import make_folder
+from vpm_jax.runs.workdir import read_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [run for run in runs if run.name not in done]
     unfinished = without_data(missing, training=not (args.plan or args.report))  # {run name: reason}
     missing = [run for run in missing if run.name not in unfinished]
+
+    if not (args.plan or args.report):
+        check_data([run for run in runs if run.name in done], done, args.results)
 
     # ---- Plan --------------------------------------------------------------------------------------------
     count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
@@ -216,6 +220,38 @@ def root_of(test: str, config_data: ConfigDict) -> str:
     return ""
 
 
+def check_data(finished: Sequence[Run], results: Mapping[str, Any], folder: Path) -> None:
+    """Compares the data of finished runs with the data at hand, as far as both are known.
+
+    Raises:
+      UserError: naming the result of a run on other data.
+    """
+    from vpm_jax.data.inventory import Inventory, digest_of_test_set
+    from vpm_jax.data.sources import load_dataset
+
+    at_hand: dict[str, dict[str, str]] = {}
+    for run in finished:
+        recorded = results[run.name].get("data", {})
+        if not any(recorded.values()):
+            continue
+        data = run.config.data.copy_and_resolve_references()
+        key = f"{run.test} {data.to_json_best_effort()}"
+        if key not in at_hand:
+            at_hand[key] = {}
+            with contextlib.suppress(UserError):  # without the data there is nothing to compare
+                if run.test:
+                    data.name, data.root, data.holdout_identities = run.test, root_of(run.test, data), 0
+                dataset = load_dataset(data)
+                at_hand[key]["test"] = digest_of_test_set(dataset.query, dataset.gallery)
+                at_hand[key]["train"] = Inventory.of(dataset.train).digest
+        for split, digest in at_hand[key].items():
+            if recorded.get(split) not in (None, digest):
+                raise UserError(
+                    f"{folder / run.name}.json is the result of a run on other data than those at hand (the {split} "
+                    "set differs): restore its data, choose another --results folder, or delete the file to run again."
+                )
+
+
 # ---- One run ---------------------------------------------------------------------------------------------
 
 
@@ -299,7 +335,9 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
         seconds = checkpoints.meta()["seconds"]
     images = sum(stage.steps * stage.batch for stage in schedule(config))
     rates = [record["images_per_second"] for record in estimate.records(workdir)]
-    return results.record(run, evaluation, experiments.fingerprint(config), images, seconds, median(rates))
+    data = read_data(workdir)
+    resolved, digest = experiments.fingerprint(config), None if data is None else data.digest
+    return results.record(run, evaluation, resolved, images, seconds, median(rates), digest)
 
 
 def command_line(argv: Sequence[str] | None) -> str:

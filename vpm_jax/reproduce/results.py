@@ -65,7 +65,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(
-    run: Run, evaluation: Mapping[str, Any], resolved: Mapping[str, Any], images: int, seconds: float, rate: float
+    run: Run,
+    evaluation: Mapping[str, Any],
+    resolved: Mapping[str, Any],
+    images: int,
+    seconds: float,
+    rate: float,
+    training_set: str | None = None,
 ) -> dict[str, Any]:
     """The result of a finished run.
 
@@ -76,6 +82,7 @@ def record(
       images: the number of images trained on; 0 for an evaluation.
       seconds: of training.
       rate: training images per second.
+      training_set: the digest of the training set; None for an evaluation.
     """
     requested = fingerprint(run.config)
     scores = evaluation["results" if run.test else "gammas"]
@@ -88,6 +95,7 @@ def record(
             "variant": run.variant,
             "seed": run.seed,
             "test": run.test or run.dataset,
+            "data": {"train": training_set, "test": evaluation.get("test_set")},
             "recipe": run.config.recipe,
             "command": run.command(),
             "changes": run.changes,

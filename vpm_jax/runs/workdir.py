@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,14 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
+from vpm_jax.data.inventory import Inventory
 from vpm_jax.errors import UserError, check_utf8
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
 from vpm_jax.runs.locks import Lock
+from vpm_jax.runs.logs import write_atomically
+
+_DERIVED = ("data.aspect",)  # follows from the training images
 
 
 def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
@@ -79,6 +84,47 @@ def continue_run(saved: ConfigDict, resolved: ConfigDict, workdir: Path) -> Conf
             "its schedule is step-wise."
         )
     return resolved
+
+
+def read_data(workdir: Path) -> Inventory | None:
+    """The training set of the run in the workdir; None for runs made before data.json existed.
+
+    Raises:
+      UserError: if data.json is damaged.
+    """
+    file = workdir / "data.json"
+    if not file.is_file():
+        return None
+    try:
+        return Inventory.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {cli.first_line(error)}): restore it, or delete it to "
+            "continue without checking that the training set is the same."
+        ) from error
+
+
+def write_data(workdir: Path, data: Inventory) -> None:
+    """Writes data.json. Raises UserError when the disk is full or read-only."""
+    write_atomically(workdir / "data.json", json.dumps(data.to_json()) + "\n")
+
+
+def check_data(saved: ConfigDict, resolved: ConfigDict, workdir: Path, data: Inventory) -> None:
+    """Checks that a run continues on its training set. If a key selects other data, `continue_run` names the key.
+
+    Raises:
+      UserError: naming what differs, with counts.
+    """
+    recorded = hosts.from_first(lambda: read_data(workdir))
+    changed = {change.partition(":")[0] for change in config_lib.changed_keys(saved, resolved)}
+    if recorded is None or any(key.startswith("data.") and key not in _DERIVED for key in changed):
+        return
+    if differences := recorded.differences(data):
+        raise UserError(
+            f"{workdir} has a run on other training data ({differences}): restore its data, or choose another "
+            "--workdir.",
+            code="other-data",
+        )
 
 
 class WorkdirLock(Lock):

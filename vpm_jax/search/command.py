@@ -260,6 +260,9 @@ def query(
         write_atomically(html_file, ranking_lib.page(model, store, rankings))
     if json_file != "-":
         _print(rankings, ranking_lib.numbering(model.grid))
+    if changed := {result.name for ranking in rankings for result in ranking.results if result.changed}:
+        names = printable(", ".join(sorted(changed)[:3]) + ", ..." * (len(changed) > 3))
+        print(f"Images that have changed since they were indexed: {names}: index again.", file=sys.stderr)
     empty = [ranking for ranking in rankings if not ranking.results]
     for ranking in empty:
         print(f"{ranking.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)

@@ -15,7 +15,7 @@ from vpm_jax.errors import UserError, printable
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.overlay import LOW_WEIGHT
 from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid
-from vpm_jax.search.store import Store
+from vpm_jax.search.store import Entry, Store
 
 # A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
 # scores of 0 are rare.
@@ -31,6 +31,7 @@ class Result(NamedTuple):
     region_distance: np.ndarray
     weight: np.ndarray  # each region's share of the distance; sums to 1
     visibility: np.ndarray  # of the gallery crop that was compared (Eq. 2)
+    changed: bool = False  # the file is no longer the image that was indexed
 
     @property
     def counted(self) -> np.ndarray:
@@ -98,17 +99,27 @@ def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[R
 
 
 def _results(model: VPM, store: Store, queries: Description, top: int, root: Path) -> list[list[Result]]:
-    match, names, rankings = model.config.match, store.names, []
+    match, entries, rankings = model.config.match, store.entries, []
     for query, distances, indices in zip(queries, *nearest(match, queries, store, top), strict=True):
         index = indices[np.isfinite(distances)]
         gallery = Description(store.features[index], store.visibility[index])
         local, weight = pairwise_shares(match, query, gallery)
-        results = [
-            Result(names[i], root / names[i], float(distances[rank]), local[0, rank], weight[0, rank], visibility)
-            for rank, (i, visibility) in enumerate(zip(index, gallery.visibility, strict=True))
-        ]
+        results = []
+        for rank, (i, visibility) in enumerate(zip(index, gallery.visibility, strict=True)):
+            path = root / entries[i].name
+            numbers = float(distances[rank]), local[0, rank], weight[0, rank], visibility
+            results.append(Result(entries[i].name, path, *numbers, _has_changed(path, entries[i])))
         rankings.append(results)
     return rankings
+
+
+def _has_changed(path: Path, entry: Entry) -> bool:
+    """Whether the file differs from the indexed one in size or time; False for one that is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return entry.size > 0 and (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime_ns)
 
 
 def region_numbers(mask: np.ndarray) -> str:
@@ -138,6 +149,7 @@ def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
                         "rank": rank,
                         "image": result.name,
                         "path": str(result.path),
+                        "changed": result.changed,
                         "distance": float(f"{result.distance:.6g}"),
                         "region_distance": rounded(result.region_distance),
                         "weight": rounded(result.weight),
@@ -199,6 +211,8 @@ def _card(rank: int, result: Result, longest: float, columns: int) -> str:
         body = html.picture(api.read(result.path), f"rank {rank}: {name}")
     except UserError:
         body = '<p class="soft">This image is missing or cannot be read.</p>'
+    if result.changed:
+        body = '<p class="soft">This image has changed since it was indexed.</p>'
     shares = [f"· {100 * weight:.0f} %" for weight in result.weight]
     label = "distance in each region, and its share of the overall distance"
     body += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares, columns)
