@@ -163,6 +163,9 @@ def test_the_keys_are_listed(capsys, monkeypatch):
     assert line.endswith("   steps between records of metrics.jsonl [at least 1] (resume)")
     assert any(line.startswith("match.gallery_gammas = ()") for line in lines)
     assert not any(line.startswith("model.") for line in lines) and max(map(len, lines)) <= 120
+    assert config_main(["data.height", "eval.batch"]) == 0
+    marks = [line.rpartition(" (")[2] for line in capsys.readouterr().out.splitlines() if " = " in line]
+    assert marks == ["evaluate)", "resume, evaluate)"]
     assert config_main([]) == 0
     assert {line.split(" = ")[0] for line in capsys.readouterr().out.splitlines() if " = " in line} >= set(
         flatten(default())
@@ -194,16 +197,16 @@ def test_the_keys_are_listed(capsys, monkeypatch):
         ("match.feature", "after", "model.neck is"),
         ("eval.gammas", (), "in (0, 1]"),
         ("eval.gammas", (0.5, 1.5), "in (0, 1]"),
-        ("stage2.learning_rate", float("nan"), "finite numbers from 0"),
-        ("stage2.learning_rate", -0.1, "finite numbers from 0"),
-        ("stage2.decay_epochs", (30, float("inf")), "finite numbers from 0"),
-        ("optim.weight_decay", -5e-4, "finite numbers from 0"),
+        ("stage2.learning_rate", float("nan"), "finite non-negative numbers"),
+        ("stage2.learning_rate", -0.1, "finite non-negative numbers"),
+        ("stage2.decay_epochs", (30, float("inf")), "finite non-negative numbers"),
+        ("optim.weight_decay", -5e-4, "finite non-negative numbers"),
         ("stage1.schedule", "linear", "expected one of step, cosine"),
         ("tracker", "wandb,tensorboard", "expected one of none, tensorboard, wandb, tensorboard,wandb"),
         ("optim.nesterov", 1, "expected bool"),
         ("log_every", 0, "at least 1"),
-        ("seed", -1, "finite numbers from 0"),
-        ("stage2.decay_epochs", (30, "forty"), "finite numbers from 0"),
+        ("seed", -1, "finite non-negative numbers"),
+        ("stage2.decay_epochs", (30, "forty"), "finite non-negative numbers"),
         ("data.mean", (0.5, 0.5), "three numbers"),
         ("data.std", (0.2,), "three numbers above 0"),
         ("data.std", (0.0, 0.2, 0.2), "three numbers above 0"),

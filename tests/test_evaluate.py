@@ -55,7 +55,7 @@ def test_the_report_names_recipe_protocol_skipped_and_chance(whole, trained):
     query, gallery = dataset.query, dataset.gallery.take(dataset.gallery.identity != -1)
     assert len(gallery) < len(dataset.gallery)  # these pedestrians have junk
     assert f"Recipe synthetic, seed 0, {STEPS} steps, on synthetic." in text
-    assert f"{len(query)} queries keeping their top gamma, {len(gallery)} gallery images whole (1 of" in text
+    assert f"{len(query)} queries cropped to gamma (top), {len(gallery)} gallery images whole (1 of" in text
     assert "0 queries without a match skipped" in text
     assert record["recipe"] == describer.config.recipe
     assert record["protocol"] == {"crop": "top", "queries": len(query), "gallery": len(gallery), "skipped": 0}
@@ -133,13 +133,13 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(record["gammas"]) == ["0.7"]
     assert record["match"] | {"squared": False, "visibility": "uniform", "rerank": False} == record["match"]
-    assert "keeping their bottom gamma" in capsys.readouterr().out
+    assert "cropped to gamma (bottom)" in capsys.readouterr().out
 
     plain = ["--workdir", str(whole), "--output", str(tmp_path)]  # of other settings: both stay
     assert evaluate.main(plain) == evaluate.main(plain) == 0
     assert capsys.readouterr().out.count("(evaluation.md had other settings: renamed to evaluation-1.md)") == 1
     assert json.loads((tmp_path / "evaluation-1.json").read_text()) == record
-    assert "bottom gamma" in (tmp_path / "evaluation-1.md").read_text()
+    assert "gamma (bottom)" in (tmp_path / "evaluation-1.md").read_text()
     again = json.loads((tmp_path / "evaluation.json").read_text())
     assert again["gammas"] == json.loads((whole / "evaluation.json").read_text())["gammas"] != record["gammas"]
     assert not (tmp_path / "evaluation-2.json").exists()
@@ -204,7 +204,7 @@ def test_what_a_cropped_gallery_is_called(whole, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), gallery]) == 0
     said = capsys.readouterr().out
     assert "gallery images whole and cropped (1 of" in said
-    assert "|\n\nOurs are measured" in said or "Ours" not in said  # the paper's table ends before the sentence
+    assert "|\n\nOur numbers use" in said or "Our numbers" not in said  # the paper's table ends before the sentence
     assert "features of queries" in said and "features of the gallery (" in said and " of 2) " in said
 
 
@@ -230,7 +230,7 @@ def test_a_gallery_is_cropped_as_training_images_were(changes, sides):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"data.crop": "any"}, "expected training crops of the top, bottom or bilateral"),
+        ({"data.crop": "any"}, "expected top, bottom or bilateral training crops"),
         ({"model.locator": "stripes"}, "cannot estimate how much a query shows"),
         ({"model.grid": (1, 2)}, "cannot estimate how much a query shows"),
         ({"match.rerank": True}, "match.rerank is on"),

@@ -98,7 +98,7 @@ class Describer:
         return [self._put(x) for x in (batch["image"], batch.get("valid")) if x is not None]
 
     def split(self, variables: Variables, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
-        """Describes every image of a split, in order. Raises as `splits`."""
+        """Describes every image of a split, in order. Same errors as `splits`."""
         return self.splits(variables, [CroppedSplit(split, gamma, crop)])[0]
 
     def splits(

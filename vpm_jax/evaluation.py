@@ -36,8 +36,8 @@ from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.runs.logs import Progress, duration, make_folder, replacing, write_atomically
 from vpm_jax.runs.workdir import read_run
 
-PIECE_BYTES = 2**28  # of the features of distractors in memory
-BLOCK_BYTES = 2**28  # of distances in memory
+PIECE_BYTES = 2**28  # of distractor features in memory at a time
+BLOCK_BYTES = 2**28  # of distances in memory at a time
 
 Results = Mapping[Any, Mapping[str, Any]]  # {gamma, or protocol of a partial dataset: `metrics.rank_metrics`}
 
@@ -105,7 +105,7 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
         advice = "check that query and gallery come from the same dataset"
         if np.isin(dataset.query.identity, dataset.gallery.identity[dataset.gallery.identity != -1]).any():
             advice = (
-                "all gallery images of a query's identity are of its own camera and so not ranked; "
+                "every gallery image of a query's identity is from the query's own camera and so not ranked; "
                 "--config.eval.same_camera=keep ranks them"
             )
         raise UserError(f"{dataset.name} cannot be evaluated ({error}): {advice}.") from error
@@ -113,7 +113,7 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
 
 
 def by_protocol(config: ConfigDict, dataset: Dataset) -> Dataset:
-    """The dataset as metrics see it: without cameras where eval.same_camera is "keep", so that they drop nothing."""
+    """The dataset for the metrics: without cameras if eval.same_camera is "keep", so that nothing is dropped."""
     if config.eval.same_camera == "drop":
         return dataset
     query, gallery = (replace(split, camera=None) for split in (dataset.query, dataset.gallery))
@@ -140,8 +140,8 @@ def evaluate(
     """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas.
 
     For a partial dataset: {"all-shot": `metrics.rank_metrics` of all queries against the whole gallery, "single-shot":
-    `partial.single_shot`}. "single-shot" is omitted where every identity has one image, so that both are the same
-    (Partial-iLIDS), and with re-ranking, which would use neighbors outside the groups.
+    `partial.single_shot`}. "single-shot" is omitted if every identity has one image (Partial-iLIDS), where both
+    are the same, and with re-ranking, which would use neighbors outside the groups.
 
     `check` is called between batches and may raise to stop.
     """
@@ -184,9 +184,9 @@ def blocks(
 ) -> Iterator[Block]:
     """The distances of query sets to the gallery by config.match, block by block, in the order of `metrics.Ranking`.
 
-    The first block of a query reaches to the last gallery image of a query's identity. The others, such as added
-    distractors, are described and compared PIECE_BYTES of features at a time, so that memory does not depend on their
-    number. With match.gallery_gammas, each query is compared with the gallery crop closest to it
+    A query's first block extends to the last gallery image that has the identity of any query. The images after it,
+    such as added distractors, are described and compared PIECE_BYTES of features at a time, so that memory does not
+    depend on their number. With match.gallery_gammas, each query is compared with the gallery crop closest to it
     (`description.route`). `check` is as in `evaluate`.
 
     Raises:
@@ -208,12 +208,12 @@ def blocks(
         for piece in describer.stream(variables, images, stops, Progress(title, len(gallery)), check):
             columns = slice(start, start + len(piece))
             size = max(1, BLOCK_BYTES // (4 * len(piece)))
-            for index, (query, rows_of) in enumerate(zip(described, routes, strict=True)):
-                chosen = rows_of.get(crop, np.empty(0, int))
+            for index, (query, queries_of) in enumerate(zip(described, routes, strict=True)):
+                chosen = queries_of.get(crop, np.empty(0, int))
                 for first in range(0, len(chosen), size):
                     rows = chosen[first : first + size]
-                    some = query if len(rows) == len(query) else query[rows]
-                    yield Block(index, rows, columns, pairwise_distance(config.match, some, piece))
+                    subset = query if len(rows) == len(query) else query[rows]
+                    yield Block(index, rows, columns, pairwise_distance(config.match, subset, piece))
             start += len(piece)
 
 
@@ -248,23 +248,22 @@ def _reranked(
 ) -> Iterator[Block]:
     """Distances after k-reciprocal re-ranking: one block for each query set."""
     match = describer.config.match
-    needed, there = 4 * len(gallery) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    needed, available = 4 * len(gallery) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise UserError(
             f"Re-ranking needs the distances between all {len(gallery):,} gallery images, {needed / 2**30:,.0f} GiB, "
-            f"and this machine has {there / 2**30:,.0f} GiB: leave out match.rerank, or data.distractors."
+            f"and this machine has {available / 2**30:,.0f} GiB: leave out match.rerank, or data.distractors."
         )
     whole, *described = describer.splits(variables, [CroppedSplit(gallery), *queries], check)
     gallery_distance = pairwise_distance(match, whole, whole)
     parameters = match.rerank_k1, match.rerank_k2, match.rerank_lambda, match.squared
-    everything = slice(None)
     for number, query in enumerate(described):
-        three = pairwise_distance(match, query, whole), pairwise_distance(match, query, query), gallery_distance
-        yield Block(number, everything, everything, rerank(*three, *parameters))
+        inputs = pairwise_distance(match, query, whole), pairwise_distance(match, query, query), gallery_distance
+        yield Block(number, slice(None), slice(None), rerank(*inputs, *parameters))
 
 
 def means(results: Results) -> dict[str, float]:
-    """Rank-1 and mAP averaged over gamma: what evaluations of a run are compared by."""
+    """Rank-1 and mAP averaged over gamma, to compare evaluations of a run."""
     return {
         "rank1": float(np.mean([r["cmc"][0] for r in results.values()])),
         "mAP": float(np.mean([r["mAP"] for r in results.values()])),
@@ -297,7 +296,7 @@ def evaluate_and_report(
 
     Args:
       steps: the number of training steps.
-      trained_on: the training set, if it is another dataset: then the files are evaluation-DATASET.json and so on.
+      trained_on: the training set if it is another dataset; the files are then evaluation-DATASET.json and so on.
       evaluated: (results, seconds) of an earlier evaluation to report.
     """
     config, started = describer.config, time.monotonic()
@@ -350,7 +349,7 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     skipped = next(iter(results.values()))["skipped"]
     kept = "whole and cropped" if config.match.gallery_gammas else "whole"
     line = (
-        f"Protocol: single query, {len(query)} queries keeping their {config.eval.crop} gamma, {len(gallery)} gallery "
+        f"Protocol: single query, {len(query)} queries cropped to gamma ({config.eval.crop}), {len(gallery)} gallery "
         f"images {kept} ({junk} of identity -1 left out); {_dropped(config, query)}; {skipped} queries without a match "
         "skipped."
     )
@@ -359,7 +358,7 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     if config.eval.crop == "top" and config.eval.same_camera == "drop" and own_test_set:  # the paper's protocol
         published = comparison.sweep(results, dataset.name, paper.method_of(config))
         if published and config.match.gallery_gammas:
-            published = published.rstrip() + "\n\nOurs are measured with a cropped gallery, the paper's are not."
+            published = published.rstrip() + "\n\nOur numbers use a cropped gallery; the paper's do not."
         table += "\n" + published
     return _Protocol(
         [line],
@@ -421,7 +420,7 @@ def matching_in_words(config: ConfigDict) -> str:
 
 
 def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None:
-    """Writes NAME.json and NAME.md. Files of another protocol or matching are renamed to NAME-1, NAME-2, ..."""
+    """Writes NAME.json and NAME.md. Earlier files with other settings are renamed to NAME-1, NAME-2, ..."""
 
     def setting(record: Mapping[str, Any]) -> list[Any]:
         return [record.get(key) for key in ("protocol", "match")] + list(record.get("gammas", ()))

@@ -16,7 +16,7 @@ from vpm_jax.regions import CROPS
 
 
 class Flag(enum.Flag):
-    """Properties of a key. Without a flag, trained weights depend on the key and it is fixed for the whole run."""
+    """Properties of a key. A key without flags affects the trained weights and is fixed for the whole run."""
 
     NONE = 0
     RESUME = enum.auto()  # may change when a run is resumed
@@ -44,7 +44,7 @@ class Values(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-ANY = Values("finite numbers from 0", lambda value: True)
+ANY = Values("finite non-negative numbers", lambda value: True)
 
 
 def one_of(*choices: Any) -> Values:
@@ -154,9 +154,9 @@ KEYS = (
     ),
     Key("data.fit", "stretch", "stretch: images fill the input; pad: keep proportions", one_of("stretch", "pad")),
     Key("data.place", "top", "position of a padded image; random: in training, otherwise center", one_of(*PLACES)),
-    Key("data.aspect", 0.0, "height / width of a whole person; 0: training sets the median of the training images"),
+    Key("data.aspect", 0.0, "height / width of a whole person; 0: the median of the training images"),
     Key("data.mean", (0.485, 0.456, 0.406), "subtracted from RGB in [0, 1]", MEAN, FEATURES | WEIGHTS),
-    Key("data.std", (0.229, 0.224, 0.225), "RGB minus data.mean is divided by this", STD, FEATURES | WEIGHTS),
+    Key("data.std", (0.229, 0.224, 0.225), "divisor of RGB after data.mean is subtracted", STD, FEATURES | WEIGHTS),
     Key("data.crop", "top", "what a training crop keeps of the image", one_of(*CROPS)),
     # Quantiles are equally spaced from minimum to maximum, as python -m vpm_jax.extents estimates them from images.
     Key("data.gamma", (0.5, 1.0), "kept area ratio of training crops: min(1, U(low, high)), or quantiles", GAMMA),
@@ -181,21 +181,21 @@ KEYS = (
     Key(
         "data.distractors",
         "",
-        "folder or zip of distractor images to add to the gallery; may lie beside the splits",
+        "folder or zip of images to add to the gallery; relative to the working directory or the dataset",
         flags=EVALUATION | PROTOCOL,
     ),
     Key(
         "data.identity_zero",
         "distractor",
-        "meaning of identity 0 in datasets named like Market-1501: distractor (nobody) or person",
+        "meaning of identity 0 in datasets with Market-1501's file names: distractor or person",
         one_of("distractor", "person"),
         PROTOCOL,
     ),
     Key("data.holdout_identities", 0, "training identities held out for model selection", flags=PROTOCOL),
     Key("data.workers", 0, "loader processes; 0: only threads of the main process", flags=MACHINE),
     Key("data.threads", 2, "loader threads per process", at_least(1), MACHINE),
-    # An image that cannot be decoded always stops an evaluation: skipping it would change the protocol. "skip" also
-    # leaves unusable files, such as broken links, out of the test set.
+    # A test image that cannot be decoded always stops the evaluation: skipping it would change the protocol. Files that
+    # are unusable when listed, such as broken links, are left out of the test set too with "skip".
     Key(
         "data.corrupt",
         "error",
@@ -305,7 +305,7 @@ KEYS = (
     ),
     Key("optim.clip", 0.0, "maximum norm of the whole gradient; 0: no clipping"),
     Key("optim.backbone_multiplier", 0.1, "factor of the backbone's learning rate"),
-    Key("optim.ema", 0.0, "decay of the weight average to evaluate; 0: the last weights", between(0, 0.999999)),
+    Key("optim.ema", 0.0, "decay of the weights averaged for evaluation; 0: the last weights", between(0, 0.999999)),
     # ---- The stages of training ----
     *_stage("stage1", epochs=50, steps_per_epoch=202, sampling="plain"),
     *_stage("stage2", epochs=80, triplet_weight=1.0),
@@ -313,7 +313,7 @@ KEYS = (
     Key(
         "match.feature", "before", "features before or after the neck", one_of("before", "after"), EVALUATION | FEATURES
     ),
-    Key("match.squared", False, "square the distances of regions", flags=EVALUATION),
+    Key("match.squared", False, "square the distance in each region", flags=EVALUATION),
     Key(
         "match.visibility",
         "soft",
@@ -321,8 +321,8 @@ KEYS = (
         one_of("soft", "saturated", "uniform", "binary"),
         EVALUATION,
     ),
-    # Gallery crops keep the same side as data.crop. Each query is compared with the crop that shows what it shows
-    # itself, estimated from its region map. Each ratio costs another pass over the gallery; () is the paper's protocol.
+    # Gallery crops keep the same side as data.crop. Each query is compared with the crop that shows the same extent,
+    # estimated from its region map. Each ratio costs another pass over the gallery; () is the paper's protocol.
     Key("match.gallery_gammas", (), "kept area ratios of gallery crops besides whole images", INNER_RATIOS, EVALUATION),
     Key("match.rerank", False, "k-reciprocal re-ranking", flags=EVALUATION),
     Key("match.rerank_k1", 20, "neighbors in k-reciprocal sets", at_least(1), EVALUATION),
@@ -334,7 +334,7 @@ KEYS = (
     Key(
         "eval.same_camera",
         "drop",
-        "gallery images with a query's identity and camera: drop: not ranked for it; keep: ranked",
+        "gallery images of the query's identity and camera: drop or keep them in its ranking",
         one_of("drop", "keep"),
         EVALUATION | PROTOCOL,
     ),

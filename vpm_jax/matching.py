@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int64, Integer, Real
 from ml_collections import ConfigDict
 
 # The size of a chunk of features, and of a block of distances, on the device: large enough for matrix products at full
-# speed (2,700 by 2,700 images of 6 x 2048 floats), small compared with the features themselves.
+# speed (2,700 by 2,700 images of 6 x 2048 floats), small compared with a large gallery.
 CHUNK_BYTES = 128 * 2**20
 # Smaller on CPU: malloc returns larger arrays to the system, which zeroes their pages on every allocation. 1.5 times as
 # fast for 1,000 by 8,000 images of 6 x 2,048 on two cores.
@@ -54,24 +54,25 @@ class Described(Protocol):
 
 def pairwise_distance(match: ConfigDict, query: Described, gallery: Described) -> Float32[np.ndarray, "q g"]:
     """Eq. 4 with the settings of config.match; without re-ranking and gallery crops. See `region_distance`."""
-    return region_distance(*_side(match, query), *_side(match, gallery), match.squared)
+    return region_distance(*_weighted(match, query), *_weighted(match, gallery), match.squared)
 
 
 def pairwise_shares(
     match: ConfigDict, query: Described, gallery: Described
 ) -> tuple[Float32[np.ndarray, "q g p"], Float32[np.ndarray, "q g p"]]:
-    """The terms of `pairwise_distance`: see `local_distances`."""
-    return local_distances(*_side(match, query), *_side(match, gallery), match.squared)
+    """The per-region terms of `pairwise_distance`: see `local_distances`."""
+    return local_distances(*_weighted(match, query), *_weighted(match, gallery), match.squared)
 
 
 def nearest(
     match: ConfigDict, query: Described, gallery: Described, k: int
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The k gallery images nearest to each query by `pairwise_distance`: see `top_k`."""
-    return top_k(*_side(match, query), _side(match, gallery), k, match.squared)
+    return top_k(*_weighted(match, query), _weighted(match, gallery), k, match.squared)
 
 
-def _side(match: ConfigDict, images: Described) -> tuple[Any, np.ndarray]:
+def _weighted(match: ConfigDict, images: Described) -> tuple[Any, np.ndarray]:
+    """(features, the visibility weights that config.match asks for)."""
     return images.features, match_visibility(images.visibility, match.visibility)
 
 
@@ -147,11 +148,11 @@ def region_distance(
     center = np.asarray(query_features[:: max(1, queries // 512)]).astype(np.float32).mean(axis=0)
     center[~np.isfinite(center)] = 0  # keeps one image's NaN from spreading through the mean
     chunk_bytes = min(CHUNK_BYTES, CPU_CHUNK_BYTES) if jax.default_backend() == "cpu" else CHUNK_BYTES
-    most = max(1, min(chunk_bytes // (4 * center.size), isqrt(chunk_bytes // 4)))
-    query_chunks = partial(_chunks, query_features, query_weight, center, most, "query")
+    max_rows = max(1, min(chunk_bytes // (4 * center.size), isqrt(chunk_bytes // 4)))
+    query_chunks = partial(_chunks, query_features, query_weight, center, max_rows, "query")
     if 4 * queries * center.size <= 2 * CHUNK_BYTES:  # small enough to prepare once
         query_chunks = partial(iter, list(query_chunks()))
-    for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, center, most, "gallery"):
+    for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, center, max_rows, "gallery"):
         for query_rows, query, block in query_chunks():
             values, near = _block(block, on_device, squared)
             target = distance[query_rows, gallery_rows]
@@ -214,13 +215,13 @@ def _checked_visibility(visibility: Any, name: str) -> Float32[np.ndarray, "n p"
 
 
 def _chunks(
-    features: Any, weight: np.ndarray, center: np.ndarray, most: int, name: str
+    features: Any, weight: np.ndarray, center: np.ndarray, max_rows: int, name: str
 ) -> Iterator[tuple[slice, Any, Prepared]]:
-    """Yields (rows, their features, the result of `_prepare`) for chunks of at most `most` rows.
+    """Yields (rows, their features, the result of `_prepare`) for chunks of at most `max_rows` rows.
 
     All chunks have the same size, to compile once: the last one overlaps the one before it.
     """
-    count = -(-len(weight) // most)
+    count = -(-len(weight) // max_rows)
     size = -(-len(weight) // count)
     for start in range(0, len(weight), size):
         start = min(start, len(weight) - size)

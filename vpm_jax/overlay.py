@@ -144,7 +144,7 @@ class Neighbor(NamedTuple):
     correct: bool  # a correct match
     distance: float
     region_distance: np.ndarray  # [P]
-    weight: np.ndarray  # [P], each region's share of the distance
+    weight: np.ndarray  # [P], of each region in the distance (Eq. 4)
 
 
 def ranking(

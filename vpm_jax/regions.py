@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 CROPS = ("top", "bottom", "bilateral", "left", "right", "horizontal", "any", "none")
-# What is kept by the crops that reduce only the height.
+# The sides kept by the crops that reduce only the height.
 HEIGHTS = {"top": ("top",), "bottom": ("bottom",), "bilateral": ("top", "bottom")}
 
 
@@ -93,7 +93,7 @@ def draw_crop(strategy: str, gamma: float, random: Sequence[float]) -> Crop:
 
 
 class GalleryCrop(NamedTuple):
-    """A crop that is applied to every gallery image: the side that is kept (as in `draw_crop`) and the area ratio."""
+    """A crop applied to every gallery image: the side that it keeps (as in `draw_crop`) and its area ratio."""
 
     side: str = "none"
     gamma: float = 1.0
@@ -110,7 +110,7 @@ UNCUT = GalleryCrop()
 
 
 def gallery_crops(sides: Sequence[str], gammas: Sequence[float]) -> list[GalleryCrop]:
-    """The uncut image, then a crop for each gamma and side ("top", "bottom")."""
+    """The whole image, then a crop for each gamma and side ("top", "bottom")."""
     return [UNCUT] + [GalleryCrop(side, gamma) for gamma in sorted(gammas) for side in sides]
 
 

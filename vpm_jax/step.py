@@ -25,7 +25,7 @@ Metrics = dict[str, Array]
 class State:
     """Everything needed to resume training; the data are a function of `step`."""
 
-    step: Any  # int32 scalar, the number of finished steps; not an Array in pytrees of shapes
+    step: Any  # int32 scalar, the number of finished steps; a ShapeDtypeStruct in `state_shapes`
     params: Any
     batch_stats: Any
     opt_state: Any
@@ -33,7 +33,7 @@ class State:
 
 @flax.struct.dataclass
 class AveragedState(State):
-    """The state with optim.ema. A separate type keeps checkpoints without it compatible."""
+    """The state with optim.ema. It is a separate type so that checkpoints without `ema` stay readable."""
 
     ema: Any  # {"params", "batch_stats"}, averaged over steps
 
@@ -75,7 +75,8 @@ def state_shapes(config: ConfigDict) -> State:
 def new_state(config: ConfigDict, variables: Mapping[str, Any]) -> State:
     """The state at step 0 with the variables {"params", "batch_stats"}."""
     params = variables["params"]
-    # Running statistics start in float32 even if the parameters are float64, which would compile the step twice.
+    # The backbone's statistics start in float32 even for float64 parameters. The first step would change their dtype,
+    # and the step would compile twice.
     dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
     batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
     state = State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
@@ -186,18 +187,17 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
 
 
 def make_feature_step(config: ConfigDict, region_maps: bool = False) -> Callable[..., dict[str, Array]]:
-    """(variables, image [B, H, W, 3]) -> {"features" [B, P, C] of unit length, "visibility" [B, P]}, float32.
+    """The feature step: (variables, image [B, H, W, 3]) -> {"features" [B, P, C], "visibility" [B, P]}, float32.
 
-    The step's third argument, `valid` bool [B, h, w], marks the cells that padded images cover (data.fit).
-    `region_maps` adds the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator. With eval.flip, all outputs
-    are averaged over the image and its mirror image, features before normalization.
+    Features have unit length. An optional third argument, `valid` bool [B, h, w], marks the cells that padded images
+    cover (data.fit). `region_maps` adds the probabilities [B, h, w, P] of Eq. 1; w is 1 for a row locator. With
+    eval.flip, all outputs are averaged over the image and its mirror image, features before normalization.
     """
     model = models.create(config)
     feature = "region_features" if config.match.feature == "before" else "neck_features"
     rows, cols = config.model.grid
-    mirrored = (
-        np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)
-    )  # each region's place in the mirror image
+    # Where each region lies in the mirror image.
+    mirrored = np.arange(rows * cols).reshape(rows, cols)[:, ::-1].reshape(-1)
 
     def features(
         variables: Any,

@@ -32,13 +32,13 @@ from vpm_jax.runs.workdir import WorkdirLock, check_data, continue_run, find_run
 from vpm_jax.schedule import ends_epochs, schedule, stage_of
 
 
-def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
+def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     """Trains and evaluates a config in `workdir`, continuing the run there if there is one.
 
     With several processes (see `hosts.joined`) all of them call it; only process 0 uses the workdir.
 
     Args:
-      asked: the config, not yet resolved.
+      requested: the config, not yet resolved.
       workdir: the run's folder.
       resume: whether a run in the workdir may be continued.
 
@@ -55,7 +55,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
 
     # ---- Data, and the config resolved with it ---------------------------------------------------------
-    dataset = hosts.in_turn(lambda: load_dataset(asked.data))
+    dataset = hosts.in_turn(lambda: load_dataset(requested.data))
     print(f"{dataset.name}: {len(dataset.train)} training images of {dataset.train.num_identities} identities")
     for note in dataset.notes:
         print(f"  {note}")
@@ -64,8 +64,8 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
             f"{dataset.name} has no training images: train on another dataset, then evaluate on this one with "
             f"python -m vpm_jax.evaluate --workdir RUN --dataset {dataset.name}."
         )
-    evaluation.check(asked, dataset)
-    config = resolve(asked, dataset.train)
+    evaluation.check(requested, dataset)
+    config = resolve(requested, dataset.train)
     hosts.check_job(config, dataset)
     backbone = None
     if not has_checkpoint and config.pretrained != "none":
@@ -217,7 +217,7 @@ def train(asked: ConfigDict, workdir: Path, resume: bool = True) -> int:
     return 0
 
 
-def resolve(asked: ConfigDict, split: Split) -> ConfigDict:
+def resolve(requested: ConfigDict, split: Split) -> ConfigDict:
     """A copy of the config with the keys that depend on the training set: identities, steps per epoch, data.aspect.
 
     `config.for_weights` sets those that depend on pretrained weights.
@@ -225,17 +225,17 @@ def resolve(asked: ConfigDict, split: Split) -> ConfigDict:
     Raises:
       UserError: for a schedule that does not fit the training set, or a grid finer than the feature map.
     """
-    resolved = asked.copy_and_resolve_references()
+    resolved = requested.copy_and_resolve_references()
     resolved.model.num_identities = split.num_identities
-    for stage in schedule(asked, len(split), split.num_identities):
+    for stage in schedule(requested, len(split), split.num_identities):
         resolved[stage.name].steps_per_epoch = stage.steps_per_epoch
-        cells = models.map_shape(asked, (stage.height, stage.width))
-        if any(regions > n for regions, n in zip(asked.model.grid, cells, strict=True)):
+        cells = models.map_shape(requested, (stage.height, stage.width))
+        if any(regions > n for regions, n in zip(requested.model.grid, cells, strict=True)):
             raise UserError(
-                f"Config key model.grid is {asked.model.grid} but the feature map of {stage.name} has {cells[0]} "
+                f"Config key model.grid is {requested.model.grid} but the feature map of {stage.name} has {cells[0]} "
                 f"x {cells[1]} cells: choose a coarser grid or larger images."
             )
-    if asked.data.fit == "pad" and not asked.data.aspect:
+    if requested.data.fit == "pad" and not requested.data.aspect:
         resolved.data.aspect = reference_aspect(split)
     return resolved
 

@@ -253,7 +253,7 @@ def test_links_are_followed_once(folder, run):
 
 
 def test_a_store_without_a_model_or_images(folder, run, tmp_path):
-    with pytest.raises(UserError, match="names no model: give --workdir RUN"):
+    with pytest.raises(UserError, match="records no model: give --workdir RUN"):
         search.main(["index", str(folder), "--index", str(tmp_path / "new")])
     with pytest.raises(UserError, match="holds no feature store"):
         search.main(["query", str(folder / "a.jpg"), "--index", str(tmp_path / "new")])
@@ -428,7 +428,7 @@ def test_crops_that_are_none(folder, run, tmp_path, monkeypatch, gammas, sentenc
 
 def test_a_model_that_cannot_tell_how_much_a_query_shows(folder, tmp_path):
     make_run(tmp_path / "other", data__crop="any")
-    with pytest.raises(UserError, match=r"data.crop is 'any': expected training crops of the top"):
+    with pytest.raises(UserError, match=r"data.crop is 'any': expected top, bottom or bilateral"):
         index(folder, tmp_path / "other", "--crops", "0.5")
 
 
@@ -511,7 +511,7 @@ def test_a_query_that_is_no_image(folder, indexed, name, sentence):
 
 
 def test_how_many_is_at_least_one(indexed):
-    with pytest.raises(UserError, match=r"--top: '0', expected a whole number from 1: see .*search query --help\.$"):
+    with pytest.raises(UserError, match=r"--top: '0', expected a positive whole number: see .*search query --help\.$"):
         search.main(["query", "a.jpg", "--index", str(indexed), "--top", "0"])
 
 

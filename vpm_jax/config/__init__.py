@@ -3,7 +3,7 @@
 A file under `configs/` starts from `default()` and changes some keys. Recipes are values: no code branches on the
 recipe's name.
 
-The *asked* config comes from a file and overrides. Training turns it into the *resolved* config: `training.resolve`
+The *requested* config comes from a file and overrides. Training turns it into the *resolved* config: `training.resolve`
 sets the keys that depend on the training set, `for_weights` those that depend on the pretrained weights. config.json
 holds the resolved config; models, steps and evaluations use it.
 """
@@ -186,7 +186,7 @@ def check_gallery_gammas(config: ConfigDict) -> None:
     reasons = [
         (
             not known,
-            f"data.crop is {config.data.crop!r}: expected training crops of the top, bottom or bilateral",
+            f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral training crops",
         ),
         (
             model.grid[0] < 2 or model.locator == "stripes",
@@ -224,7 +224,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, source: str) -> ConfigDict:
-    """The config that this or an earlier version wrote with `to_json`. Keys that it lacks take their defaults.
+    """A config written by `to_json` of this or an earlier version. Missing keys take their defaults.
 
     Raises:
       UserError: if `source` (the file's name) does not hold such a config.
@@ -258,7 +258,7 @@ def from_json(text: str, source: str) -> ConfigDict:
 
 
 def read(workdir: Path) -> ConfigDict | None:
-    """The resolved config of the run in a workdir, None without a run. Raises UserError as `from_json` does."""
+    """The resolved config of the run in a workdir, None without a run. Same errors as `from_json`."""
     file = workdir / "config.json"
     return from_json(file.read_text(encoding="utf-8", errors="replace"), str(file)) if file.is_file() else None
 

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m vpm_jax.config",
         description="Lists the keys of a config with their defaults, meanings and values.",
-        epilog="(resume): may change when a run is resumed; (evaluate): also when it is evaluated or reported.",
+        epilog="(resume): may change when a run is resumed; (evaluate): when it is evaluated or reported.",
     )
     parser.add_argument("word", nargs="*", metavar="WORD", help="list only the keys whose name contains a WORD")
     words = parser.parse_args(argv).word
@@ -37,7 +37,8 @@ def listing(keys: Iterable[Key], width: int) -> str:
         for key in group:
             values = key.values.expected.removeprefix("one of ").removeprefix("a number from ")
             text = key.meaning + f" [{values}]" * (key.values is not ANY)
-            text += " (evaluate)" if EVALUATE in key.flags else " (resume)" if RESUME in key.flags else ""
+            marks = [mark for mark, flag in (("resume", RESUME), ("evaluate", EVALUATE)) if flag in key.flags]
+            text += f" ({', '.join(marks)})" * bool(marks)
             meaning = textwrap.wrap(text, max(width - column, 40))
             start = f"{key.name} = {key.default}".rstrip()
             if len(start) >= column:

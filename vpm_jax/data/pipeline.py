@@ -385,7 +385,7 @@ def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generato
     """Yields loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
     threads, workers = int(config.data.threads), int(config.data.workers)
     if threads < 0 or workers < 0:
-        raise UserError(f"config.data has {threads} threads and {workers} workers, expected numbers from 0.")
+        raise UserError(f"config.data has {threads} threads and {workers} workers, expected non-negative numbers.")
     dataset = (
         grain.MapDataset.range(start, stop)
         .map(loader)

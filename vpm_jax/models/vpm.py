@@ -1,6 +1,6 @@
 """The Visibility-aware Part Model: region locator, visibility scores, region features, identity heads.
 
-Section 3.1 of the paper. Recipes differ in fields only, and so do the baselines: grid (1, 1) is the global feature,
+Section 3.1 of the paper. Recipes and baselines differ only in its fields: grid (1, 1) is the global feature,
 locator "stripes" is PCB's uniform partition.
 """
 
@@ -123,7 +123,7 @@ def _mean_over(
 class VPM(nn.Module):
     """VPM on a ResNet.
 
-    Args of the call:
+    Call arguments:
       image: uint8 RGB, normalized here with `mean` and `std`, or normalized floats.
       train: needs the "dropout" key and, to update statistics, `mutable=["batch_stats"]`.
       visible: the visible set, used only in training (default: all regions).

@@ -261,7 +261,7 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
             split = f"{held} training identities held out (the test set is not used)" if held else "the test set"
             lines.append(
                 f"- Protocol: {TITLES[result['dataset']]}, {split}; single query, {protocol['queries']} queries "
-                f"keeping their {protocol['crop']} gamma, {protocol['gallery']} gallery images whole{also}; same "
+                f"cropped to gamma ({protocol['crop']}), {protocol['gallery']} gallery images whole{also}; same "
                 f"identity and camera dropped, {protocol['skipped']} queries without a match skipped. {chance}"
             )
         lines += [f"- {TITLES[test]}: {note}" for note in result.get("notes", [])]

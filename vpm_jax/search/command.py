@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     querying.add_argument("--top", type=_positive, default=20, help="number of images to rank (default: %(default)s)")
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page with the images")
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("-") and os.path.isfile(word):  # such as Market-1501's junk, -1_c1s1_...
-            raise UserError(f"{word} is a file whose name starts like an option: write ./{word}.")
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument.startswith("-") and os.path.isfile(argument):  # such as Market-1501's junk, -1_c1s1_...
+            raise UserError(f"{argument} is a file whose name starts like an option: write ./{argument}.")
     args = parser.parse_args(argv)
     model = args.workdir or args.model
     if args.command == "index":
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive whole number")
     return int(text)
 
 
@@ -134,8 +134,8 @@ def index(
     crops = _crops(model, store, gammas)
 
     def extra(complete: Collection[GalleryCrop] = ()) -> dict[str, Any]:
-        parts = [[crop.side, crop.gamma, crop in complete] for crop in crops]
-        return {"folder": root, "model": str(model_path.resolve()), "parts": parts}
+        saved = [[crop.side, crop.gamma, crop in complete] for crop in crops]
+        return {"folder": root, "model": str(model_path.resolve()), "parts": saved}
 
     about = About(
         model=model.fingerprint,
@@ -214,7 +214,9 @@ def _check_root(store: Store, folder: Path) -> None:
 def _model_of(store: Store | None, folder: Path) -> Path:
     path = store.path("model") if store is not None else None
     if path is None:
-        raise UserError(f"{folder} names no model: give --workdir RUN, the folder of a training run, or --model FILE.")
+        raise UserError(
+            f"{folder} records no model: give --workdir RUN, the folder of a training run, or --model FILE."
+        )
     return path
 
 
@@ -276,8 +278,8 @@ def _print(rankings: list[Ranking], numbering: str) -> None:
         print(f"\n{printable(ranking.path)} shows regions {visible} of 0 to {count - 1} ({numbering}){crop}.")
         if not ranking.results:
             continue
-        width = max(4 * count, len("share of each region, %"))
-        print(f"rank  distance  {'share of each region, %':{width}}  image")
+        width = max(4 * count, len("weight of each region, %"))
+        print(f"rank  distance  {'weight of each region, %':{width}}  image")
         for rank, result in enumerate(ranking.results, 1):
-            shares = "".join(f"{100 * weight:4.0f}" for weight in result.weight)
-            print(f"{rank:4}  {result.distance:8.4f}  {shares:{width}}  {printable(result.name)}")
+            weights = "".join(f"{100 * weight:4.0f}" for weight in result.weight)
+            print(f"{rank:4}  {result.distance:8.4f}  {weights:{width}}  {printable(result.name)}")

@@ -1,4 +1,4 @@
-"""Describing the images of a folder."""
+"""Lists the images of a folder and extracts their features."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
             path = os.path.join(parent, name)
             try:
                 status = os.stat(path)
-            except OSError:  # a broken link, which reading reports
+            except OSError:  # a broken link: reading it reports the error
                 entries.append(Entry(os.path.relpath(path, folder)))
             else:
                 entries.append(Entry(os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))

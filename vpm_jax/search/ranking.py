@@ -29,7 +29,7 @@ class Result(NamedTuple):
     path: Path
     distance: float
     region_distance: np.ndarray
-    weight: np.ndarray  # each region's share of the distance; sums to 1
+    weight: np.ndarray  # of each region in the distance (Eq. 4); sums to 1
     visibility: np.ndarray  # of the gallery crop that was compared (Eq. 2)
     changed: bool = False  # the file is no longer the image that was indexed
 
@@ -128,7 +128,7 @@ def region_numbers(mask: np.ndarray) -> str:
 
 
 def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
-    """The rankings as JSON; visibility is in cells of the feature map, weights are shares."""
+    """The rankings as JSON; visibility is in cells of the feature map; weights sum to 1."""
 
     def rounded(values: np.ndarray) -> list[float]:
         return [float(f"{value:.6g}") for value in values]
@@ -184,8 +184,8 @@ def page(model: VPM, store: Store, rankings: list[Ranking]) -> str:
         f"<p>Ranked among the {len(store):,} images of {folder} by the regions that both images show. "
         f"Regions are numbered {numbering(model.grid)}.</p>"
         '<p class="soft">Under a query: the visibility of each region, in cells of the feature map. Under a result: '
-        "the distance in each region and its share of the overall distance, which is larger the better both images "
-        f"show the region. Regions with less than {100 * LOW_WEIGHT:.0f} % are faint.</p>"
+        "the distance in each region and the region's weight in the overall distance, which is larger the better both "
+        f"images show the region. Regions with a weight of less than {100 * LOW_WEIGHT:.0f} % are faint.</p>"
     )
     return html.page("Search results", intro + "".join(_section(ranking, model.grid.cols) for ranking in rankings))
 
@@ -213,7 +213,7 @@ def _card(rank: int, result: Result, longest: float, columns: int) -> str:
         body = '<p class="soft">This image is missing or cannot be read.</p>'
     if result.changed:
         body = '<p class="soft">This image has changed since it was indexed.</p>'
-    shares = [f"· {100 * weight:.0f} %" for weight in result.weight]
-    label = "distance in each region, and its share of the overall distance"
-    body += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, shares, columns)
+    weights = [f"· {100 * weight:.0f} %" for weight in result.weight]
+    label = "distance in each region, and the region's weight in the overall distance"
+    body += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, weights, columns)
     return html.card(body, name, mark=f"{rank}. distance {result.distance:.3f}")

@@ -1,7 +1,7 @@
 """Feature stores: features and visibility of galleries larger than memory, on disk (NumPy only).
 
 A store is a folder. Its files are append-only, and `store.json` holds their committed lengths. It is replaced
-atomically, so a kill loses only what was not committed.
+atomically, so killing a writer loses only images that were not committed.
 
   store.json         format version, images, regions, channels, dtype, model, config, checksums, generation N
   features-N.bin     float16 or float32 [G, P, C], Eq. 3
@@ -181,7 +181,7 @@ class Store:
         if model != self.about.model:
             raise UserError(
                 f"{self.folder} was made by another model (fingerprint {self.about.model}, that of {source} is "
-                f"{model}), and features of two models cannot be compared: use the model that made it, or another "
+                f"{model}) and features of different models are not comparable: use the model that made it, or another "
                 "store."
             )
 
@@ -314,7 +314,7 @@ class Writer:
           UserError: if the disk is full.
         """
         about = self.about
-        with np.errstate(over="ignore"):  # raised below
+        with np.errstate(over="ignore"):  # reported below
             values = np.ascontiguousarray(features, about.dtype)
         scores = np.ascontiguousarray(visibility, np.float32)
         expected = (len(entries), about.regions, about.channels)
@@ -400,7 +400,7 @@ def write(
     features: np.ndarray,
     visibility: np.ndarray,
 ) -> None:
-    """Appends features [G, P, C] and visibility [G, P] with one name per image. Raises as `Writer`."""
+    """Appends features [G, P, C] and visibility [G, P] with one name per image. Same errors as `Writer`."""
     names = list(names)
     with Writer(folder, about) as writer:
         step = max(1, _COPY_BYTES // (about.regions * about.channels * 4))
