@@ -175,16 +175,16 @@ def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians,
 
 def test_checkpoints_are_seconds_apart(pedestrians, tmp_path, monkeypatch):
     """A step takes an hour more by this clock; epochs end after 3, 7 and 11."""
-    add, clock, hours = train.Window.add, train.time.monotonic, [0]
+    add, clock, hours = training.Window.add, training.time.monotonic, [0]
 
     def and_wait(self, steps, metrics):
         add(self, steps, metrics)
         hours[0] += 1
 
-    monkeypatch.setattr(train.time, "monotonic", lambda: clock() + 3600 * hours[0])
-    monkeypatch.setattr(train.Window, "add", and_wait)
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock() + 3600 * hours[0])
+    monkeypatch.setattr(training.Window, "add", and_wait)
     config = tiny_run(pedestrians, checkpoint_seconds=5 * 3600.0, eval__every=0, keep_checkpoints=9)
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     assert saved_steps(tmp_path / "run") == [7, STEPS]
 
 
