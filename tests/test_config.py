@@ -130,7 +130,16 @@ def test_keys_of_a_fingerprint():
 def test_what_may_differ():
     machine = {"data.root", "data.workers", "data.threads"}
     evaluation = {key.name for key in keys.KEYS if key.name.startswith(("match.", "eval."))}
-    run = {"recipe", "data.corrupt", "log_every", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "tracker", "parallel"}
+    run = {
+        "recipe",
+        "data.corrupt",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_seconds",
+        "keep_checkpoints",
+        "tracker",
+        "parallel",
+    }
     assert set(keys.keys_with(keys.PROCESS)) == machine
     test_set = {"data.also_train", "data.distractors", "data.corrupt"}
     assert set(keys.keys_with(keys.EVALUATE)) == machine | evaluation | test_set | {"data.height", "data.width"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -143,6 +144,41 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
     again = json.loads((tmp_path / "evaluation.json").read_text())
     assert again["gammas"] == json.loads((whole / "evaluation.json").read_text())["gammas"] != record["gammas"]
     assert not (tmp_path / "evaluation-2.json").exists()
+
+
+def test_a_workdir_keeps_the_runs_own_evaluation(whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    own = [workdir / name for name in ("evaluation.json", "evaluation.md", "gamma.png")]
+    before = [path.read_bytes() for path in own]
+
+    def files() -> list[str]:
+        return sorted(path.name for path in workdir.glob("*-[0-9]*.*"))
+
+    def evaluation_of(*changes: str) -> str:
+        assert evaluate.main(["--workdir", str(workdir), *changes]) == 0
+        assert [path.read_bytes() for path in own] == before
+        [name] = re.findall(r"written to .*/run/(.*)\.md\)", capsys.readouterr().out)
+        return name
+
+    assert evaluation_of("--config.eval.gammas=1.0") == "evaluation-1"
+    assert files() == ["evaluation-1.json", "evaluation-1.md", "gamma-1.png"]
+    assert evaluation_of("--rerank", "--config.match.rerank_k1=4") == "evaluation-2"
+    assert evaluation_of("--config.eval.gammas=1.0") == "evaluation-1"  # the same again
+    moved = shutil.copytree(json.loads((workdir / "config.json").read_text())["data"]["root"], tmp_path / "data")
+    other = shutil.copytree(next(moved.glob("synthetic-v*train8-*")), tmp_path / "other")
+    sorted((other / "query").iterdir())[0].unlink()
+    assert evaluation_of("--root", str(other)) == "evaluation-3"  # a test set without one query
+    another = shutil.copytree(workdir, tmp_path / "another")  # other weights by the same settings, in a run's workdir
+    assert evaluate.main(["--workdir", str(another), "--output", str(workdir)]) == 0
+    assert [path.read_bytes() for path in own] == before and (workdir / "evaluation-4.json").exists()
+
+
+def test_pictures_move_aside_with_their_tables(whole, tmp_path):
+    for gammas in ("0.7", "1.0"):
+        command = ["--workdir", str(whole), "--output", str(tmp_path), f"--config.eval.gammas={gammas}"]
+        assert evaluate.main(command) == 0
+    names = ("evaluation-1.json", "evaluation-1.md", "evaluation.json", "evaluation.md", "gamma-1.png", "gamma.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(names)
 
 
 @pytest.mark.parametrize("crops", [(), (0.5,)])

@@ -1,7 +1,9 @@
 """Evaluates a trained run on partial queries: python -m vpm_jax.evaluate --workdir runs/market
 
 Queries are cropped to every gamma (kept area ratio) and compared by Eq. 4 with the gallery, which stays whole unless
-match.gallery_gammas is set. Writes evaluation.json, evaluation.md and gamma.png into the workdir.
+match.gallery_gammas is set. Writes evaluation.json, evaluation.md and gamma.png into the workdir. An evaluation with
+other keys, or of the images at --root, leaves the run's own in place and writes evaluation-1.json and so on; --output
+writes into another folder.
 
     python -m vpm_jax.evaluate --workdir runs/market --dataset partial_reid --root Partial-REID_Dataset.zip
 

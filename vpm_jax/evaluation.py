@@ -28,6 +28,7 @@ from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
 from vpm_jax.errors import UserError
+from vpm_jax.keys import EVALUATE, NO_RESULT, keys_with
 from vpm_jax.matching import pairwise_distance
 from vpm_jax.regions import RegionGrid, gallery_crops
 from vpm_jax.reranking import rerank
@@ -72,6 +73,11 @@ def evaluate_run(
     saved, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
     config_lib.check_gallery_gammas(config)
+    # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
+    before, now = config_lib.flatten(saved), config_lib.flatten(config)
+    own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
+    own = own and root is None and output.resolve() == workdir.resolve()
+    own = own or bool(dataset_name) or not (output / "config.json").exists()
     if dataset_name:
         config.data.name, config.data.holdout_identities = dataset_name, 0
     if root is not None:
@@ -90,7 +96,8 @@ def evaluate_run(
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables = parallel.replicate(mesh, step.evaluated(state))
     trained_on = saved.data.name if dataset_name or partial.is_partial(dataset.name) else None
-    evaluate_and_report(Describer(config, mesh), variables, dataset, output, int(state.step), trained_on)
+    describer, run = Describer(config, mesh), workdir.resolve().name
+    evaluate_and_report(describer, variables, dataset, output, int(state.step), trained_on, run=run, own=own)
 
 
 def check(config: ConfigDict, dataset: Dataset) -> None:
@@ -291,6 +298,8 @@ def evaluate_and_report(
     steps: int,
     trained_on: str | None = None,
     evaluated: tuple[Results, float] | None = None,
+    run: str | None = None,
+    own: bool = True,
 ) -> Results:
     """Evaluates, prints the table, and writes evaluation.json, evaluation.md and gamma.png into `output`.
 
@@ -298,6 +307,8 @@ def evaluate_and_report(
       steps: the number of training steps.
       trained_on: the training set if it is another dataset; the files are then evaluation-DATASET.json and so on.
       evaluated: (results, seconds) of an earlier evaluation to report.
+      run: the name of the run; None: that of `output`, which is its workdir.
+      own: whether files of that name belong to this evaluation; otherwise they stay, and its files have a number.
     """
     config, started = describer.config, time.monotonic()
     results, seconds = evaluated or (evaluate(describer, variables, dataset), 0.0)
@@ -315,8 +326,8 @@ def evaluate_and_report(
     text = "\n".join(lines) + "\n\n" + protocol.table.rstrip()
     if not hosts.is_first():
         return results
-    print("\n" + text + f"\n(evaluated in {duration(seconds)}; written to {output})")
     record = {
+        "run": output.resolve().name if run is None else run,
         "recipe": config.recipe,
         "seed": config.seed,
         "steps": steps,
@@ -332,14 +343,15 @@ def evaluate_and_report(
         "seconds": round(seconds, 1),
         **protocol.results,
     }
-    suffix = f"-{dataset.name}" if trained_on else ""
     notes = dataset.notes[1:] if trained_on else ()  # the first is the dataset's path on this machine
-    write(output, f"evaluation{suffix}", record, "\n\n".join([text, *notes]))
+    name = f"evaluation-{dataset.name}" if trained_on else "evaluation"
+    name = write(output, name, record, "\n\n".join([text, *notes]), own)
     if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
-        with replacing(output / f"gamma{suffix}.png") as path:
+        with replacing(output / _picture(name)) as path:
             title = plots.gamma_title(dataset.name, config.eval.crop, plots.network(config), seeds=[1])
             plots.gamma_curves(path, {paper.title(paper.method_of(config)): curve}, title, chance)
+    print("\n" + text + f"\n(evaluated in {duration(seconds)}; written to {output / name}.md)")
     return results
 
 
@@ -419,18 +431,47 @@ def matching_in_words(config: ConfigDict) -> str:
     return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}{crops}"
 
 
-def write(output: Path, name: str, record: Mapping[str, Any], text: str) -> None:
-    """Writes NAME.json and NAME.md. Earlier files with other settings are renamed to NAME-1, NAME-2, ..."""
+def write(output: Path, name: str, record: Mapping[str, Any], text: str, own: bool = True) -> str:
+    """Writes NAME.json and NAME.md, and returns the name.
 
-    def setting(record: Mapping[str, Any]) -> list[Any]:
-        return [record.get(key) for key in ("protocol", "match")] + list(record.get("gammas", ()))
-
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        earlier = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
-        if setting(earlier) != setting(json.loads(json.dumps(record))):
-            kept = next(f"{name}-{n}" for n in itertools.count(1) if not (output / f"{name}-{n}.json").exists())
+    An evaluation with other settings keeps its files: with `own` they are renamed to NAME-1, NAME-2, ...; otherwise
+    NAME is left alone and the new files have a number.
+    """
+    numbered = (f"{name}-{number}" for number in itertools.count(1))
+    if own:
+        if _is_other(output / f"{name}.json", record):
+            kept = next(other for other in numbered if not (output / f"{other}.json").exists())
             for suffix in (".json", ".md"):
-                (output / f"{name}{suffix}").replace(output / f"{kept}{suffix}")
+                with contextlib.suppress(FileNotFoundError):
+                    (output / f"{name}{suffix}").replace(output / f"{kept}{suffix}")
+            with contextlib.suppress(FileNotFoundError):
+                (output / _picture(name)).replace(output / _picture(kept))
             print(f"({name}.md had other settings: renamed to {kept}.md)")
+    elif not (output / f"{name}.json").exists() or _is_other(output / f"{name}.json", record):
+        name = next(other for other in numbered if not _is_other(output / f"{other}.json", record))
     write_atomically(output / f"{name}.md", text + "\n")
     write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    return name
+
+
+def _picture(name: str) -> str:
+    """The file of an evaluation's curve over gamma."""
+    return f"{name.replace('evaluation', 'gamma', 1)}.png"
+
+
+def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file holds something else than an evaluation of the same run with the same settings.
+
+    Settings that an earlier version did not record count as equal.
+    """
+    if not file.exists():
+        return False
+    try:
+        earlier, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(record))
+        pairs = [(earlier[key], now[key]) for key in ("run", "dataset", "test_set", "input") if key in earlier]
+        for group in ("protocol", "match"):
+            pairs += [(value, now[group].get(key)) for key, value in earlier[group].items()]
+        pairs.append((list(earlier.get("gammas", ())), list(now.get("gammas", ()))))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return True
+    return any(before != after for before, after in pairs)
