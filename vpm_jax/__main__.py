@@ -3,17 +3,17 @@
 from vpm_jax import __version__
 
 COMMANDS = {
-    "train": "train a model, or resume a run, and evaluate it",
-    "evaluate": "evaluate a run again, on its own or another test set",
-    "report": "one HTML page about a run, or one ranked list as a figure",
-    "search": "index a folder of images and query it with a partial one",
-    "reproduce": "the paper's tables and figures, beside the paper's numbers",
-    "export": "StableHLO for any JAX, safetensors for PyTorch",
-    "convert": "weights of Keras, torchvision, timm and the authors' code, in and out",
-    "prepare": "a dataset as ArrayRecord files",
-    "extents": "how much of a person each image shows, and training crops to match",
-    "benchmark": "speed of each stage beside the machine's limits",
-    "config": "every config key with its default and meaning",
+    "train": "train a model or resume a run, then evaluate it",
+    "evaluate": "evaluate a run again, also on another dataset",
+    "report": "write one HTML page about a run, or one ranked list as a figure",
+    "search": "index a folder of images and rank it for a partial query",
+    "reproduce": "train the models of the paper's tables and figures, and compare the numbers",
+    "export": "write StableHLO that runs without this package, or safetensors for PyTorch",
+    "convert": "convert weights between Keras, torchvision, timm, the authors' code and our runs",
+    "prepare": "write a dataset as ArrayRecord files",
+    "extents": "estimate how much of a person each image shows, and matching training crops",
+    "benchmark": "time each stage beside the machine's limits",
+    "config": "list every config key with its default and meaning",
 }
 
 

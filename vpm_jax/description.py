@@ -114,7 +114,7 @@ class Describer:
           variables: on the mesh's devices or on the host.
           cropped: the splits.
           check: called after every batch; may raise to stop.
-          title: of the progress line.
+          title: the start of the progress line.
 
         Raises:
           UserError: for an image that cannot be read, or features that are not finite.

@@ -54,11 +54,11 @@ def evaluate_run(
     """Evaluates a run's newest checkpoint and writes the report into `output`. Every process of a job calls it.
 
     Args:
-      workdir: of the run.
+      workdir: the run's folder.
       output: a folder, created if missing.
       overrides: --config.KEY=VALUE.
       dataset_name: evaluate on this dataset instead of the run's; looked up in $VPM_DATA or ./data without `root`.
-      root: of the dataset; None: config.data.root.
+      root: the dataset's folder, zip or CSV; None: config.data.root.
       rerank: turns match.rerank on.
 
     Raises:

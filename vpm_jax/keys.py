@@ -116,9 +116,7 @@ KEYS = (
     Key("pretrained", "keras", "initial weights: none | KIND:PATH | PATH; with the prefix partial: loads what fits"),
     Key("log_every", 10, "steps between records of metrics.jsonl", at_least(1), RECORD),
     Key("checkpoint_every", 1, "epochs between checkpoints", at_least(1), RECORD),
-    Key(
-        "checkpoint_seconds", 120.0, "least time between checkpoints; evaluations and stops save at once", flags=RECORD
-    ),
+    Key("checkpoint_seconds", 120.0, "minimum between checkpoints; evaluations and stops save at once", flags=RECORD),
     Key("keep_checkpoints", 2, "number of checkpoints to keep, newest first", at_least(1), RECORD),
     Key(
         "tracker",

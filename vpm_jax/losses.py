@@ -72,8 +72,8 @@ def identity_loss(
     The paper's loss is sum(total) / B, the released code's is sum(total / max(count, 1)).
 
     Args:
-      logits: of each region's identity head.
-      identity: in 0 .. K-1.
+      logits: from each region's identity head.
+      identity: the class of each image, in 0 .. K-1.
       visible: the visible set.
       smoothing: label smoothing, 0 in the paper.
 
@@ -142,8 +142,8 @@ def triplet_loss(
     identical features and exactly zero for invisible regions.
 
     Args:
-      features: of each region.
-      identity: of each image.
+      features: one for each region.
+      identity: the label of each image.
       visible: the visible set.
       margin: alpha.
       pairs: "visible", "all" or "soft": see `pair_weights`.

@@ -49,7 +49,7 @@ _PAPER = (
 _INDEPENDENT = "an independent PyTorch reproduction: warm-up, label smoothing, triplet weight 3, 200 epochs"
 # The paper does not say which side its gamma sweep keeps. "VPM" in Tables 1 and 3 is "VPM (Top)" in Table 2 (the same
 # 67.2 / 76.5 on Partial-iLIDS), which is trained on top crops, so we assume that the queries keep their top too.
-_SWEEP = "single query, each query keeping its top gamma, gallery whole"
+_SWEEP = "single query, queries cropped to their top gamma, gallery whole"
 _WHOLE = "single query, whole images"
 _PARTIAL = "partial images as queries, whole ones as gallery"
 

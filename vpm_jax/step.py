@@ -124,8 +124,8 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         )
         images = psum(jnp.float32(len(identity)))
 
-        # Totals are per device and counts are global, without gradient: summing the devices' gradients then gives
-        # the gradient of the global mean.
+        # Totals are local to a device; counts are global and have no gradient. Summing the devices' gradients then
+        # gives the gradient of the global mean.
         if valid is not None and config.model.locator == "row":
             valid = jnp.any(valid, axis=2, keepdims=True)
         region, cells = losses.region_loss(out["locator_logits"], batch["labels"], weights.region_smoothing, valid)

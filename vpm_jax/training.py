@@ -174,7 +174,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         try:
             results = evaluate_if_due(state)  # an evaluation that an interrupt left unfinished
             with contextlib.closing(batches), jax.transfer_guard("disallow"):  # no implicit host-device transfers
-                # If that evaluation was interrupted again, take no step: it would no longer be due.
+                # If that evaluation was interrupted again, take no step: afterwards it would no longer be due.
                 for batch in () if interrupts.stop else parallel.prefetch(window.waits(batches), place.put_batch):
                     state, metrics = train_step(state, batch)
                     steps += 1
@@ -258,11 +258,11 @@ class ClosedWindow(NamedTuple):
 
 
 class Window:
-    """The metrics of the steps since the last record, which `close` averages into the next one.
+    """The metrics of the steps since the last record. `close` ends the window; `records` averages its metrics.
 
-    They stay on the device until needed, and a record follows once they have arrived, so that the devices never wait
-    for it. Checkpoints keep `pending`, the fetched ones, so that a resumed run writes the same records as an
-    uninterrupted one.
+    They are copied to the host in the background, and a record is written once its metrics have arrived, so that the
+    devices never wait for it. Checkpoints keep `pending`, the fetched ones, so that a resumed run writes the same
+    records as an uninterrupted one.
     """
 
     def __init__(self, config: ConfigDict, pending: list[dict], steps: int, total: int) -> None:

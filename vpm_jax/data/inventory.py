@@ -1,4 +1,4 @@
-"""What a split holds, to recognize its data later: names, labels, and checksums of a few images."""
+"""A record of a split, to recognize its data later: names, labels, and checksums of a few images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLED = 16  # images whose encoded bytes are compared: cheap, and enough to t
 
 @dataclass(frozen=True)
 class Inventory:
-    """The images of one split, in order. It does not depend on where the dataset lies, or in which form."""
+    """The images of one split, in order. It does not depend on where the dataset is stored, or in which format."""
 
     names: tuple[str, ...]
     labels: tuple[int, ...]  # 0..K-1, the classes of the model
@@ -47,7 +47,7 @@ class Inventory:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A record for people and programs, which `from_json` reads."""
+        """The inventory as JSON values, for `from_json`."""
         return {
             "images": len(self.names),
             "identities": len(set(self.labels)),
@@ -86,7 +86,7 @@ class Inventory:
 
 
 def digest_of_test_set(query: Split, gallery: Split) -> str:
-    """16 hexadecimal digits of all that metrics see of a test set, however identities and cameras are numbered."""
+    """16 hexadecimal digits for what metrics use of a test set, however its identities and cameras are numbered."""
     splits = query, gallery
     content = [Inventory.of(split).digest for split in splits]
     groups = [np.concatenate([split.identity for split in splits])]

@@ -3,10 +3,11 @@
     python -m vpm_jax.search index FOLDER --workdir runs/synthetic --index STORE
     python -m vpm_jax.search query IMAGE... --index STORE --top 20
 
-`index` describes every image under a folder into a feature store. Run it again to process new and changed files and to
-drop deleted ones, or to continue after an interruption. `query` ranks the images of a store by Eq. 4.
+`index` extracts the features of every image under a folder into a feature store. Run it again to process new and
+changed files and to drop deleted ones, or to continue after an interruption. `query` ranks the images of a store by Eq.
+4.
 
-With --crops, `index` also describes crops of every image, and each query is compared with the crop closest to it. This
+With --crops, `index` also stores crops of every image, and each query is compared with the crop closest to it. This
 improves partial queries (docs/results), at a multiple of the time and disk space.
 """
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index | query")
     indexing = commands.add_parser(
-        "index", help="describe the images of a folder", description="Describe the images of a folder."
+        "index", help="index the images of a folder", description="Index the images of a folder."
     )
     indexing.add_argument("folder", type=Path, metavar="FOLDER", help=f"images ({', '.join(IMAGES)}) at any depth")
     indexing.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--crops",
         type=_gammas,
         metavar="GAMMAS",
-        help="gammas of the crops to describe, such as 0.5,0.6,0.7,0.8,0.9, or none "
+        help="gammas of the crops to index, such as 0.5,0.6,0.7,0.8,0.9, or none "
         "(default: those of the store; for a new store, the model's match.gallery_gammas)",
     )
     indexing.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")

@@ -242,8 +242,9 @@ class Writer:
     Leaving the context without an error commits.
 
     Args:
-      folder: the store's.
-      about: of a new store; an existing one must have the same model and shapes. `extra` replaces the store's.
+      folder: of the store.
+      about: of a new store. An existing store must have the same model, shapes and dtype, and takes the `config` and
+        `extra` given here.
 
     Raises:
       UserError: for a store of another model, shape or dtype, one that is damaged or being written, or a folder that
