@@ -8,7 +8,7 @@
 
     python -m vpm_jax.train --config configs/own.py --config.data.root=own.csv
 
-Paths are relative to the CSV. Identities are any text or number (-1: nobody, left out). Cameras are numbers or text;
+Paths are relative to the CSV. Identities are any text or number (-1: junk, left out). Cameras are numbers or text;
 without that column nothing is dropped by camera. Training needs at least 8 identities (32 with `:small`); with fewer,
 lower `--config.stage2.identities`. With `train` rows alone, `--config.data.holdout_identities=20` turns 20 of those
 identities into query and gallery.

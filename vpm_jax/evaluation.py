@@ -308,7 +308,7 @@ def evaluate_and_report(
       trained_on: the training set if it is another dataset; the files are then evaluation-DATASET.json and so on.
       evaluated: (results, seconds) of an earlier evaluation to report.
       run: the name of the run; None: that of `output`, which is its workdir.
-      own: whether files of that name belong to this evaluation; otherwise they stay, and its files have a number.
+      own: whether this evaluation takes the name without a number, as `write` does.
     """
     config, started = describer.config, time.monotonic()
     results, seconds = evaluated or (evaluate(describer, variables, dataset), 0.0)
@@ -434,8 +434,8 @@ def matching_in_words(config: ConfigDict) -> str:
 def write(output: Path, name: str, record: Mapping[str, Any], text: str, own: bool = True) -> str:
     """Writes NAME.json and NAME.md, and returns the name.
 
-    An evaluation with other settings keeps its files: with `own` they are renamed to NAME-1, NAME-2, ...; otherwise
-    NAME is left alone and the new files have a number.
+    Files of an evaluation with other settings are kept: with `own` they are renamed to NAME-1, NAME-2, ...; otherwise
+    they stay and the new files get a number.
     """
     numbered = (f"{name}-{number}" for number in itertools.count(1))
     if own:
@@ -460,7 +460,7 @@ def _picture(name: str) -> str:
 
 
 def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a file holds something else than an evaluation of the same run with the same settings.
+    """Whether a file holds anything but an evaluation of the same run with the same settings.
 
     Settings that an earlier version did not record count as equal.
     """

@@ -90,10 +90,10 @@ def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict
 
 def _people_only(train: Split, has_distractors: bool, place: Place, notes: list[str], preparing: bool) -> Split:
     """The training images without junk (identity -1) and, if the dataset has them, distractors (identity 0)."""
-    nobody = train.identity <= (0 if has_distractors else -1)
-    if not len(train) or not nobody.any():
+    excluded = train.identity <= (0 if has_distractors else -1)
+    if not len(train) or not excluded.any():
         return train
-    if nobody.all():
+    if excluded.all():
         raise UserError(
             f"{place} has no training image of an identity above 0: add some, or if identity 0 is a person, set "
             "config.data.identity_zero=person."
@@ -106,7 +106,7 @@ def _people_only(train: Split, has_distractors: bool, place: Place, notes: list[
         )
     if junk := int((train.identity < 0).sum()):
         notes.append(f"Left out {_count(junk, 'training image')} of identity -1, which means junk.")
-    return train.take(~nobody)
+    return train.take(~excluded)
 
 
 def _of_queries(multi_query: Split, query: Split) -> Split:

@@ -4,8 +4,7 @@
     python -m vpm_jax.search query IMAGE... --index STORE --top 20
 
 `index` extracts the features of every image under a folder into a feature store. Run it again to process new and
-changed files and to drop deleted ones, or to continue after an interruption. `query` ranks the images of a store by Eq.
-4.
+changed files and to drop deleted ones, or to continue after an interruption. `query` ranks the store by Eq. 4.
 
 With --crops, `index` also stores crops of every image, and each query is compared with the crop closest to it. This
 improves partial queries (docs/results), at a multiple of the time and disk space.
