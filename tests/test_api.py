@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from tiny import assert_equal
 from tiny_runs import make_run
 
 import vpm_jax
-from vpm_jax import VPM, Description, UserError, api, convert, models, region_distance
+from vpm_jax import VPM, Description, UserError, api, cli, convert, models, region_distance
 
 RANDOM = np.random.default_rng(5)
 PICTURES = RANDOM.integers(0, 256, (5, 80, 30, 3), dtype=np.uint8)
@@ -88,6 +91,16 @@ def test_no_images_have_no_features(model, described):
 
 # ---- Images ----
 
+closed = io.BytesIO()
+closed.close()
+
+
+def stream(data: bytes) -> io.BytesIO:
+    """An encoded image as it is after writing it: at its end."""
+    file = io.BytesIO()
+    file.write(data)
+    return file
+
 
 def test_every_form_of_an_image_is_the_same_image(model, tmp_path):
     picture = PICTURES[0]
@@ -104,10 +117,21 @@ def test_every_form_of_an_image_is_the_same_image(model, tmp_path):
         encode(image, "PNG", save_all=True, append_images=[other]),
         bytearray(encode(image)),
     ]  # animated: its first
-    forms += [jax.numpy.asarray(picture)]
+    forms += [jax.numpy.asarray(picture), stream(encode(image))]
     expected = model.prepare(picture)
-    for form in forms:
-        np.testing.assert_array_equal(model.prepare(form), expected, strict=True)
+    with (tmp_path / "a.png").open("rb") as file:
+        for form in [*forms, file]:
+            np.testing.assert_array_equal(model.prepare(form), expected, strict=True)
+    assert_equal(model(stream(encode(image))), model(picture))  # one image, not a list of lines
+
+
+def test_a_path_may_start_in_the_home_directory(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(api.read("~/a.png"), PICTURES[0])
+    assert cli.path("~/a.png") == tmp_path / "a.png"
+    with pytest.raises(UserError, match=r"~nobody\.png cannot be read"):
+        api.read("~nobody.png")
 
 
 def test_pictures_are_upright_and_what_shines_through_is_white(tmp_path):
@@ -148,6 +172,8 @@ def test_any_size_and_grey(model, shape):
         (Path(__file__).parent, "tests is a folder"),
         (3, "image 1 is of type int"),
         (None, "image 1 is of type NoneType"),
+        (io.StringIO("text"), "image 1 is a file open as text"),
+        (closed, "image 1 cannot be read (I/O operation on closed file"),
         (PICTURES[0] / 255, "image 1 is float64 (80, 30, 3), expected uint8"),
         (PICTURES[0][:0], "image 1 is uint8 (0, 30, 3)"),
         (PICTURES[0][..., :2], "image 1 is uint8 (80, 30, 2)"),
@@ -280,6 +306,33 @@ def test_weights_that_have_diverged_say_so(run):
     broken.step = lambda pixels: {key: x * np.nan for key, x in step(pixels).items()}
     with pytest.raises(UserError, match="not finite"):
         broken(PICTURES)
+
+
+def test_a_model_pickles(model, described):
+    again = pickle.loads(pickle.dumps(model))
+    assert repr(again) == repr(model)
+    assert_equal(again(PICTURES, batch=2), described)
+
+
+def test_descriptions_are_shown_by_their_shapes(described):
+    assert repr(described[:2]) == (
+        "Description(2 images: features [2, 3, 32], visibility [2, 3], region_maps [2, 4, 2, 3])"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_says_so(run, model):
+    child = os.fork()
+    if not child:
+        for use in (lambda: model(PICTURES), lambda: VPM.load(run[0])):
+            try:
+                use()
+            except UserError as error:
+                if error.code == "forked":
+                    continue
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_importing_the_package_loads_no_jax():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -36,7 +37,7 @@ def exported(request, tmp_path_factory):
 
 
 def test_an_export_is_the_model(exported):
-    live, loaded = VPM.load(exported[0]), VPM.load(exported[1])
+    live, loaded = VPM.load(exported[0]), pickle.loads(pickle.dumps(VPM.load(exported[1])))
     assert_equal(loaded(PICTURES), live(PICTURES), 1e-4)
     assert_equal(loaded(PICTURES[:3], batch=1), live(PICTURES[:3]), 1e-4)
     assert loaded.fingerprint == live.fingerprint

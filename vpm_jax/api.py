@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,15 @@ from vpm_jax.matching import pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
-# A path, an encoded file's bytes, a Pillow image, or a uint8 array, of any size; see `VPM.features`.
-Image = str | os.PathLike[str] | bytes | Pillow.Image | np.ndarray
+# A path, an encoded file or its bytes, a Pillow image, or a uint8 array, of any size; see `VPM.features`.
+Image = str | os.PathLike[str] | bytes | BinaryIO | Pillow.Image | np.ndarray
 # One image, several, or uint8 [N, H, W, 3].
 Images = Image | Iterable[Image]
 Step = Callable[..., dict[str, jax.Array]]
 
 
 class VPM:
-    """A trained model, loaded by `VPM.load`.
+    """A trained model, loaded by `VPM.load`. Pickles, with its weights.
 
     Attributes:
       config: the run's configuration (vpm_jax.config).
@@ -66,7 +67,9 @@ class VPM:
         fingerprint: str,
         source: str,
         variables: Variables | None = None,
+        program: bytes = b"",
     ):
+        self._program = program  # of an exported model
         self.config, self.step, self.source, self.variables = config, step, source, variables
         self.fingerprint: str = fingerprint
         """16 hexadecimal digits that are equal for models with equal features."""
@@ -79,6 +82,9 @@ class VPM:
         height, width = self.image_size
         grid = f"{self.grid.rows} x {self.grid.cols} regions"
         return f"VPM({self.source}; {grid}, {height} x {width} pixels, fingerprint {self.fingerprint})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.config, self.variables, self._program, self.fingerprint, self.source)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: str | None = None) -> VPM:
@@ -93,7 +99,7 @@ class VPM:
           UserError: if the model is missing or damaged.
         """
         parallel.prepare_backend()
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.exists():
             similar = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # with the name of a network variant
             hint = (
@@ -128,8 +134,6 @@ class VPM:
     @classmethod
     def _load_stablehlo(cls, path: Path) -> VPM:
         """Loads an exported program. Raises UserError if the file or its .json is missing or damaged."""
-        from jax import export  # needs flatbuffers
-
         again, beside = "export it again with python -m vpm_jax.export", sidecar(path)
         try:
             about = json.loads(beside.read_text(encoding="utf-8"))
@@ -146,11 +150,18 @@ class VPM:
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{path} is not the file that {beside.name} describes: {again}.")
         try:
-            call = jax.jit(export.deserialize(bytearray(data)).call)
+            call = _program_step(data)
         except Exception as error:  # depends on the version of JAX
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} cannot be read by JAX {jax.__version__} ({reason}): {again}.") from None
-        return cls(config_lib.from_json(config, str(beside)), call, fingerprint, f"{source}, exported as {path.name}")
+        return cls(
+            config_lib.from_json(config, str(beside)),
+            call,
+            fingerprint,
+            f"{source}, exported as {path.name}",
+            None,
+            data,
+        )
 
     # ---- Features ----
 
@@ -161,9 +172,10 @@ class VPM:
     def features(self, images: Images, batch: int = 64) -> Description:
         """Describes an image (N = 1), an iterable of images, or an array uint8 [N, H, W, 3].
 
-        An image is a path, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB [H, W, 3], gray [H, W]
-        or [H, W, 1], or RGBA [H, W, 4]. It is resized to `image_size`. The EXIF orientation of files and Pillow images
-        is applied; transparent pixels are blended with white; of an animation, the first frame is used.
+        An image is a path, a file open for reading, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB
+        [H, W, 3], gray [H, W] or [H, W, 1], or RGBA [H, W, 4]. It is resized to `image_size`. The EXIF orientation of
+        files and Pillow images is applied; transparent pixels are blended with white; of an animation, the first frame
+        is used.
 
         Args:
           images: iterators are read one batch at a time.
@@ -182,6 +194,7 @@ class VPM:
         """
         if batch < 1:
             raise UserError(f"batch is {batch}, expected at least 1.")
+        parallel.check_process()
 
         numbered = enumerate(_each(images))
 
@@ -301,7 +314,7 @@ def read(image: Image, name: str = "the image", crop: Crop = WHOLE) -> np.ndarra
 
 def _read(image: Image, name: str) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
-        path = Path(image)
+        path = Path(os.path.expanduser(image))
         try:
             if path.is_dir():
                 raise UserError(f"{path} is a folder, expected an image: give the images in it.")
@@ -312,13 +325,16 @@ def _read(image: Image, name: str) -> np.ndarray:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read ({reason}): expected an image file.") from None
         return decode.decode(data, str(path), upright=True)
+    if hasattr(image, "read"):
+        image = _contents(image, name)
     if isinstance(image, bytes | bytearray | memoryview):
         return decode.decode(bytes(image), name, upright=True)
     if isinstance(image, Pillow.Image):
         return decode.from_pillow(image, name)
     if not hasattr(image, "__array__"):
         raise UserError(
-            f"{name} is of type {type(image).__name__}, expected a path, bytes, a Pillow image or a uint8 array."
+            f"{name} is of type {type(image).__name__}, expected a path, a file, bytes, a Pillow "
+            "image or a uint8 array."
         )
     pixels = np.asarray(image)
     if pixels.ndim == 2:
@@ -330,8 +346,22 @@ def _read(image: Image, name: str) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
+def _contents(file: Any, name: str) -> bytes:
+    """The bytes of an open file, from its start as Pillow reads it, or of a stream."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{name} cannot be read ({error}): expected an image file, open for reading.") from None
+    if not isinstance(data, bytes):
+        raise UserError(f"{name} is a file open as text, expected an image file open in binary mode (rb).")
+    return data
+
+
 def _each(images: Images) -> Iterator[Image]:
     single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Pillow.Image)
+    single = single or hasattr(images, "read")
     if not single and hasattr(images, "__array__"):
         ndim = np.ndim(images)  # type: ignore[arg-type]
         if ndim not in (2, 3, 4):
@@ -352,6 +382,19 @@ def _step(config: ConfigDict, variables: Variables) -> Step:
     """The compiled feature step with region maps, on all devices of this host."""
     mesh = parallel.data_mesh(devices=jax.local_devices())
     return partial(Describer(config, mesh, region_maps=True).step, parallel.replicate(mesh, variables))
+
+
+def _program_step(program: bytes) -> Step:
+    from jax import export  # needs flatbuffers
+
+    return jax.jit(export.deserialize(bytearray(program)).call)
+
+
+def _restore(config: ConfigDict, variables: Variables | None, program: bytes, fingerprint: str, source: str) -> VPM:
+    """A pickled model."""
+    parallel.prepare_backend()
+    step = _program_step(program) if variables is None else _step(config, variables)
+    return VPM(config, step, fingerprint, source, variables, program)
 
 
 def sidecar(path: Path) -> Path:

@@ -103,6 +103,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help.")
 
 
+def path(text: str) -> Path:
+    """A path argument. `~` is the home directory also where shells leave it alone, as in --workdir=~/run."""
+    return Path(os.path.expanduser(text))
+
+
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds --config FILE[:VARIANT]. Pass the --config.KEY=VALUE that argparse leaves to `load_config` or `override`."""
     parser.add_argument(
@@ -117,9 +122,9 @@ def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> N
 def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Adds --workdir and --model, which exclude each other."""
     either = parser.add_mutually_exclusive_group(required=required)
-    either.add_argument("--workdir", type=Path, metavar="RUN", help="the model: the folder of a training run")
+    either.add_argument("--workdir", type=path, metavar="RUN", help="the model: the folder of a training run")
     default = "" if required else " (default: the store's model)"
-    either.add_argument("--model", type=Path, metavar="FILE", help=f"the model: a file{default}")
+    either.add_argument("--model", type=path, metavar="FILE", help=f"the model: a file{default}")
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,6 @@ The extension of --output selects the format:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
@@ -24,7 +23,9 @@ from vpm_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.convert", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="KIND:PATH or PATH")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder")
+    parser.add_argument(
+        "--output", type=cli.path, required=True, metavar="FILE", help=".npz, .safetensors or a new folder"
+    )
     parser.add_argument("--data-root", default="", help='searched for "keras" (default: $VPM_DATA, else ./data)')
     parser.add_argument(
         "--partial", action="store_true", help="skip tensors that do not match, instead of rejecting the file"

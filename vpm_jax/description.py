@@ -38,6 +38,10 @@ class Description:
     """float32 [N, h, w, P]: region probabilities of each cell (Eq. 1); w is 1 for a row locator. None if the
     `Describer` was built without region maps."""
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in self._arrays().items())
+        return f"Description({len(self)} images: {shapes})"
+
     def __len__(self) -> int:
         return len(self.features)
 

@@ -14,7 +14,6 @@ gamma-DATASET.png). Partial-REID and Partial-iLIDS have their own protocols, whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vpm_jax import cli
 from vpm_jax.data.datasets import TITLES
@@ -22,8 +21,8 @@ from vpm_jax.data.datasets import TITLES
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.evaluate", description=__doc__, epilog=cli.OVERRIDES)
-    parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
-    parser.add_argument("--output", type=Path, help="where to write results (default: the workdir)")
+    parser.add_argument("--workdir", type=cli.path, required=True, help="the folder of a training run")
+    parser.add_argument("--output", type=cli.path, help="where to write results (default: the workdir)")
     parser.add_argument("--dataset", metavar="NAME", help=f"evaluate on another dataset: {', '.join(TITLES)}")
     parser.add_argument(
         "--root",

@@ -38,9 +38,11 @@ MOST = 8.0
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.export", description=__doc__)
     parser.add_argument(
-        "--workdir", type=Path, required=True, help="a training run, or a .safetensors written by vpm_jax"
+        "--workdir", type=cli.path, required=True, help="a training run, or a .safetensors written by vpm_jax"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors")
+    parser.add_argument(
+        "--output", type=cli.path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors"
+    )
     parser.add_argument("--format", choices=tuple(FORMATS), help="default: from the extension of --output")
     parser.add_argument(
         "--dtype",

@@ -14,7 +14,6 @@ import io
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="Exit codes: 0 success; 1 an error; 3 success, except for images that cannot be read (on stderr).",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with images at any depth")
+    parser.add_argument("folder", type=cli.path, metavar="FOLDER", help="with images at any depth")
     cli.add_model(parser, required=True)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the visible extent of each image")
+    parser.add_argument("--csv", type=cli.path, metavar="FILE", help="write the visible extent of each image")
     args = parser.parse_args(argv)
     if args.csv:
         cli.check_output("--csv", args.csv)

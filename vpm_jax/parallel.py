@@ -41,8 +41,18 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_process = 0  # the one that called `prepare_backend` first
+
+
 def prepare_backend() -> None:
-    """Sets XLA's flags and JAX's compilation cache unless the user has. Call before JAX starts its backend."""
+    """Sets XLA's flags and JAX's compilation cache unless the user has. Call before JAX starts its backend.
+
+    Raises:
+      UserError: as `check_process`.
+    """
+    global _process
+    _process = _process or os.getpid()
+    check_process()
     flags = os.environ.get("XLA_FLAGS", "")
     version = importlib.metadata.version("jaxlib")
     if "ynn_fusion_type" not in flags and version.startswith(_CPU_REDUCTION_VERSIONS):
@@ -54,6 +64,16 @@ def prepare_backend() -> None:
             folder = compilation_cache()
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def check_process() -> None:
+    """Raises UserError in a process forked from one that uses JAX: without that one's threads, JAX would hang."""
+    if _process not in (0, os.getpid()):
+        raise UserError(
+            "This process was forked from one that uses JAX, which would hang here: start processes with "
+            "multiprocessing.get_context('spawn').",
+            code="forked",
+        )
 
 
 def compilation_cache() -> Path:

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog=cli.OVERRIDES,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="the folder of a training run")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the workdir")
+    parser.add_argument("--workdir", type=cli.path, required=True, help="the folder of a training run")
+    parser.add_argument("--output", type=cli.path, metavar="FILE.html", help="default: report.html in the workdir")
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gamma", type=float, help="gamma of the ranked queries (default: the smallest evaluated)")
     parser.add_argument("--queries", type=int, default=3, help="number of best, typical and worst queries (default: 3)")
     parser.add_argument("--top", type=int, default=10, help="ranks to show (default: 10)")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw one ranked list instead of the page")
+    parser.add_argument("--figure", type=cli.path, metavar="FILE.png", help="draw one ranked list instead of the page")
     parser.add_argument("--query", metavar="NAME", help="file name of the query of --figure (default: the best query)")
     args, overrides = parser.parse_known_args(argv)
     _, config = read_run(args.workdir, overrides)

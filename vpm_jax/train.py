@@ -15,7 +15,7 @@ from vpm_jax import cli
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.train", description=__doc__)
     cli.add_config(parser, default="configs/synthetic.py")
-    parser.add_argument("--workdir", type=Path, help="checkpoints, metrics and results (default: runs/CONFIG)")
+    parser.add_argument("--workdir", type=cli.path, help="checkpoints, metrics and results (default: runs/CONFIG)")
     parser.add_argument(
         "--resume",
         choices=("auto", "never"),

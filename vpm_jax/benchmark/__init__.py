@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import traceback
 from importlib.util import find_spec
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -57,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_common(command: argparse.ArgumentParser) -> None:
     cli.add_config(command)
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    command.add_argument("--json", type=cli.path, metavar="FILE", help="also write the figures to FILE")
     command.add_argument(
         "--clock",
         choices=("wall", "cpu"),

@@ -25,7 +25,7 @@ _FLAGS = "--config.data.root (evaluate and benchmark data: --root, prepare: --so
 
 def data_root(root: str) -> Path:
     """The path for `config.data.root`; "" is $VPM_DATA, otherwise ./data."""
-    return Path(root or os.environ.get("VPM_DATA") or "data").expanduser()
+    return Path(os.path.expanduser(root or os.environ.get("VPM_DATA") or "data"))
 
 
 def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
@@ -119,7 +119,7 @@ def _of_queries(multi_query: Split, query: Split) -> Split:
 
 def _with_distractors(dataset: Dataset, config_data: ConfigDict, place: Place) -> Dataset:
     """Adds the images at config.data.distractors, which may be a path inside the dataset, to the gallery."""
-    path = Path(config_data.distractors).expanduser()
+    path = Path(os.path.expanduser(config_data.distractors))
     if not path.exists():
         path = place.path / path
     if not path.exists():

@@ -42,14 +42,14 @@ def load(
         return load(name, data_root, partial=True, key=key)
     if kind not in KINDS:
         kind, name = "", spec
-        if not spec or not Path(spec).expanduser().exists():
+        if not spec or not os.path.exists(os.path.expanduser(spec)):
             if ":" not in spec and ("/" in spec or Path(spec).suffix):
                 raise UserError(f'{key} is "{spec}", but that file does not exist: check the path.')
             known = ", ".join(f'"{k}:PATH"' for k in KINDS)
             raise UserError(f'{key} is "{spec}": expected "none", "keras", {known}, or a path that exists.')
     elif not name and kind != "keras":
         raise UserError(f'{key} is "{spec}": expected "{kind}:PATH", {KINDS[kind]}.')
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not name or (path.is_dir() and kind in ("", "keras") and not (path / "config.json").is_file()):
         return keras.read_folder(name, data_root, partial)
     if path.is_dir() and kind in ("", "vpm"):

@@ -46,7 +46,7 @@ CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
 
 def read_folder(path: str, data_root: str | os.PathLike, partial: bool = False) -> Pretrained:
     """Reads a folder with model.json and its shards; without `path`, one in the data folders."""
-    folder, advice = _find_keras([Path(path).expanduser()] if path else _roots(data_root))
+    folder, advice = _find_keras([Path(os.path.expanduser(path))] if path else _roots(data_root))
     layers, tensors = read_tfjs(folder, advice)
     epsilons = {float(layer.get("epsilon", "nan")) for name, layer in layers.items() if name.startswith("bn")}
     strides = {tuple(layers.get(f"res{s}a_branch2a", {}).get("strides", ())) for s in (3, 4, 5)}
@@ -169,7 +169,7 @@ def _new_name(ours: str) -> str:
 
 def _roots(data_root: str | os.PathLike) -> list[Path]:
     usual = Path(os.environ.get("VPM_DATA") or "data")
-    root = Path(data_root or usual).expanduser()
+    root = Path(os.path.expanduser(data_root or usual))
     return list(dict.fromkeys([root, root.parent, usual]))  # the data root may be the dataset itself
 
 

@@ -116,7 +116,9 @@ def parser() -> argparse.ArgumentParser:
         top.add_argument(
             f"--{kind}", nargs="+", action="extend", choices=numbers, default=[], help=f"the paper's {kind}s"
         )
-    top.add_argument("--parts", type=Path, metavar="FILE", help="a config file whose SCREEN lists ingredients to try")
+    top.add_argument(
+        "--parts", type=cli.path, metavar="FILE", help="a config file whose SCREEN lists ingredients to try"
+    )
     top.add_argument("--dataset", choices=("market1501", "dukemtmc", "synthetic"), help="default: the scale's")
     top.add_argument(
         "--scale",
@@ -139,12 +141,14 @@ def parser() -> argparse.ArgumentParser:
     only.add_argument("--plan", action="store_true", help="only show the missing runs and their cost")
     only.add_argument("--report", action="store_true", help="only report the finished runs")
     top.add_argument(
-        "--results", type=Path, default=Path("docs/results/runs"), help="results of runs (default: %(default)s)"
+        "--results", type=cli.path, default=Path("docs/results/runs"), help="results of runs (default: %(default)s)"
     )
     top.add_argument(
-        "--workdirs", type=Path, default=Path("runs/reproduce"), help="workdirs of runs (default: %(default)s)"
+        "--workdirs", type=cli.path, default=Path("runs/reproduce"), help="workdirs of runs (default: %(default)s)"
     )
-    top.add_argument("--output", type=Path, help="folder of the report (default: docs/results/DATASET-SCALE[-parts])")
+    top.add_argument(
+        "--output", type=cli.path, help="folder of the report (default: docs/results/DATASET-SCALE[-parts])"
+    )
     return top
 
 

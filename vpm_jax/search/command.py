@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     indexing = commands.add_parser(
         "index", help="index the images of a folder", description="Index the images of a folder."
     )
-    indexing.add_argument("folder", type=Path, metavar="FOLDER", help=f"images ({', '.join(IMAGES)}) at any depth")
-    indexing.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
+    indexing.add_argument("folder", type=cli.path, metavar="FOLDER", help=f"images ({', '.join(IMAGES)}) at any depth")
+    indexing.add_argument(
+        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
+    )
     cli.add_model(indexing)
     indexing.add_argument(
         "--crops",
@@ -67,12 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     querying = commands.add_parser(
         "query", help="rank the images of a store", description="Rank the images of a store."
     )
-    querying.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a whole or partial image of a person")
-    querying.add_argument("--index", type=Path, required=True, metavar="STORE", help="the folder of the feature store")
+    querying.add_argument(
+        "images", type=cli.path, nargs="+", metavar="IMAGE", help="a whole or partial image of a person"
+    )
+    querying.add_argument(
+        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
+    )
     cli.add_model(querying)
     querying.add_argument("--top", type=_positive, default=20, help="number of images to rank (default: %(default)s)")
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
-    querying.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page with the images")
+    querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
     for argument in sys.argv[1:] if argv is None else argv:
         if argument.startswith("-") and os.path.isfile(argument):  # such as Market-1501's junk, -1_c1s1_...
             raise UserError(f"{argument} is a file whose name starts like an option: write ./{argument}.")
