@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from plain_matching import example, reference
 
 from vpm_jax import matching
@@ -136,6 +137,24 @@ def test_streams_the_gallery_once_through_one_program(monkeypatch):
     assert sum(store.read) < 103 + len(store.read) and max(store.read) <= 10  # but for the last chunk's overlap
     assert matching._block._cache_size() == programs + 1
     np.testing.assert_allclose(found, reference(q, q_weight, g, g_weight), atol=3e-6)
+
+
+@pytest.mark.parametrize("images_per_chunk", [1000, 40])
+def test_few_sizes_compile(monkeypatch, images_per_chunk):
+    """Neither a query more nor a gallery image more compiles anything."""
+    q, q_weight, g, g_weight = example(queries=16, gallery=160, regions=3, channels=20)
+    monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * images_per_chunk * q[0].size)
+    before = matching._prepare._cache_size() + matching._block._cache_size()
+    for queries, galleries in [(9, 145), (16, 146), (12, 160), (11, 153)]:
+        sides = q[:queries], q_weight[:queries], g[:galleries], g_weight[:galleries]
+        np.testing.assert_allclose(region_distance(*sides), reference(*sides), atol=3e-6)
+    assert matching._prepare._cache_size() + matching._block._cache_size() <= before + 3
+    monkeypatch.undo()
+    scan = matching._scanner(Mesh(np.array(jax.local_devices()), ("gallery",)), False)
+    before = scan._cache_size()
+    for queries, galleries in [(9, 145), (16, 146), (12, 160), (11, 153)]:
+        top_k(q[:queries], q_weight[:queries], (g[:galleries], g_weight[:galleries]), 3)
+    assert scan._cache_size() <= before + 1
 
 
 def test_memory_does_not_grow_with_the_regions():

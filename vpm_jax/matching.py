@@ -154,10 +154,10 @@ def region_distance(
         query_chunks = partial(iter, list(query_chunks()))
     for gallery_rows, gallery, on_device in _chunks(gallery_features, gallery_weight, center, max_rows, "gallery"):
         for query_rows, query, block in query_chunks():
-            values, near = _block(block, on_device, squared)
             target = distance[query_rows, gallery_rows]
+            values, near = (np.asarray(x)[: len(target), : target.shape[1]] for x in _block(block, on_device, squared))
             target[...] = values
-            pairs = np.nonzero(np.asarray(near))
+            pairs = np.nonzero(near)
             if len(pairs[0]):
                 _recompute(
                     target, pairs, (query, query_weight[query_rows]), (gallery, gallery_weight[gallery_rows]), squared
@@ -219,19 +219,32 @@ def _chunks(
 ) -> Iterator[tuple[slice, Any, Prepared]]:
     """Yields (rows, their features, the result of `_prepare`) for chunks of at most `max_rows` rows.
 
-    All chunks have the same size, to compile once: the last one overlaps the one before it.
+    All are prepared in the same size, to compile once: the last one overlaps the one before it, a single one is padded.
     """
     count = -(-len(weight) // max_rows)
-    size = -(-len(weight) // count)
+    size = min(_padded(-(-len(weight) // count)), max_rows)
     for start in range(0, len(weight), size):
-        start = min(start, len(weight) - size)
+        start = max(0, min(start, len(weight) - size))
         rows = slice(start, start + size)
         chunk = features[rows]
-        prepared = _prepare(chunk, weight[rows], center)
+        prepared = _prepare(*(_pad(x, size) for x in (chunk, weight[rows])), center)
         bad = np.flatnonzero(~np.isfinite(np.asarray(prepared[1])).all(axis=0))
         if len(bad):
             raise ValueError(f"the features of {name} image {start + bad[0]} are not finite, or overflow when squared")
         yield rows, chunk, prepared
+
+
+def _padded(count: int) -> int:
+    """A size of at least `count`, of few, since each is compiled: powers of two, and from 64 on steps of an eighth."""
+    power = 1 << (count - 1).bit_length()
+    step = power if power <= 64 else power // 16
+    return -(-count // step) * step
+
+
+def _pad(rows: Any, size: int) -> Any:
+    """The rows and zeros after them; with weight 0 they are at +inf from everything."""
+    missing = size - len(rows)
+    return np.pad(np.asarray(rows), [(0, missing)] + [(0, 0)] * (np.ndim(rows) - 1)) if missing else rows
 
 
 @jax.jit
@@ -376,27 +389,28 @@ def _scan(
     replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("gallery",)))
     features, weight = gallery
     center = query[0].mean(axis=0)  # distances do not depend on the origin
-    prepared, center = jax.device_put((_prepare(*query, center), center), replicated)
-    count = -(-len(weight) // _chunk_size(center.size, mesh))
-    size = -(-len(weight) // count)
+    queries = _padded(len(query[0]))
+    padded = [_pad(x, queries) for x in query]
+    prepared, center = jax.device_put((_prepare(*padded, center), center), replicated)
+    most = _chunk_size(center.size, mesh)
+    count = -(-len(weight) // most)
+    size = min(_padded(-(-len(weight) // count)), most)
     size += -size % mesh.size
-    shape = (mesh.size, len(query[0]), kept)
+    shape = (mesh.size, queries, _padded(kept))
     none = np.iinfo(np.int32).max
     state = (np.full(shape, np.inf, np.float32), np.full(shape, none, np.int32), np.full(mesh.size, none, np.int32))
     state = jax.device_put(state, sharded)
     scan_chunk = _scanner(mesh, squared)
     for start in range(0, len(weight), size):
-        chunk, chunk_weight = np.asarray(features[start : start + size]), weight[start : start + size]
-        if padding := size - len(chunk):
-            chunk = np.pad(chunk, ((0, padding), (0, 0), (0, 0)))
-            chunk_weight = np.pad(chunk_weight, ((0, padding), (0, 0)))
+        rows = slice(start, start + size)
+        chunk = [_pad(np.asarray(x[rows]), size) for x in (features, weight)]
         before = state
-        state = scan_chunk(state, prepared, *jax.device_put((chunk, chunk_weight), sharded), center, np.int32(start))
+        state = scan_chunk(state, prepared, *jax.device_put(chunk, sharded), center, np.int32(start))
         jax.block_until_ready(before)  # read at most one chunk ahead of the devices
     bound, index, nonfinite = (np.asarray(x) for x in state)
     if nonfinite.min() < none:
         raise ValueError(f"the features of gallery image {nonfinite.min()} are not finite, or overflow when squared")
-    bound, index = (np.moveaxis(x, 0, 1).reshape(len(query[0]), -1) for x in (bound, index))
+    bound, index = (np.moveaxis(x, 0, 1)[: len(query[0])].reshape(len(query[0]), -1) for x in (bound, index))
     order = np.lexsort((index, bound))[:, :kept]
     bound = np.where(bound == FARTHEST, np.inf, bound)
     return np.take_along_axis(bound, order, axis=1), np.take_along_axis(index, order, axis=1).astype(np.int64)
