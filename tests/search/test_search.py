@@ -465,7 +465,7 @@ def test_the_page_shows_what_was_found_and_asks_nobody(folder, indexed, tmp_path
     assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "b"}
     assert "http" not in page.read_text().replace("http-equiv", "") and str(folder.parent) not in page.read_text()
     bars = [a["aria-label"] for _, a in read.tags if a.get("class") == "bars"]
-    assert len(bars) == 1 + 9 and bars[1].startswith("distance in each region, and its share")
+    assert len(bars) == 1 + 9 and bars[1].startswith("distance in each region, and the region's weight")
 
 
 def test_a_picture_that_changed_since_it_was_indexed_is_named_and_not_shown(folder, indexed, tmp_path, capsys):
