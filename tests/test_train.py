@@ -433,7 +433,9 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
     told = ("loss_region", "loss_identity", "loss_triplet", "accuracy_locator", "comparable")
     assert record["input_wait"] == 0.75
     assert record["images_per_second"] == pytest.approx(8 / 4)
-    assert "(input 75%)" in training.describe(record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS)
+    assert "(input 75%)" in training.status_line(
+        record | dict.fromkeys(told, 0.0) | {"accuracy_identity": [0.0]}, STEPS
+    )
 
 
 @pytest.mark.slow  # a worker process imports everything

@@ -176,9 +176,9 @@ def evaluate(
 class Block(NamedTuple):
     """Distances float32 [q, g] of some queries to some gallery images."""
 
-    number: int  # of the query set
-    rows: slice | np.ndarray  # the queries
-    columns: slice  # the gallery images
+    number: int  # index of the query set
+    rows: slice | np.ndarray  # indices of the queries
+    columns: slice  # indices of the gallery images
     distance: np.ndarray
 
 
@@ -421,6 +421,7 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
 
 
 def matching_in_words(config: ConfigDict) -> str:
+    """The settings of config.match and eval.flip, for a report."""
     m = config.match
     parameters = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
     reranked = f", re-ranked by k-reciprocal neighbors ({parameters})" * m.rerank

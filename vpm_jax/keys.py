@@ -113,7 +113,7 @@ KEYS = (
     Key("recipe", "paper", "recipe name for reports; nothing branches on it", flags=RECORD),
     Key("seed", 0, "seed of the initial weights, the batches and dropout", flags=PROTOCOL),
     # KIND is keras, torchvision, timm, released or vpm; without it the file's content decides.
-    Key("pretrained", "keras", "initial weights: none | KIND:PATH | PATH; with the prefix partial: loads what fits"),
+    Key("pretrained", "keras", "initial weights: none | keras | KIND:PATH | PATH; the prefix partial: loads what fits"),
     Key("log_every", 10, "steps between records of metrics.jsonl", at_least(1), RECORD),
     Key("checkpoint_every", 1, "epochs between checkpoints", at_least(1), RECORD),
     Key("checkpoint_seconds", 120.0, "minimum between checkpoints; evaluations and stops save at once", flags=RECORD),

@@ -132,7 +132,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
             for record in window.records(wait):
                 if log is not None:
                     log.write(record)
-                status.show(describe(record, total), final=record["step"] == total)
+                status.show(status_line(record, total), final=record["step"] == total)
 
         def save(state: step.State) -> None:
             nonlocal saved_at
@@ -358,8 +358,8 @@ def _fetched(device: list[tuple[int, dict]]) -> list[dict]:
     return fetched
 
 
-def describe(record: dict[str, Any], total: int) -> str:
-    """A record as the status line."""
+def status_line(record: dict[str, Any], total: int) -> str:
+    """A record as a line of text."""
     heads = record["accuracy_identity"]
     return (
         f"step {record['step']}/{total} stage {record['stage']} epoch {record['epoch']:.1f}  "
