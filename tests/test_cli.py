@@ -7,13 +7,14 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from paths import CONFIGS
 
 from vpm_jax import cli
-from vpm_jax.config import flatten
+from vpm_jax.config import flatten, to_json
 from vpm_jax.errors import UserError, disk_trouble, writing
 
 MARKET = str(CONFIGS / "market.py")
@@ -118,6 +119,60 @@ def test_a_config_file_that_is_none_is_one_sentence(tmp_path, text, variant, sen
 def test_an_unknown_variant_names_the_known_ones():
     with pytest.raises(UserError, match=r"market\.py has no variant 'large'.*'small'"):
         cli.load_config(f"{MARKET}:large")
+
+
+@pytest.mark.parametrize(
+    ("spec", "file", "variant", "workdir"),
+    [
+        ("market", "market.py", "", "market"),
+        ("market:small", "market.py", "small", "market-small"),
+        ("configs/market.py:small", "market.py", "small", "market-small"),
+        ("mine.py", "mine.py", "", "mine"),
+        ("~/mine.py:small", "mine.py", "small", "mine-small"),
+        ("a:b.py", "a:b.py", "", "a:b"),
+        ("a:b.py:small", "a:b.py", "small", "a:b-small"),
+        ("C:\\mine.py:small", "C:\\mine.py", "small", "C:\\mine-small"),
+        ("runs/old/config.json", "config.json", "", "old"),
+    ],
+)
+def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch, spec, file, variant, workdir):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    for name in ("mine.py", "a:b.py", "C:\\mine.py", "runs/old/config.json"):
+        (tmp_path / name).touch()
+    found = cli.find_config(spec)
+    assert (found[0].name, found[1]) == (file, variant) and found[0].is_file()
+    assert cli.default_workdir(spec) == Path("runs", workdir)
+
+
+@pytest.mark.parametrize("spec", ["markte", "market.py", "none/market.py:small", "C:\\none.py", "a:b.py", ""])
+def test_what_is_no_config_lists_the_recipes(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^--config .*no such file, expected a recipe \(duke, market, .*config\.json\.$"
+    ):
+        cli.find_config(spec)
+
+
+def test_recipes_are_found_beside_the_package_and_inside_it(tmp_path, monkeypatch):
+    assert {path.parent for path in cli.recipes().values()} == {CONFIGS}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "installed.py").touch()
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    assert cli.recipes() == {"installed": tmp_path / "recipes" / "installed.py"}
+
+
+def test_a_saved_config_is_a_config(tmp_path):
+    config = cli.load_config("market:small", ["--config.seed=3"])
+    (tmp_path / "config.json").write_text(to_json(config))
+    again = cli.load_config(str(tmp_path / "config.json"), ["--config.loss.margin=0.5"])
+    assert flatten(again) == flatten(config) | {"loss.margin": 0.5}
+    with pytest.raises(UserError, match=r"a saved config has no variants: leave out :small"):
+        cli.load_config(f"{tmp_path / 'config.json'}:small")
+    (tmp_path / "config.json").write_text("{}}")
+    with pytest.raises(UserError, match=r"config\.json is not a config that this version can read"):
+        cli.load_config(str(tmp_path / "config.json"))
 
 
 def test_a_config_file_leaves_nothing_beside_itself(tmp_path):

@@ -1,6 +1,14 @@
-"""Lists the commands: python -m vpm_jax"""
+"""The command `vpm`, also python -m vpm_jax: lists the commands, or runs one."""
 
-from vpm_jax import __version__
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vpm_jax import __version__, cli
+from vpm_jax.errors import UserError
 
 COMMANDS = {
     "train": "train a model or resume a run, then evaluate it",
@@ -17,12 +25,30 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    print(f"vpm_jax {__version__}. Commands (python -m vpm_jax.NAME --help):\n")
-    for name, purpose in COMMANDS.items():
-        print(f"  {name:10} {purpose}")
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name in ("--help", "-h"):
+        print(f"vpm_jax {__version__}. Commands (vpm NAME --help, or python -m vpm_jax.NAME --help):\n")
+        for command, purpose in COMMANDS.items():
+            print(f"  {command:10} {purpose}")
+        print(f"\nRecipes (vpm train --config NAME): {', '.join(cli.recipes())}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(
+            f"There is no command {name!r}: choose {close[0] if close else 'one of ' + ', '.join(COMMANDS)}."
+        )
+    module = import_module("vpm_jax.config.__main__" if name == "config" else f"vpm_jax.{name}")
+    return module.main(rest)
+
+
+def command() -> None:
+    """The entry point of `vpm`."""
+    cli.run(main)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

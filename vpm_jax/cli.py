@@ -13,6 +13,7 @@ import logging
 import os
 import runpy
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.errors import UserError, disk_trouble, no_writing
-from vpm_jax.keys import EVALUATE, LISTED, RETIRED, in_words, keys_with
+from vpm_jax.keys import EVALUATE, KEYS, LISTED, RETIRED, in_words, keys_with
 
 INCOMPLETE = 3  # exit code of a command that finished with some of its work left out
 OVERRIDES = f"--config.KEY=VALUE sets any of {in_words(keys_with(EVALUATE))}: {LISTED}."  # for commands on a run
@@ -109,14 +110,16 @@ def path(text: str) -> Path:
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds --config FILE[:VARIANT]. Pass the --config.KEY=VALUE that argparse leaves to `load_config` or `override`."""
+    """Adds --config. Pass the --config.KEY=VALUE that argparse leaves to `load_config` or `override`."""
     parser.add_argument(
         "--config",
         default=default,
-        metavar="FILE[:VARIANT]",
-        help="a Python file with get_config(), which receives VARIANT; --config.KEY=VALUE sets a key: "
-        "python -m vpm_jax.config lists them" + (f" (default: {default})" if default else ""),
+        metavar="NAME[:VARIANT]",
+        help=f"a recipe ({', '.join(recipes())}), a Python file with get_config(), which receives VARIANT, or a run's "
+        "config.json" + (f" (default: {default})" if default else ""),
     )
+    lines = textwrap.wrap(", ".join(key.name for key in KEYS), 110)
+    parser.epilog = "\n  ".join([f"--config.KEY=VALUE sets a key ({LISTED} with their meanings):", *lines])
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -147,22 +150,66 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def recipes() -> dict[str, Path]:
+    """The files of this package's recipes by name: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    folder = next(filter(Path.is_dir, (package / "recipes", package.parent / "configs")), package)
+    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+
+
+def find_config(spec: str, flag: str = "--config") -> tuple[Path, str]:
+    """(the file, its variant) of `flag`: NAME[:VARIANT] of a recipe, FILE[:VARIANT], or a run's config.json.
+
+    configs/NAME.py is the recipe wherever there is no such file. Raises UserError if there is neither.
+    """
+    name, _, variant = spec.rpartition(":")
+    if not name or not variant.isidentifier() or path(spec).is_file():  # a colon in the path, as in C:\\own.py
+        name, variant = spec, ""
+    if (file := path(name)).is_file():
+        return file, variant
+    recipe = name.removeprefix("configs/").removesuffix(".py") if name.startswith("configs/") else name
+    if recipe not in recipes():
+        raise UserError(
+            f"{flag} {name}: no such file, expected a recipe ({', '.join(recipes())}), a Python file with "
+            "get_config(), or a run's config.json."
+        )
+    return recipes()[recipe], variant
+
+
+def default_workdir(spec: str) -> Path:
+    """runs/NAME or runs/NAME-VARIANT; for a run's config.json, the name of its folder."""
+    file, variant = find_config(spec)
+    stem = file.absolute().parent.name if file.name == "config.json" else file.stem
+    return Path("runs", "-".join(filter(None, [stem, variant])))
+
+
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The checked config of FILE[:VARIANT] with --config.KEY=VALUE applied.
+    """The checked config of `find_config` with --config.KEY=VALUE applied.
 
     Raises:
       UserError: for a missing file, a file that does not build a config, an unknown key or a wrong value.
     """
-    name, _, variant = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.py"))
-        available = f"; available: {', '.join(known)}" if known else ""
-        raise UserError(f"--config {name}: no such file, expected a Python file with get_config(){available}.")
+    path, variant = find_config(spec)
+    config = _read_json(path, variant) if path.suffix == ".json" else _run_recipe(path, variant)
+    override(config, overrides)
+    config_lib.check(config)
+    return config
+
+
+def _read_json(path: Path, variant: str) -> ConfigDict:
+    if variant:
+        raise UserError(f"--config {path}:{variant}: a saved config has no variants: leave out :{variant}.")
+    try:
+        return config_lib.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+
+
+def _run_recipe(path: Path, variant: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         if variant and not inspect.signature(get_config).parameters:
-            raise UserError(f"--config {spec}: {path} has no variants: leave out :{variant}.")
+            raise UserError(f"--config {path}:{variant}: {path} has no variants: leave out :{variant}.")
         config = get_config(variant) if variant else get_config()
     except UserError:
         raise
@@ -171,8 +218,6 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"{path} does not build a config ({reason}): expected Python with get_config().") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, expected a ConfigDict.")
-    override(config, overrides)
-    config_lib.check(config)
     return config
 
 

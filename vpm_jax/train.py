@@ -1,4 +1,4 @@
-"""Trains VPM: python -m vpm_jax.train --config configs/market.py --workdir runs/market
+"""Trains VPM: python -m vpm_jax.train --config market --workdir runs/market
 
 Goes from images to a checkpoint and a table of results on partial queries. Run the same command again to continue an
 interrupted run.
@@ -7,14 +7,13 @@ interrupted run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from vpm_jax import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m vpm_jax.train", description=__doc__)
-    cli.add_config(parser, default="configs/synthetic.py")
+    cli.add_config(parser, default="synthetic")
     parser.add_argument("--workdir", type=cli.path, help="checkpoints, metrics and results (default: runs/CONFIG)")
     parser.add_argument(
         "--resume",
@@ -25,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_hosts(parser)
     args, overrides = parser.parse_known_args(argv)
     config = cli.load_config(args.config, overrides)
-    name = args.config.removesuffix(".py").replace(".py:", "-")
-    workdir = args.workdir or Path("runs") / Path(name).name
+    workdir = args.workdir or cli.default_workdir(args.config)
 
     # Loader processes import this module again, so it stays light.
     from vpm_jax.runs import hosts

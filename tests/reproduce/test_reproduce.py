@@ -353,7 +353,7 @@ def test_parts_without_their_base_have_no_gain(pretend, call, tmp_path):
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("SCREEN = 3", "AttributeError"),
         ("SCREEN = ", "SyntaxError"),
-        (None, "FileNotFoundError"),
+        (None, "no such file, expected a recipe"),
     ],
 )
 def test_lists_of_parts_that_are_none(text, found, call, tmp_path):

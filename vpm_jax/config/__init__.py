@@ -252,7 +252,7 @@ def from_json(text: str, source: str) -> ConfigDict:
     except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error.args[0] if error.args else error).splitlines()[0].removesuffix(".")
         raise UserError(
-            f"{source} is not a config that this version can read ({reason}): fix it, or choose another workdir."
+            f"{source} is not a config that this version can read ({reason}): fix it, or use another."
         ) from error
     return config
 

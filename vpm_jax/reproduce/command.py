@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
             f"--{kind}", nargs="+", action="extend", choices=numbers, default=[], help=f"the paper's {kind}s"
         )
     top.add_argument(
-        "--parts", type=cli.path, metavar="FILE", help="a config file whose SCREEN lists ingredients to try"
+        "--parts", type=cli.path, metavar="FILE", help="a recipe or config file whose SCREEN lists ingredients"
     )
     top.add_argument("--dataset", choices=("market1501", "dukemtmc", "synthetic"), help="default: the scale's")
     top.add_argument(
@@ -174,7 +174,7 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str], Mapping[str, 
         raise UserError("--parts writes a report of its own: leave out --table and --figure.")
     if not (exhibits or args.parts):
         raise UserError("Nothing to do: name a --table (1 to 3) or a --figure (4 or 5), or --parts FILE.")
-    methods = experiments.ingredients(args.parts) if args.parts else METHODS
+    methods = experiments.ingredients(cli.find_config(str(args.parts), "--parts")[0]) if args.parts else METHODS
     if unknown := [model for model in args.models if model not in methods]:
         raise UserError(f"--models {unknown[0]}: expected some of {', '.join(methods)}.")
     if args.seeds < 1:
