@@ -18,8 +18,9 @@ from vpm_jax import description, evaluate, evaluation, metrics, parallel
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import join
 from vpm_jax.description import CroppedSplit, Describer
+from vpm_jax.distances import blocks, distances
 from vpm_jax.errors import UserError
-from vpm_jax.evaluation import distances, matching_in_words, ranked
+from vpm_jax.evaluation import matching_in_words, ranked
 from vpm_jax.matching import region_distance
 from vpm_jax.reranking import rerank
 
@@ -189,25 +190,25 @@ def test_distractors_are_described_and_compared_in_pieces(trained, monkeypatch, 
     dataset = replace(dataset, gallery=join(dataset.gallery, nobody))
     query, gallery = dataset.query, ranked(dataset.gallery)
     matrices = distances(describer, variables, [CroppedSplit(query, gamma) for gamma in (0.5, 1.0)], gallery)
-    monkeypatch.setattr(evaluation, "PIECE_BYTES", 6 * 2 * 32 * 4)  # 6 images, which leaves batches of 4
-    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 4 * 4 * len(query))
+    monkeypatch.setattr("vpm_jax.distances.PIECE_BYTES", 6 * 2 * 32 * 4)  # 6 images, which leaves batches of 4
+    monkeypatch.setattr("vpm_jax.distances.BLOCK_BYTES", 4 * 4 * len(query))
     queries = [CroppedSplit(query, gamma) for gamma in (0.5, 1.0)]
-    blocks = list(evaluation.blocks(describer, variables, queries, gallery))
-    assert {block.columns.stop - block.columns.start for block in blocks} == {12, 4, len(gallery) % 4}
-    assert max(block.distance.nbytes for block in blocks) <= 4 * 4 * len(query)
-    for number, rows, columns, distance in blocks:
+    found = list(blocks(describer, variables, queries, gallery))
+    assert {block.columns.stop - block.columns.start for block in found} == {12, 4, len(gallery) % 4}
+    assert max(block.distance.nbytes for block in found) <= 4 * 4 * len(query)
+    for number, rows, columns, distance in found:
         np.testing.assert_allclose(distance, matrices[number][rows, columns], rtol=1e-5, atol=1e-5)
-    found = evaluation.evaluate(describer, variables, dataset)
+    results = evaluation.evaluate(describer, variables, dataset)
     labels = query.identity, gallery.identity, query.camera, gallery.camera
     for gamma, distance in zip((0.5, 1.0), matrices, strict=True):
         expected, _ = reference(distance, *labels)
-        np.testing.assert_allclose(found[gamma]["cmc"], expected["cmc"])
-        assert found[gamma]["mAP"] == pytest.approx(expected["mAP"])
+        np.testing.assert_allclose(results[gamma]["cmc"], expected["cmc"])
+        assert results[gamma]["mAP"] == pytest.approx(expected["mAP"])
 
 
 def test_reranking_that_does_not_fit_is_refused_at_once(trained, monkeypatch):
     describer, variables, dataset = trained
-    monkeypatch.setattr(evaluation.os, "sysconf", lambda name: 16)
+    monkeypatch.setattr("os.sysconf", lambda name: 16)
     with pytest.raises(UserError, match="all 9 gallery images, 0 GiB, and this machine has 0 GiB: leave out"):
         evaluation.evaluate(with_changes(describer, match__rerank=True), variables, dataset)
 

@@ -71,7 +71,54 @@ class CroppedSplit(NamedTuple):
     crop: str = ""  # one of regions.CROPS; "": config.eval.crop
 
 
-class Describer:
+class FeatureSource:
+    """Describes the images of dataset splits as `config` says."""
+
+    config: ConfigDict
+
+    def split(self, variables: Variables, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
+        """Describes every image of a split, in order. Same errors as `splits`."""
+        return self.splits(variables, [CroppedSplit(split, gamma, crop)])[0]
+
+    def splits(
+        self,
+        variables: Variables,
+        cropped: Sequence[CroppedSplit],
+        check: Callable[[], None] | None = None,
+        title: str = "features",
+    ) -> list[Description]:
+        """Describes several splits in turn, with one progress line.
+
+        Args:
+          variables: of the model, on its devices or on the host.
+          cropped: the splits.
+          check: called after every batch; may raise to stop.
+          title: the start of the progress line.
+
+        Raises:
+          UserError: for an image that cannot be read, or features that are not finite.
+        """
+        progress = Progress(title, sum(len(images.split) for images in cropped))
+        return [piece for images in cropped for piece in self.stream(variables, images, [], progress, check)]
+
+    def stream(
+        self,
+        variables: Variables,
+        images: CroppedSplit,
+        stops: Sequence[int],
+        progress: Progress,
+        check: Callable[[], None] | None = None,
+    ) -> Iterator[Description]:
+        """Describes a split piece by piece: images [0, stops[0]), [stops[0], stops[1]), ..., and the rest.
+
+        Args:
+          stops: increasing multiples of eval.batch, smaller than the split.
+          variables, progress, check: as for `splits`.
+        """
+        raise NotImplementedError
+
+
+class Describer(FeatureSource):
     """A config's feature step, compiled once for all devices of a mesh.
 
     Args:
@@ -101,31 +148,6 @@ class Describer:
     def _put_batch(self, batch: EvalBatch) -> list[jax.Array]:
         return [self._put(x) for x in (batch["image"], batch.get("valid")) if x is not None]
 
-    def split(self, variables: Variables, split: Split, gamma: float = 1.0, crop: str = "") -> Description:
-        """Describes every image of a split, in order. Same errors as `splits`."""
-        return self.splits(variables, [CroppedSplit(split, gamma, crop)])[0]
-
-    def splits(
-        self,
-        variables: Variables,
-        cropped: Sequence[CroppedSplit],
-        check: Callable[[], None] | None = None,
-        title: str = "features",
-    ) -> list[Description]:
-        """Describes several splits in turn, with one progress line.
-
-        Args:
-          variables: on the mesh's devices or on the host.
-          cropped: the splits.
-          check: called after every batch; may raise to stop.
-          title: the start of the progress line.
-
-        Raises:
-          UserError: for an image that cannot be read, or features that are not finite.
-        """
-        progress = Progress(title, sum(len(images.split) for images in cropped))
-        return [piece for images in cropped for piece in self.stream(variables, images, [], progress, check)]
-
     def stream(
         self,
         variables: Variables,
@@ -134,12 +156,6 @@ class Describer:
         progress: Progress,
         check: Callable[[], None] | None = None,
     ) -> Iterator[Description]:
-        """Describes a split piece by piece: images [0, stops[0]), [stops[0], stops[1]), ..., and the rest.
-
-        Args:
-          stops: increasing multiples of eval.batch, smaller than the split.
-          variables, progress, check: as for `splits`.
-        """
         split, gamma, crop = images
         crop = (crop or self.config.eval.crop) if gamma < 1 else "none"
         batches = eval_batches(self.config, split, crop, gamma, jax.process_index(), jax.process_count())

@@ -9,6 +9,12 @@ writes into another folder.
 
 evaluates the same weights on the test set of another dataset and writes evaluation-DATASET.json and .md (and
 gamma-DATASET.png). Partial-REID and Partial-iLIDS have their own protocols, which use the partial images as queries.
+
+    python -m vpm_jax.evaluate --workdir runs/market --save features ranking
+    python -m vpm_jax.evaluate --workdir runs/market --features runs/market/saved --config.match.visibility=uniform
+
+write features, distances or ranked lists for other tools into the folder `saved`, and match saved features by other
+keys within seconds. `vpm_jax.saved` describes the files.
 """
 
 from __future__ import annotations
@@ -31,6 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "$VPM_DATA or ./data)",
     )
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking (sets match.rerank)")
+    parser.add_argument(
+        "--save",
+        nargs="+",
+        choices=("features", "distances", "ranking"),
+        default=(),
+        metavar="KIND",
+        help="also write into the folder `saved`: features (and visibility, .npz), distances (.npy), ranking (.csv)",
+    )
+    parser.add_argument("--features", type=cli.path, metavar="FOLDER", help="match features that --save wrote")
+    parser.add_argument("--queries", type=int, default=0, metavar="N", help="for a look: only N evenly spaced queries")
     cli.add_hosts(parser)
     args, overrides = parser.parse_known_args(argv)
 
@@ -40,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with hosts.joined(args):
         output = args.output or args.workdir
-        evaluate_run(args.workdir, output, overrides, args.dataset, args.root, args.rerank)
+        files = args.save, args.features, args.queries
+        evaluate_run(args.workdir, output, overrides, args.dataset, args.root, args.rerank, *files)
     return 0
 
 

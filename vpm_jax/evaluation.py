@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,25 +19,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import comparison, metrics, paper, parallel, partial, plots, step
+from vpm_jax import comparison, metrics, paper, parallel, partial, plots, saved, step
 from vpm_jax import config as config_lib
+from vpm_jax.api import fingerprint
 from vpm_jax.data.datasets import DATASETS, TITLES
 from vpm_jax.data.inventory import digest_of_test_set
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.description import CroppedSplit, Describer, Description, Variables, route
+from vpm_jax.description import CroppedSplit, Describer, FeatureSource, Variables
+from vpm_jax.distances import blocks
 from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, NO_RESULT, keys_with
-from vpm_jax.matching import pairwise_distance
-from vpm_jax.regions import RegionGrid, gallery_crops
-from vpm_jax.reranking import rerank
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
-from vpm_jax.runs.logs import Progress, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.logs import duration, make_folder, replacing, write_atomically
 from vpm_jax.runs.workdir import read_run
-
-PIECE_BYTES = 2**28  # of distractor features in memory at a time
-BLOCK_BYTES = 2**28  # of distances in memory at a time
 
 Results = Mapping[Any, Mapping[str, Any]]  # {gamma, or protocol of a partial dataset: `metrics.rank_metrics`}
 
@@ -50,6 +45,9 @@ def evaluate_run(
     dataset_name: str | None = None,
     root: str | None = None,
     rerank: bool = False,
+    save: Sequence[str] = (),
+    features: Path | None = None,
+    queries: int = 0,
 ) -> None:
     """Evaluates a run's newest checkpoint and writes the report into `output`. Every process of a job calls it.
 
@@ -60,6 +58,9 @@ def evaluate_run(
       dataset_name: evaluate on this dataset instead of the run's; looked up in $VPM_DATA or ./data without `root`.
       root: the dataset's folder, zip or CSV; None: config.data.root.
       rerank: turns match.rerank on.
+      save: files for other tools, written into a folder in `output`: "features", "distances", "ranking".
+      features: match the features that an earlier evaluation saved in this folder, instead of extracting them.
+      queries: evaluate on this many evenly spaced queries; 0: all.
 
     Raises:
       UserError: for any problem the user can fix.
@@ -70,11 +71,11 @@ def evaluate_run(
             raise UserError(f"--dataset is {dataset_name!r}, expected one of {', '.join(TITLES)}.")
         # The run's data.root points to its own dataset.
         overrides = ["--config.data.root=", *overrides]
-    saved, config = read_run(workdir, overrides)
+    trained, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
     config_lib.check_gallery_gammas(config)
     # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
-    before, now = config_lib.flatten(saved), config_lib.flatten(config)
+    before, now = config_lib.flatten(trained), config_lib.flatten(config)
     own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
     own = own and root is None and output.resolve() == workdir.resolve()
     own = own or bool(dataset_name) or not (output / "config.json").exists()
@@ -84,7 +85,9 @@ def evaluate_run(
         config.data.root = root
     config.data.also_train = ""  # extra training sets are not needed here
 
-    dataset = hosts.in_turn(lambda: load_dataset(config.data))
+    if features is not None and "features" in save:
+        raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
+    dataset = _some_queries(hosts.in_turn(lambda: load_dataset(config.data)), queries)
     if dataset_name:
         print(*dataset.notes, sep="\n")
     check(config, dataset)
@@ -94,10 +97,41 @@ def evaluate_run(
         make_folder(output)
     with Checkpoints(workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
-    variables = parallel.replicate(mesh, step.evaluated(state))
-    trained_on = saved.data.name if dataset_name or partial.is_partial(dataset.name) else None
-    describer, run = Describer(config, mesh), workdir.resolve().name
-    evaluate_and_report(describer, variables, dataset, output, int(state.step), trained_on, run=run, own=own)
+    variables, steps = step.evaluated(state), int(state.step)
+    trained_on = trained.data.name if dataset_name or partial.is_partial(dataset.name) else None
+    about: dict[str, Any] = {"dataset": dataset.name, **_settings(dataset), "recipe": config.recipe}
+    about |= {"seed": config.seed, "steps": steps}
+    if save or features is not None:
+        about["model"] = fingerprint(config, jax.device_get(variables))
+    source: FeatureSource = Describer(config, mesh) if features is None else saved.Saved(config, features, about)
+    request = None
+    if save and hosts.is_first():
+        request = saved.Request(output / f"saved{_suffix(dataset, trained_on)}", save, about)
+        request.check(config)
+        make_folder(request.folder)
+        source = saved.Saving(source, request) if "features" in save else source
+    run, variables = workdir.resolve().name, parallel.replicate(mesh, variables)
+    evaluate_and_report(source, variables, dataset, output, steps, trained_on, run=run, own=own, save=request)
+
+
+def _some_queries(dataset: Dataset, count: int) -> Dataset:
+    """The dataset with `count` evenly spaced queries; 0: all.
+
+    Raises:
+      UserError: if it has fewer.
+    """
+    total = len(dataset.query)
+    if not 0 <= count <= total:
+        raise UserError(f"--queries is {count}, expected at most the {total:,} queries of {dataset.name}; 0: all.")
+    if count in (0, total):
+        return dataset
+    return replace(dataset, query=dataset.query.take(np.arange(count) * total // count), all_queries=total)
+
+
+def _suffix(dataset: Dataset, trained_on: str | None) -> str:
+    """The end of the names of result files."""
+    few = f"-{len(dataset.query)}-of-{dataset.all_queries}-queries" if dataset.all_queries else ""
+    return (f"-{dataset.name}" if trained_on else "") + few
 
 
 def check(config: ConfigDict, dataset: Dataset) -> None:
@@ -142,7 +176,11 @@ def ranked(gallery: Split) -> Split:
 
 
 def evaluate(
-    describer: Describer, variables: Variables, dataset: Dataset, check: Callable[[], None] | None = None
+    source: FeatureSource,
+    variables: Variables,
+    dataset: Dataset,
+    check: Callable[[], None] | None = None,
+    save: saved.Request | None = None,
 ) -> dict[Any, dict[str, Any]]:
     """{gamma: `metrics.rank_metrics`} of queries cropped to each of config.eval.gammas.
 
@@ -150,123 +188,35 @@ def evaluate(
     `partial.single_shot`}. "single-shot" is omitted if every identity has one image (Partial-iLIDS), where both
     are the same, and with re-ranking, which would use neighbors outside the groups.
 
-    `check` is called between batches and may raise to stop.
+    `check` is called between batches and may raise to stop. `save`: distances and ranked lists to write.
     """
-    config, dataset = describer.config, by_protocol(describer.config, dataset)
+    config, dataset = source.config, by_protocol(source.config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
     is_partial = partial.is_partial(dataset.name)
     gammas = (1.0,) if is_partial else config.eval.gammas
-    rankings = [metrics.Ranking(query.identity, gallery.identity, query.camera, gallery.camera) for _ in gammas]
+    queries = [CroppedSplit(query, gamma) for gamma in gammas]
+    files = saved.Matching(save, config, queries, gallery) if save else None
+    labels = query.identity, gallery.identity, query.camera, gallery.camera
+    rankings = [metrics.Ranking(*labels, keep=files.keep if files else 0) for _ in gammas]
     most_images = max(np.unique(split.identity, return_counts=True)[1].max() for split in (query, gallery))
     single = is_partial and "single" in DATASETS[dataset.name].protocol.shots
     single = single and most_images > 1 and not config.match.rerank
     matrix = np.empty((len(query), len(gallery)), np.float32) if single else None
-    for block in blocks(describer, variables, [CroppedSplit(query, gamma) for gamma in gammas], gallery, check):
-        rankings[block.number].add(block.distance, block.rows, block.columns)
-        if matrix is not None:
-            matrix[block.rows, block.columns] = block.distance
+    with files.writing() if files else contextlib.nullcontext():
+        for number, rows, columns, distance in blocks(source, variables, queries, gallery, check):
+            rankings[number].add(distance, rows, columns)
+            if files:
+                files.add(number, rows, columns, distance)
+            if matrix is not None:
+                matrix[rows, columns] = distance
+    if files:
+        files.finish(rankings)
     if not is_partial:
         return {gamma: ranking.metrics() for gamma, ranking in zip(gammas, rankings, strict=True)}
     results = {"all-shot": rankings[0].metrics()}
     if matrix is not None:
         results["single-shot"] = partial.single_shot(matrix, query.identity, gallery.identity)
     return results
-
-
-class Block(NamedTuple):
-    """Distances float32 [q, g] of some queries to some gallery images."""
-
-    number: int  # index of the query set
-    rows: slice | np.ndarray  # indices of the queries
-    columns: slice  # indices of the gallery images
-    distance: np.ndarray
-
-
-def blocks(
-    describer: Describer,
-    variables: Variables,
-    queries: Sequence[CroppedSplit],
-    gallery: Split,
-    check: Callable[[], None] | None = None,
-) -> Iterator[Block]:
-    """The distances of query sets to the gallery by config.match, block by block, in the order of `metrics.Ranking`.
-
-    A query's first block extends to the last gallery image that has the identity of any query. The images after it,
-    such as added distractors, are described and compared PIECE_BYTES of features at a time, so that memory does not
-    depend on their number. With match.gallery_gammas, each query is compared with the gallery crop closest to it
-    (`description.route`). `check` is as in `evaluate`.
-
-    Raises:
-      UserError: if re-ranking needs more memory than there is.
-    """
-    config = describer.config
-    if config.match.rerank:
-        yield from _reranked(describer, variables, queries, gallery, check)
-        return
-    described = describer.splits(variables, queries, check, "features of queries")
-    crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
-    routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
-    stops = _stops(queries[0].split, gallery, described[0], config.eval.batch)
-    for number, crop in enumerate(crops, 1):
-        if not any(crop in rows for rows in routes):
-            continue
-        title = "features of the gallery" + f" ({crop}, {number} of {len(crops)})" * (len(crops) > 1)
-        images, start = CroppedSplit(gallery, crop.gamma, crop.side), 0
-        for piece in describer.stream(variables, images, stops, Progress(title, len(gallery)), check):
-            columns = slice(start, start + len(piece))
-            size = max(1, BLOCK_BYTES // (4 * len(piece)))
-            for index, (query, queries_of) in enumerate(zip(described, routes, strict=True)):
-                chosen = queries_of.get(crop, np.empty(0, int))
-                for first in range(0, len(chosen), size):
-                    rows = chosen[first : first + size]
-                    subset = query if len(rows) == len(query) else query[rows]
-                    yield Block(index, rows, columns, pairwise_distance(config.match, subset, piece))
-            start += len(piece)
-
-
-def _stops(query: Split, gallery: Split, described: Description, batch: int) -> list[int]:
-    """Where `blocks` divides the gallery: multiples of `batch`."""
-    last = int(np.flatnonzero(np.isin(gallery.identity, query.identity)).max(initial=-1)) + 1
-    size = min(PIECE_BYTES // described.features[0].nbytes, BLOCK_BYTES // (4 * len(query)))
-    size = max(1, size // batch) * batch
-    return list(range(-(-last // batch) * batch or size, len(gallery), size))
-
-
-def distances(
-    describer: Describer,
-    variables: Variables,
-    queries: Sequence[CroppedSplit],
-    gallery: Split,
-    check: Callable[[], None] | None = None,
-) -> list[np.ndarray]:
-    """The distances float32 [Q, G] of each query set to the gallery: `blocks`, as whole matrices."""
-    matrices = [np.empty((len(query.split), len(gallery)), np.float32) for query in queries]
-    for number, rows, columns, distance in blocks(describer, variables, queries, gallery, check):
-        matrices[number][rows, columns] = distance
-    return matrices
-
-
-def _reranked(
-    describer: Describer,
-    variables: Variables,
-    queries: Sequence[CroppedSplit],
-    gallery: Split,
-    check: Callable[[], None] | None,
-) -> Iterator[Block]:
-    """Distances after k-reciprocal re-ranking: one block for each query set."""
-    match = describer.config.match
-    needed, available = 4 * len(gallery) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise UserError(
-            f"Re-ranking needs the distances between all {len(gallery):,} gallery images, {needed / 2**30:,.0f} GiB, "
-            f"and this machine has {available / 2**30:,.0f} GiB: leave out match.rerank, or data.distractors."
-        )
-    whole, *described = describer.splits(variables, [CroppedSplit(gallery), *queries], check)
-    gallery_distance = pairwise_distance(match, whole, whole)
-    parameters = match.rerank_k1, match.rerank_k2, match.rerank_lambda, match.squared
-    for number, query in enumerate(described):
-        inputs = pairwise_distance(match, query, whole), pairwise_distance(match, query, query), gallery_distance
-        yield Block(number, slice(None), slice(None), rerank(*inputs, *parameters))
 
 
 def means(results: Results) -> dict[str, float]:
@@ -291,7 +241,7 @@ class _Protocol(NamedTuple):
 
 
 def evaluate_and_report(
-    describer: Describer,
+    source: FeatureSource,
     variables: Variables,
     dataset: Dataset,
     output: Path,
@@ -300,6 +250,7 @@ def evaluate_and_report(
     evaluated: tuple[Results, float] | None = None,
     run: str | None = None,
     own: bool = True,
+    save: saved.Request | None = None,
 ) -> Results:
     """Evaluates, prints the table, and writes evaluation.json, evaluation.md and gamma.png into `output`.
 
@@ -309,9 +260,10 @@ def evaluate_and_report(
       evaluated: (results, seconds) of an earlier evaluation to report.
       run: the name of the run; None: that of `output`, which is its workdir.
       own: whether this evaluation takes the name without a number, as `write` does.
+      save: more files to write.
     """
-    config, started = describer.config, time.monotonic()
-    results, seconds = evaluated or (evaluate(describer, variables, dataset), 0.0)
+    config, started = source.config, time.monotonic()
+    results, seconds = evaluated or (evaluate(source, variables, dataset, save=save), 0.0)
     seconds += time.monotonic() - started
     is_partial, dataset = partial.is_partial(dataset.name), by_protocol(config, dataset)
     protocol = (_partial_protocol if is_partial else _gamma_protocol)(config, dataset, results, trained_on)
@@ -344,14 +296,16 @@ def evaluate_and_report(
         **protocol.results,
     }
     notes = dataset.notes[1:] if trained_on else ()  # the first is the dataset's path on this machine
-    name = f"evaluation-{dataset.name}" if trained_on else "evaluation"
-    name = write(output, name, record, "\n\n".join([text, *notes]), own)
+    name = write(output, f"evaluation{_suffix(dataset, trained_on)}", record, "\n\n".join([text, *notes]), own)
     if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
         with replacing(output / _picture(name)) as path:
-            title = plots.gamma_title(dataset.name, config.eval.crop, plots.network(config), seeds=[1])
+            network = plots.network(config) + f"; {_queries(dataset)}" * bool(dataset.all_queries)
+            title = plots.gamma_title(dataset.name, config.eval.crop, network, seeds=[1])
             plots.gamma_curves(path, {paper.title(paper.method_of(config)): curve}, title, chance)
     print("\n" + text + f"\n(evaluated in {duration(seconds)}; written to {output / name}.md)")
+    if save:
+        print(f"(wrote {', '.join(save.kinds)} into {save.folder})")
     return results
 
 
@@ -361,12 +315,12 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
     skipped = next(iter(results.values()))["skipped"]
     kept = "whole and cropped" if config.match.gallery_gammas else "whole"
     line = (
-        f"Protocol: single query, {len(query)} queries cropped to gamma ({config.eval.crop}), {len(gallery)} gallery "
+        f"Protocol: single query, {_queries(dataset)} cropped to gamma ({config.eval.crop}), {len(gallery)} gallery "
         f"images {kept} ({junk} of identity -1 left out); {_dropped(config, query)}; {skipped} queries without a match "
         "skipped."
     )
     table = metrics.gamma_table(results)
-    own_test_set = not config.data.holdout_identities and trained_on in (None, dataset.name)
+    own_test_set = not (config.data.holdout_identities or dataset.all_queries) and trained_on in (None, dataset.name)
     if config.eval.crop == "top" and config.eval.same_camera == "drop" and own_test_set:  # the paper's protocol
         published = comparison.sweep(results, dataset.name, paper.method_of(config))
         if published and config.match.gallery_gammas:
@@ -374,7 +328,7 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
         table += "\n" + published
     return _Protocol(
         [line],
-        {"crop": config.eval.crop, "queries": len(query), "gallery": len(gallery), "skipped": skipped},
+        {"crop": config.eval.crop, **_settings(dataset), "gallery": len(gallery), "skipped": skipped},
         {
             "gammas": {
                 str(g): {"cmc": r["cmc"].tolist(), "mAP": r["mAP"], "mINP": r["mINP"]} for g, r in results.items()
@@ -382,6 +336,20 @@ def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trai
         },
         table,
     )
+
+
+def _queries(dataset: Dataset, noun: str = "queries") -> str:
+    """The number of queries in words."""
+    count = len(dataset.query)
+    return (
+        f"{count} of {dataset.all_queries} {noun} (a look, not a result)" if dataset.all_queries else f"{count} {noun}"
+    )
+
+
+def _settings(dataset: Dataset) -> dict[str, int]:
+    """The number of queries and, if not all, the number of all."""
+    few = {"of_queries": dataset.all_queries} if dataset.all_queries else {}
+    return {"queries": len(dataset.query), **few}
 
 
 def _dropped(config: ConfigDict, query: Split) -> str:
@@ -394,8 +362,8 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
     query, gallery = dataset.query, ranked(dataset.gallery)
     skipped = results["all-shot"]["skipped"]
     lines = [
-        f"Protocol: {len(query)} partial images as queries, uncropped (gamma 1.0), {len(gallery)} whole images as "
-        f"gallery; {_dropped(config, query)}; {skipped} queries without a match skipped."
+        f"Protocol: {_queries(dataset, 'partial images as queries')}, uncropped (gamma 1.0), {len(gallery)} whole "
+        f"images as gallery; {_dropped(config, query)}; {skipped} queries without a match skipped."
     ]
     rows = {f"all-shot ({len(query)} x {len(gallery)})": results["all-shot"]}
     if single := results.get("single-shot"):
@@ -413,7 +381,7 @@ def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, tr
         remark += f" This run was trained on {trained_on}, so the differences do not compare methods."
     return _Protocol(
         lines,
-        {"queries": len(query), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
+        {**_settings(dataset), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
         {"results": {name: {k: np.asarray(v).tolist() for k, v in r.items()} for name, r in results.items()}},
         f"{TITLES[dataset.name]}, in percent. {remark}\n\n{comparison.partial(rows, dataset.name)}",
         "all-shot, ",

@@ -188,7 +188,7 @@ class Rankings(NamedTuple):
 
 def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     parallel.prepare_backend()
-    from vpm_jax import evaluation
+    from vpm_jax import distances, evaluation
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops
     from vpm_jax.data.sources import load_dataset
@@ -204,7 +204,7 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     mesh = parallel.data_mesh(config.eval.batch)
     variables = parallel.replicate(mesh, model.variables)
     cropped = [CroppedSplit(query, gamma)]
-    [distance] = evaluation.distances(Describer(config, mesh), variables, cropped, gallery)
+    [distance] = distances.distances(Describer(config, mesh), variables, cropped, gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
     return Rankings(model, query, gallery, crops, distance, precision)

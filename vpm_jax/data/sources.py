@@ -44,7 +44,9 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
         "skip". Counts that differ from the official ones are only notes, because people use subsets.
     """
     place, splits, notes = _load(config_data, preparing)
-    dataset = Dataset(config_data.name, notes=tuple(dict.fromkeys(notes)), **splits)  # a prepared one repeats notes
+    notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
+    train, query, gallery = (splits[split] for split in ("train", "query", "gallery"))
+    dataset = Dataset(config_data.name, train, query, gallery, tuple(notes), splits.get("multi_query"))
     if config_data.distractors:
         dataset = _with_distractors(dataset, config_data, place)
     dataset = _hold_out(dataset, config_data.holdout_identities)

@@ -71,6 +71,7 @@ class Dataset:
     gallery: Split
     notes: tuple[str, ...]  # sentences for the user: the location, and what is missing or unexpected
     multi_query: Split | None = None  # more images of the query identities, for multi-query evaluation: see `boxes`
+    all_queries: int = 0  # the number of queries of the whole set, if `query` holds only some of them
 
 
 @dataclass(frozen=True)
