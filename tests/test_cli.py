@@ -204,7 +204,8 @@ def raising(error):
         (KeyboardInterrupt("Interrupted: go on."), 130, "Interrupted: go on."),
     ],
 )
-def test_what_a_user_can_mend_ends_a_command_with_one_sentence(capsys, error, code, sentence):
+def test_what_a_user_can_mend_ends_a_command_with_one_sentence(capsys, monkeypatch, error, code, sentence):
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as end:
         cli.run(raising(error))
     assert end.value.code == code

@@ -43,7 +43,10 @@ def run(main: Callable[[], Any]) -> None:
             raise
         _fail(sentence)
     except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "Interrupted.", code=130)
+        try:
+            _fail(str(interrupt) or "Interrupted.", code=130)
+        finally:
+            os._exit(130)  # ending Python would wait for threads of JAX, and can crash in them
 
 
 def unfailing(stream: TextIO) -> TextIO:
@@ -52,8 +55,7 @@ def unfailing(stream: TextIO) -> TextIO:
     It escapes what the encoding lacks, and drops everything once nobody reads it, as in `... | head`.
     """
     file = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-    buffered = bool(getattr(stream, "line_buffering", True))
-    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=buffered)
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 class _Output(io.FileIO):

@@ -122,6 +122,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         window = Window(config, meta["pending"], steps, total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
         saved_at = started
+        compiled: set[tuple[int, ...]] = set()
 
         def save_is_due() -> bool:
             elapsed = time.monotonic() - saved_at
@@ -176,7 +177,15 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
             with contextlib.closing(batches), jax.transfer_guard("disallow"):  # no implicit host-device transfers
                 # If that evaluation was interrupted again, take no step: afterwards it would no longer be due.
                 for batch in () if interrupts.stop else parallel.prefetch(window.waits(batches), place.put_batch):
+                    if is_new := batch["image"].shape not in compiled:  # a stage may have its own input size
+                        compiled.add(batch["image"].shape)
+                        began = time.monotonic()
+                        print("compiling the training step ...")
                     state, metrics = train_step(state, batch)
+                    if is_new:
+                        seconds = time.monotonic() - began
+                        window.pause(seconds)
+                        print(f"compiled in {duration(seconds)}")
                     steps += 1
                     window.add(steps, place.whole(metrics))
                     if steps % config.log_every == 0 or steps == total:

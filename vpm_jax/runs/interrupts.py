@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -13,7 +14,8 @@ class Stopped(Exception):
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop. A second Ctrl-C ends the process at once.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop. A second Ctrl-C ends the process at once,
+    even while XLA compiles.
 
     Args:
       agree: makes all processes agree on the signal, see `hosts.Agreement`.
@@ -29,14 +31,27 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python runs handlers between its own instructions, hence not while XLA compiles; this thread hears at once.
+        self._hears, self._tells = os.pipe()
+        os.set_blocking(self._tells, False)
+        self._old_tells = signal.set_wakeup_fd(self._tells, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        # Not print, which is not reentrant: the signal may have interrupted one.
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop without saving.\n")
+        self.received = self.received or number
+
+    def _answer(self) -> None:
+        received = 0
+        while number := os.read(self._hears, 1)[0]:  # __exit__ writes 0
+            if received and number == signal.SIGINT:
+                # Not print, whose lock the main thread may hold; not sys.exit, which would wait for the compiler.
+                os.write(2, b"\nerror: Interrupted.\n")
+                os._exit(128 + number)
+            if number in self._old and not received:
+                received = number
+                os.write(2, b"\nStopping after this step; press Ctrl-C again to stop without saving.\n")
 
     def agreed(self) -> int:
         """Updates and returns `stop`. All processes must call it equally often."""
@@ -49,5 +64,10 @@ class Interrupts:
             raise Stopped
 
     def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._old_tells)
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        os.write(self._tells, b"\0")
+        self._thread.join()
+        os.close(self._hears)
+        os.close(self._tells)
