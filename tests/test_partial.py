@@ -119,15 +119,15 @@ def test_partial_reid(whole, tmp_path, capsys):
     text = (tmp_path / "out" / "evaluation-partial_reid.md").read_text()
     assert text.split("\n\npartial_body_images is not")[0] in printed and str(root) in printed
     assert str(tmp_path) not in text and str(tmp_path) not in json.dumps(record)  # results travel, paths do not
-    assert f"{STEPS} steps, trained on synthetic, evaluated on partial_reid." in text
+    assert f"{STEPS} steps, trained on synthetic pedestrians, evaluated on Partial-REID." in text
     assert "15 images of 5 identities, Partial-REID 300 of 60; results are not comparable" in text
     assert "no cameras, so nothing is dropped" in text and "group k holds the k-th image by name" in text
-    assert "This run was trained on synthetic" in text
+    assert "Not comparable with the paper: the model was trained on synthetic pedestrians;" in text
     rows = table(text)
     numbers = [whole_gallery["cmc"][k - 1] for k in (1, 3, 5)] + [whole_gallery["mAP"]]
     assert rows["ours, all-shot (15 x 15)"][:4] == [f"{100 * n:.1f}" for n in numbers]
     assert rows["ours, single-shot (3 x 3 groups of 5 x 5)"][0] == f"{100 * np.mean(firsts):.1f}"
-    assert rows["VPM (Top), Table 2"][:2] == ["64.3", "83.6"]
+    assert len(rows) == 4  # header, rule, ours: published models were trained on Market-1501
 
 
 @pytest.mark.parametrize("flag", ["--root={}", "--config.data.root={}", "--config.data.root {}"])
@@ -168,7 +168,7 @@ def test_partial_ilids_from_a_zip(whole, tmp_path):
     assert record["protocol"] == {"queries": 6, "gallery": 6, "skipped": 0, "gamma": 1.0}
     text = (tmp_path / "evaluation-partial_ilids.md").read_text()
     rows = table(text)
-    assert rows["MVPM-1, Table 3"][:3] == ["63.0", "74.8", "82.4"] and "ours, all-shot (6 x 6)" in rows
+    assert "ours, all-shot (6 x 6)" in rows
     assert "Single-shot" not in text
 
 
@@ -195,7 +195,10 @@ def test_another_dataset_with_cameras(whole, pedestrians, tmp_path, monkeypatch)
         "gamma-dukemtmc.png",
     }
     text = (tmp_path / "out" / "evaluation-dukemtmc.md").read_text()
-    assert "trained on synthetic, evaluated on dukemtmc" in text and "same identity and camera dropped" in text
+    assert (
+        "trained on synthetic pedestrians, evaluated on DukeMTMC-reID" in text
+        and "same identity and camera dropped" in text
+    )
     assert "DukeMTMC-reID 16,522 of 702" in text and "beside the paper's" not in text  # which trained on Duke
     by_key = command(whole, tmp_path / "key", "--dataset", "dukemtmc", f"--config.data.root={duke}")
     assert by_key["gammas"] == record["gammas"]

@@ -198,8 +198,6 @@ def test_titles_name_the_network_and_the_seeds():
     config = default()
     assert plots.network(config) == "ResNet-50, 384x128 input"
     config.model.depth, config.model.width, config.data.height, config.data.width, config.seed = 18, 24, 128, 64, 3
-    assert plots.run_title("VPM", config) == "VPM on Market-1501; ResNet-18 of width 24, 128x64 input; seed 3"
-    title = plots.gamma_title("synthetic", "top", plots.network(config), [1, 1])
-    assert title.startswith("Synthetic pedestrians, queries cropped to their top gamma\nResNet-18")
-    assert title.endswith("128x64 input; one seed")
+    title = "VPM trained on Market-1501; recipe paper, seed 3; ResNet-18 of width 24, 128x64 input"
+    assert plots.run_title("VPM", config) == title
     assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]

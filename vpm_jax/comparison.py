@@ -109,19 +109,20 @@ def sweep(
     return "\n".join(lines)
 
 
-def partial(ours: Mapping[str, Result], dataset: str) -> str:
-    """Our results on a partial dataset above all published ones, as a Markdown table.
+def partial(ours: Mapping[str, Result], dataset: str, published: bool = True) -> str:
+    """Our results on a partial dataset above all `published` ones, as a Markdown table.
 
     Args:
       ours: {protocol: result, with or without "mAP"}; differences are those of the first.
       dataset: "partial_reid" or "partial_ilids".
     """
-    metrics, compared = ("R-1", "R-3", "R-5", "mAP"), ("R-1", "R-3")
-    rows = [["", *metrics, "difference in R-1", "R-3"]]
+    metrics, compared = ("R-1", "R-3", "R-5", "mAP"), ("R-1", "R-3") if published else ()
+    rows = [["", *metrics, *(f"difference in {metric}" for metric in compared)]]
     for protocol, result in ours.items():
-        rows.append([f"**ours, {protocol}**", *(number(measured(result, metric)) for metric in metrics), "", ""])
+        rows.append([f"**ours, {protocol}**", *(number(measured(result, metric)) for metric in metrics)])
+        rows[-1] += [""] * len(compared)
     first = next(iter(ours.values()))
-    for row in paper.PUBLISHED:
+    for row in paper.PUBLISHED if published else ():
         if row.dataset == dataset:
             theirs = row.scores[1.0]
             differences = [difference(measured(first, m), theirs.get(m)) for m in compared]

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import comparison, metrics, paper, parallel, partial, plots, saved, step
+from vpm_jax import captions, comparison, metrics, paper, parallel, partial, plots, saved, step
 from vpm_jax import config as config_lib
 from vpm_jax.api import fingerprint
 from vpm_jax.data.datasets import DATASETS, TITLES
@@ -79,15 +79,16 @@ def evaluate_run(
     own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
     own = own and root is None and output.resolve() == workdir.resolve()
     own = own or bool(dataset_name) or not (output / "config.json").exists()
+    data = config.data.copy_and_resolve_references()  # of the evaluation; config.data is that of the training
     if dataset_name:
-        config.data.name, config.data.holdout_identities = dataset_name, 0
+        data.name, data.holdout_identities = dataset_name, 0
     if root is not None:
-        config.data.root = root
-    config.data.also_train = ""  # extra training sets are not needed here
+        data.root = root
+    data.also_train = ""  # extra training sets are not needed here
 
     if features is not None and "features" in save:
         raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
-    dataset = _some_queries(hosts.in_turn(lambda: load_dataset(config.data)), queries)
+    dataset = _some_queries(hosts.in_turn(lambda: load_dataset(data)), queries)
     if dataset_name:
         print(*dataset.notes, sep="\n")
     check(config, dataset)
@@ -99,7 +100,7 @@ def evaluate_run(
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables, steps = step.evaluated(state), int(state.step)
     trained_on = trained.data.name if dataset_name or partial.is_partial(dataset.name) else None
-    about: dict[str, Any] = {"dataset": dataset.name, **_settings(dataset), "recipe": config.recipe}
+    about: dict[str, Any] = {"dataset": dataset.name, **_queries(dataset), "recipe": config.recipe}
     about |= {"seed": config.seed, "steps": steps}
     if save or features is not None:
         about["model"] = fingerprint(config, jax.device_get(variables))
@@ -230,16 +231,6 @@ def means(results: Results) -> dict[str, float]:
 # ---- The report ----
 
 
-class _Protocol(NamedTuple):
-    """The protocol-specific content of a report."""
-
-    lines: list[str]
-    settings: dict[str, Any]  # the record's "protocol"
-    results: dict[str, Any]  # the record's "gammas" or "results"
-    table: str  # with the published numbers
-    chance: str = ""  # which results the chance rank-1 refers to, if there are several
-
-
 def evaluate_and_report(
     source: FeatureSource,
     variables: Variables,
@@ -266,18 +257,9 @@ def evaluate_and_report(
     results, seconds = evaluated or (evaluate(source, variables, dataset, save=save), 0.0)
     seconds += time.monotonic() - started
     is_partial, dataset = partial.is_partial(dataset.name), by_protocol(config, dataset)
-    protocol = (_partial_protocol if is_partial else _gamma_protocol)(config, dataset, results, trained_on)
-    chance = chance_rank1(dataset)
-    where = f"trained on {trained_on}, evaluated on {dataset.name}" if trained_on else f"on {dataset.name}"
-    lines = [
-        f"Recipe {config.recipe}, seed {config.seed}, {steps} steps, {where}.",
-        *protocol.lines,
-        f"Matching: {matching_in_words(config)}. Chance: rank-1 {chance:.2%} ({protocol.chance}mean over random "
-        "rankings).",
-    ]
-    text = "\n".join(lines) + "\n\n" + protocol.table.rstrip()
-    if not hosts.is_first():
-        return results
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    settings: dict[str, Any] = {"gamma": 1.0} if is_partial else {"crop": config.eval.crop}
+    same_camera = "none" if query.camera is None else "drop"
     record = {
         "run": output.resolve().name if run is None else run,
         "recipe": config.recipe,
@@ -285,23 +267,41 @@ def evaluate_and_report(
         "steps": steps,
         "dataset": dataset.name,
         **({"trained_on": trained_on} if trained_on else {}),
+        "training_set": captions.training_set(config),
+        "held_out_identities": dataset.held_out,
+        "not_comparable": captions.not_comparable(config, dataset),
         "test_set": digest_of_test_set(dataset.query, dataset.gallery),
         "notes": dataset.notes[1:],
-        "protocol": protocol.settings,
+        "protocol": {
+            **settings,
+            **_queries(dataset),
+            "gallery": len(gallery),
+            "skipped": next(iter(results.values()))["skipped"],
+        },
+        "identities": {split.name: split.num_identities for split in (query, gallery)},
+        "junk": len(dataset.gallery) - len(gallery),
+        "same_camera": "keep" if config.eval.same_camera == "keep" else same_camera,
         "match": config.match.to_dict() | {"flip": config.eval.flip},
         "input": [config.data.height, config.data.width],
-        "chance_rank1": chance,
+        "network": plots.network(config),
+        "chance_rank1": chance_rank1(dataset),
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "seconds": round(seconds, 1),
-        **protocol.results,
+        "results" if is_partial else "gammas": {
+            str(name): {k: np.asarray(v).tolist() for k, v in r.items() if is_partial or k != "skipped"}
+            for name, r in results.items()
+        },
     }
+    table = (_partial_table if is_partial else _gamma_table)(config, record, results)
+    text = "\n".join(captions.lines(record)) + "\n\n" + table.rstrip()
+    if not hosts.is_first():
+        return results
     notes = dataset.notes[1:] if trained_on else ()  # the first is the dataset's path on this machine
     name = write(output, f"evaluation{_suffix(dataset, trained_on)}", record, "\n\n".join([text, *notes]), own)
     if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
         with replacing(output / _picture(name)) as path:
-            network = plots.network(config) + f"; {_queries(dataset)}" * bool(dataset.all_queries)
-            title = plots.gamma_title(dataset.name, config.eval.crop, network, seeds=[1])
+            title, chance = captions.title(record), record["chance_rank1"]
             plots.gamma_curves(path, {paper.title(paper.method_of(config)): curve}, title, chance)
     print("\n" + text + f"\n(evaluated in {duration(seconds)}; written to {output / name}.md)")
     if save:
@@ -309,95 +309,38 @@ def evaluate_and_report(
     return results
 
 
-def _gamma_protocol(config: ConfigDict, dataset: Dataset, results: Results, trained_on: str | None) -> _Protocol:
-    query, gallery = dataset.query, ranked(dataset.gallery)
-    junk = len(dataset.gallery) - len(gallery)
-    skipped = next(iter(results.values()))["skipped"]
-    kept = "whole and cropped" if config.match.gallery_gammas else "whole"
-    line = (
-        f"Protocol: single query, {_queries(dataset)} cropped to gamma ({config.eval.crop}), {len(gallery)} gallery "
-        f"images {kept} ({junk} of identity -1 left out); {_dropped(config, query)}; {skipped} queries without a match "
-        "skipped."
-    )
-    table = metrics.gamma_table(results)
-    own_test_set = not (config.data.holdout_identities or dataset.all_queries) and trained_on in (None, dataset.name)
-    if config.eval.crop == "top" and config.eval.same_camera == "drop" and own_test_set:  # the paper's protocol
-        published = comparison.sweep(results, dataset.name, paper.method_of(config))
-        if published and config.match.gallery_gammas:
-            published = published.rstrip() + "\n\nOur numbers use a cropped gallery; the paper's do not."
-        table += "\n" + published
-    return _Protocol(
-        [line],
-        {"crop": config.eval.crop, **_settings(dataset), "gallery": len(gallery), "skipped": skipped},
-        {
-            "gammas": {
-                str(g): {"cmc": r["cmc"].tolist(), "mAP": r["mAP"], "mINP": r["mINP"]} for g, r in results.items()
-            }
-        },
-        table,
-    )
-
-
-def _queries(dataset: Dataset, noun: str = "queries") -> str:
-    """The number of queries in words."""
-    count = len(dataset.query)
-    return (
-        f"{count} of {dataset.all_queries} {noun} (a look, not a result)" if dataset.all_queries else f"{count} {noun}"
-    )
-
-
-def _settings(dataset: Dataset) -> dict[str, int]:
+def _queries(dataset: Dataset) -> dict[str, int]:
     """The number of queries and, if not all, the number of all."""
     few = {"of_queries": dataset.all_queries} if dataset.all_queries else {}
     return {"queries": len(dataset.query), **few}
 
 
-def _dropped(config: ConfigDict, query: Split) -> str:
-    if config.eval.same_camera == "keep":
-        return "images of the same camera stay (eval.same_camera=keep)"
-    return "same identity and camera dropped" if query.camera is not None else "no cameras, so nothing is dropped"
+def _gamma_table(config: ConfigDict, record: Mapping[str, Any], results: Results) -> str:
+    """The results over gamma and, if they follow the paper's protocol, the published ones beside them."""
+    table, dataset = metrics.gamma_table(results), record["dataset"]
+    if not record["not_comparable"] and (published := comparison.sweep(results, dataset, paper.method_of(config))):
+        table += "\n" + published
+        if config.eval.flip:
+            table = table.rstrip() + "\n\nOurs average each image with its mirror image, the paper's do not."
+    return table
 
 
-def _partial_protocol(config: ConfigDict, dataset: Dataset, results: Results, trained_on: str | None) -> _Protocol:
-    query, gallery = dataset.query, ranked(dataset.gallery)
-    skipped = results["all-shot"]["skipped"]
-    lines = [
-        f"Protocol: {_queries(dataset, 'partial images as queries')}, uncropped (gamma 1.0), {len(gallery)} whole "
-        f"images as gallery; {_dropped(config, query)}; {skipped} queries without a match skipped."
-    ]
-    rows = {f"all-shot ({len(query)} x {len(gallery)})": results["all-shot"]}
+def _partial_table(config: ConfigDict, record: Mapping[str, Any], results: Results) -> str:
+    """The results by protocol and, if they follow the paper's, the published ones below them."""
+    p = record["protocol"]
+    rows = {f"all-shot ({p['queries']} x {p['gallery']})": results["all-shot"]}
     if single := results.get("single-shot"):
         q, g = single["groups"]
-        people = f"{len(np.unique(query.identity))} x {len(np.unique(gallery.identity))}"
+        people = "{query} x {gallery}".format_map(record["identities"])
         rows[f"single-shot ({q} x {g} groups of {people})"] = single
-        deviations = ", ".join(f"{100 * metrics.rank_k(single['spread'], k):.1f} at R-{k}" for k in (1, 3, 5))
-        lines.append(
-            "Single-shot: group k holds the k-th image by name of every identity; the mean over all pairs of a query "
-            f"group and a gallery group (standard deviation {deviations}). The paper does not say which protocol it "
-            "used."
-        )
-    remark = "Published models were trained on Market-1501."
-    if trained_on != "market1501":
-        remark += f" This run was trained on {trained_on}, so the differences do not compare methods."
-    return _Protocol(
-        lines,
-        {**_settings(dataset), "gallery": len(gallery), "skipped": skipped, "gamma": 1.0},
-        {"results": {name: {k: np.asarray(v).tolist() for k, v in r.items()} for name, r in results.items()}},
-        f"{TITLES[dataset.name]}, in percent. {remark}\n\n{comparison.partial(rows, dataset.name)}",
-        "all-shot, ",
-    )
+    dataset, published = record["dataset"], not record["not_comparable"]
+    remark = " Published models were trained on Market-1501." * published
+    return f"{TITLES[dataset]}, in percent.{remark}\n\n{comparison.partial(rows, dataset, published)}"
 
 
 def matching_in_words(config: ConfigDict) -> str:
-    """The settings of config.match and eval.flip, for a report."""
-    m = config.match
-    parameters = f"k1 {m.rerank_k1}, k2 {m.rerank_k2}, lambda {m.rerank_lambda:g}"
-    reranked = f", re-ranked by k-reciprocal neighbors ({parameters})" * m.rerank
-    variant = " after the neck" * (m.feature == "after") + " (mean of an image and its mirror)" * config.eval.flip
-    features = f" of features{variant}" if variant else ""
-    gammas = ", ".join(f"{gamma:g}" for gamma in m.gallery_gammas)
-    crops = f"; the gallery also cropped to {gammas}, each query compared with the closest crop" * bool(gammas)
-    return f"Eq. 4, {m.visibility} visibility, {'squared ' * m.squared}distances{features}{reranked}{crops}"
+    """How distances are computed."""
+    return captions.matching(config.match.to_dict() | {"flip": config.eval.flip})
 
 
 def write(output: Path, name: str, record: Mapping[str, Any], text: str, own: bool = True) -> str:
@@ -437,7 +380,9 @@ def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
         return False
     try:
         earlier, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(record))
-        pairs = [(earlier[key], now[key]) for key in ("run", "dataset", "test_set", "input") if key in earlier]
+        pairs = [
+            (earlier[key], now[key]) for key in ("run", "dataset", "test_set", "same_camera", "input") if key in earlier
+        ]
         for group in ("protocol", "match"):
             pairs += [(value, now[group].get(key)) for key, value in earlier[group].items()]
         pairs.append((list(earlier.get("gammas", ())), list(now.get("gammas", ()))))

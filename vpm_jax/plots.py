@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from ml_collections import ConfigDict
 
-from vpm_jax.data.datasets import TITLES
+from vpm_jax import captions
 
 # The Okabe-Ito palette, which is safe for color blindness; without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -45,20 +45,8 @@ def network(config: ConfigDict) -> str:
 
 def run_title(model: str, config: ConfigDict) -> str:
     """The title of training curves."""
-    return f"{model} on {TITLES.get(config.data.name, config.data.name)}; {network(config)}; seed {config.seed}"
-
-
-def gamma_title(dataset: str, crop: str, network: str, seeds: Sequence[int]) -> str:
-    """The title of figures over gamma.
-
-    Args:
-      dataset: name or title.
-      crop: the side that queries keep.
-      network: from `network`.
-      seeds: the number of seeds of each method.
-    """
-    name = TITLES.get(dataset, dataset)
-    return f"{name[:1].upper()}{name[1:]}, queries cropped to their {crop} gamma\n{network}; {count_seeds(seeds)}"
+    trained = f"{model} trained on {captions.training_set(config)}"
+    return f"{trained}; recipe {config.recipe}, seed {config.seed}; {network(config)}"
 
 
 def count_seeds(seeds: Sequence[int]) -> str:

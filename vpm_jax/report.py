@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, html, metrics, overlay, paper, parallel, plots
+from vpm_jax import captions, cli, html, metrics, overlay, paper, parallel, plots
 from vpm_jax import config as config_lib
-from vpm_jax.data.datasets import TITLES
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, Crop, pixel_box
@@ -75,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if pictures:
         body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
     body += configuration(config)
-    title = f"{paper.title(paper.method_of(config))} on {TITLES.get(config.data.name, config.data.name)}"
+    title = f"{paper.title(paper.method_of(config))} on "
+    title += captions.test_set(config.data.name, config.data.holdout_identities)
     write_atomically(output, html.page(title[0].upper() + title[1:], summary(config) + body))
     size = output.stat().st_size / 2**20
     print(f"Wrote {output} ({size:.1f} MiB, {'with' if pictures else 'without'} pictures): open it in a browser.")
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(config: ConfigDict) -> str:
     m = config.model
     model = f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {config.data.height} x {config.data.width} "
-    model += f"images, {m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}"
+    model += f"images, {m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}, trained on "
+    model += captions.training_set(config)
     return f'<p class="soft">{html.escape(model)}</p>\n'
 
 
@@ -112,11 +113,9 @@ def gamma_plot(path: Path, config: ConfigDict) -> str:
             float(gamma): {"rank-1": float(scores["cmc"][0]), "mAP": float(scores["mAP"])}
             for gamma, scores in evaluation["gammas"].items()
         }
-        dataset, crop = str(evaluation["dataset"]), str(evaluation["protocol"]["crop"])
-        chance = float(evaluation["chance_rank1"])
+        title, chance = captions.title(evaluation), float(evaluation["chance_rank1"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return ""
-    title = plots.gamma_title(dataset, crop, plots.network(config), seeds=[1])
     model = paper.title(paper.method_of(config))
     alt = "; ".join(f"gamma {g:g}: rank-1 {s['rank-1']:.1%}, mAP {s['mAP']:.1%}" for g, s in sorted(curve.items()))
     return html.plot(

@@ -310,7 +310,8 @@ def test_what_a_part_evaluates_is_said_and_how_long_it_takes_is_known(pretend, c
     file = tmp_path / "parts.py"
     file.write_text('SCREEN = {"base": {}}\nEVALUATED = {"crops": ("base", {"match.gallery_gammas": (0.5, 0.8)})}')
     assert call(f"--parts {file}") == 0
-    assert "gallery images whole (for crops also cropped);" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert " crops: Matching: Eq. 4, soft visibility, distances; the gallery also cropped to 0.5, 0.8, each" in text
     finished = {r["method"]: r for r in results.finished(tmp_path / "results")}
     base, crops = finished["vpm"], finished["crops"] | {"evaluation_seconds": 60.0}
     runs = experiments.plan_ingredients(experiments.ingredients(file), "market1501", "screen", 1)
@@ -492,8 +493,9 @@ def test_mean_and_spread_are_numpys_and_differences_the_readers(pretend, call, t
 def test_one_seed_has_no_spread_and_held_out_identities_no_paper(pretend, call, tmp_path):
     assert call("--table 1 --scale screen --models vpm --variant x --config.data.gamma=0.4,1.0") == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "±" not in text and "paper" not in text and "variant x" in text
-    assert "100 training identities held out (the test set is not used)" in text
+    assert "±" not in text and "| paper |" not in text and "variant x" in text
+    assert "- On 100 held-out training identities of Market-1501. Protocol: single query, 3 queries cropped to" in text
+    assert "Not comparable with the paper: the queries and the gallery are held-out training identities." in text
     assert "data.gamma = (0.4, 1.0)" in text and "stage2.epochs = 10" in text
     assert str(tmp_path) not in text
 
@@ -511,7 +513,7 @@ def test_partial_images_stand_beside_the_papers(pretend, call, tmp_path):
         assert one["mean"] == pytest.approx(np.mean(found)) and one["paper"] == theirs
         assert "mAP" not in data[0]["numbers"]["single-shot"]
         assert f"| {np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} | {theirs:.1f} |" in text
-    assert "3 partial images as queries, uncropped, 4 whole images as gallery" in text
+    assert "3 partial images as queries, uncropped (gamma 1.0), 4 whole images as gallery" in text
     for title in ("Market-1501", "Partial-REID", "Partial-iLIDS"):
         assert text.count(f"- {title}: Gallery is not the official one.") == 1
 

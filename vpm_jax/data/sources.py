@@ -44,9 +44,11 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
         "skip". Counts that differ from the official ones are only notes, because people use subsets.
     """
     place, splits, notes = _load(config_data, preparing)
-    notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
     train, query, gallery = (splits[split] for split in ("train", "query", "gallery"))
+    notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
+    unofficial = tuple(_unofficial(config_data.name, splits, _has_distractors(config_data)))
     dataset = Dataset(config_data.name, train, query, gallery, tuple(notes), splits.get("multi_query"))
+    dataset = replace(dataset, unofficial=unofficial)
     if config_data.distractors:
         dataset = _with_distractors(dataset, config_data, place)
     dataset = _hold_out(dataset, config_data.holdout_identities)
@@ -81,13 +83,18 @@ def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict
     if "multi_query" in splits:
         multi_query = _of_queries(splits.pop("multi_query"), splits["query"])
         splits |= {"multi_query": multi_query} if len(multi_query) else {}
-    has_distractors = DATASETS[name].distractors and config_data.identity_zero == "distractor"
+    has_distractors = _has_distractors(config_data)
     all_train = splits["train"]
     splits["train"] = _people_only(all_train, has_distractors, place, notes, preparing)
     notes = [_summary(name, place, splits, has_distractors), *notes, *_unexpected(name, splits, has_distractors)]
     if preparing:
         splits["train"] = all_train.take(all_train.identity >= 0)
     return place, splits, notes
+
+
+def _has_distractors(config_data: ConfigDict) -> bool:
+    """Whether identity 0 means distractor."""
+    return DATASETS[config_data.name].distractors and config_data.identity_zero == "distractor"
 
 
 def _people_only(train: Split, has_distractors: bool, place: Place, notes: list[str], preparing: bool) -> Split:
@@ -280,14 +287,13 @@ def _unexpected(name: str, splits: dict[str, Split], has_distractors: bool) -> l
     """Notes about counts that differ from the official ones, and identities in unexpected splits."""
     notes = []
     entry = DATASETS[name]
-    for split, folder in (entry.layout.official if entry.layout else {}).items():
-        counts = _counts(splits[split], has_distractors, junk=True)
-        if (official := entry.official(split)) and counts not in official:
-            expected = " or ".join(f"{images:,} of {identities:,}" for images, identities in official)
-            notes.append(
-                f"{folder} is not the official one: it has {counts[0]:,} images of {counts[1]:,} identities, "
-                f"{TITLES[name]} {expected}; results are not comparable with published ones."
-            )
+    for split, counts in _unofficial(name, splits, has_distractors).items():
+        expected = " or ".join(f"{images:,} of {identities:,}" for images, identities in entry.official(split))
+        assert entry.layout is not None
+        notes.append(
+            f"{entry.layout.official[split]} is not the official one: it has {counts[0]:,} images of {counts[1]:,} "
+            f"identities, {TITLES[name]} {expected}; results are not comparable with published ones."
+        )
     people = {split: set(_people(splits[split], has_distractors).tolist()) for split in ("train", "query", "gallery")}
     both = people["train"] & (people["query"] | people["gallery"])
     if both:
@@ -301,6 +307,17 @@ def _unexpected(name: str, splits: dict[str, Split], has_distractors: bool) -> l
             "set config.data.identity_zero=person."
         )
     return notes
+
+
+def _unofficial(name: str, splits: dict[str, Split], has_distractors: bool) -> dict[str, tuple[int, int]]:
+    """{split: (images, identities)} where these are not the official counts."""
+    entry = DATASETS[name]
+    found = {
+        split: _counts(splits[split], has_distractors, junk=True)
+        for split in (entry.layout.official if entry.layout else ())
+        if entry.official(split)
+    }
+    return {split: counts for split, counts in found.items() if counts not in entry.official(split)}
 
 
 def _counts(split: Split, has_distractors: bool, junk: bool = False) -> tuple[int, int]:
@@ -345,6 +362,8 @@ def _hold_out(dataset: Dataset, count: int) -> Dataset:
         query=replace(train.take(query), name="query"),
         gallery=replace(train.take(gallery), name="gallery"),
         notes=(*dataset.notes, note),
+        held_out=count,
+        unofficial=tuple(split for split in dataset.unofficial if split == "train"),
     )
 
 

@@ -72,6 +72,8 @@ class Dataset:
     notes: tuple[str, ...]  # sentences for the user: the location, and what is missing or unexpected
     multi_query: Split | None = None  # more images of the query identities, for multi-query evaluation: see `boxes`
     all_queries: int = 0  # the number of queries of the whole set, if `query` holds only some of them
+    held_out: int = 0  # the number of training identities that are query and gallery instead of the test set
+    unofficial: tuple[str, ...] = ()  # the splits whose counts are not the official ones
 
 
 @dataclass(frozen=True)

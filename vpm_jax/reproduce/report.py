@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpm_jax import cli, paper, plots
+from vpm_jax import captions, cli, paper, plots
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.errors import UserError
 from vpm_jax.reproduce import experiments, figures, tables
@@ -77,13 +77,13 @@ def exhibit(
     data, lines = {"sweep": rows}, [f"## {title}", ""]
     if rows:
         lines += tables.sweep(rows)
-        seeds = [len(row["seeds"]) for row in rows]
-        figure_title = plots.gamma_title(test_set(run), run.config.eval.crop, plots.network(run.config), seeds)
+        seeds = plots.count_seeds([len(row["seeds"]) for row in rows])
+        done = tables.about(run, results[rows[0]["runs"][0]])
+        figure_title = captions.title(done, seeds)
         if differing and len(rows) > 1:
             figures.differences(output / f"{stem}.png", rows, figure_title)
         else:
-            chance = results[rows[0]["runs"][0]]["chance_rank1"]
-            figures.gamma_curves(output / f"{stem}.png", rows, figure_title, chance, shaded)
+            figures.gamma_curves(output / f"{stem}.png", rows, figure_title, done["chance_rank1"], shaded)
         lines += [f"![{title}]({stem}.png)", ""]
     for test in tests:
         if rows := tables.rows(name, cells, results, test):
@@ -101,16 +101,11 @@ def ingredients(output: Path, cells: Mapping[Cell, Run], results: Results) -> tu
     gained = [row for row in rows if "gain" in row]
     if len(gained) > 1:
         seeds = plots.count_seeds([len(row["seeds"]) for row in gained])
-        title = f"{test_set(run)}: gains over {paper.title(paper.method_of(run.config))}, mean over gammas\n"
-        figures.gains(output / "parts.png", rows, f"{title}{plots.network(run.config)}; {seeds}")
+        done = tables.about(run, results[rows[0]["runs"][0]])
+        title = f"gains over {paper.title(paper.method_of(run.config))}, mean over gammas"
+        figures.gains(output / "parts.png", rows, f"{captions.title(done, seeds)}\n{title}")
         lines += ["![Gain of each ingredient](parts.png)", ""]
     return rows, lines
-
-
-def test_set(run: Run) -> str:
-    """The test set of a run, for titles of figures."""
-    held_out = run.config.data.holdout_identities
-    return TITLES[run.dataset] + f", {held_out} held-out training identities" * bool(held_out)
 
 
 def region_maps(output: Path, stem: str, runs: Sequence[Run], workdirs: Path) -> list[str]:

@@ -24,6 +24,7 @@ from vpm_jax.runs import locks
 from vpm_jax.runs.logs import write_atomically
 
 RANKS = 10  # of the stored CMC
+_ABOUT = ("training_set", "not_comparable", "junk", "same_camera", "network")  # of evaluation.json, for captions
 
 
 def read(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -102,6 +103,7 @@ def record(
             "evaluates": run.of.name if run.of else None,
             "protocol": evaluation["protocol"] | {"held out identities": run.config.data.holdout_identities},
             "match": evaluation["match"],
+            **{key: evaluation[key] for key in _ABOUT if key in evaluation},
             "chance_rank1": evaluation["chance_rank1"],
             "notes": evaluation.get("notes", []),
             "protocols" if run.test else "gammas": numbers,

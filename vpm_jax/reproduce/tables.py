@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from vpm_jax import comparison, paper
+from vpm_jax import captions, comparison, paper, plots
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
 from vpm_jax.runs.logs import duration
@@ -84,20 +84,29 @@ def rows(exhibit: str, cells: Mapping[Cell, Run], results: Results, test: str = 
     table = []
     for method in EXHIBITS[exhibit].methods:
         if runs := _finished(cells, results, method, test):
-            published = _published(next(iter(runs.values())), METHODS[method].published)
+            run = next(iter(runs.values()))
+            published = _published(run, results[run.name], METHODS[method].published)
             metrics = PARTIAL_METRICS if test else METRICS
             row = _row(method, METHODS[method].title, runs, results, metrics, published)
             table.append(row | {"compared with": published.source.name if published else None})
     return table
 
 
-def _published(run: Run, method: str) -> paper.Published | None:
-    """The paper's numbers of a method, if the run follows the paper's protocol."""
-    if run.test:
-        return paper.published(run.test, method) if run.dataset == "market1501" else None
-    if run.config.eval.crop != "top" or run.config.data.holdout_identities:
-        return None
-    return paper.published(run.dataset, method)
+def about(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a result for `captions`, with what earlier versions did not store."""
+    test, held_out = run.test or run.dataset, 0 if run.test else run.config.data.holdout_identities
+    known = {
+        "held_out_identities": held_out,
+        "not_comparable": captions.departures(run.config, test, held_out),
+        "network": plots.network(run.config),
+    }
+    return known | dict(result) | {"dataset": test}
+
+
+def _published(run: Run, result: Mapping[str, Any], method: str) -> paper.Published | None:
+    """The paper's numbers of a method, if the result follows the paper's protocol."""
+    record = about(run, result)
+    return None if record["not_comparable"] else paper.published(record["dataset"], method)
 
 
 def gains(cells: Mapping[Cell, Run], results: Results) -> list[Row]:
@@ -245,25 +254,18 @@ def _pair(scores: Mapping[str, Any] | None) -> str:
 
 def conditions(runs: Sequence[Run], results: Results) -> list[str]:
     """Protocol, chance, training size, hardware, time, and versions."""
-    done = [results[run.name] for run in runs if run.name in results]
+    done = [about(run, results[run.name]) for run in runs if run.name in results]
     lines = []
-    for result in {result["test"]: result for result in reversed(done)}.values():
-        protocol, test, chance = result["protocol"], result["test"], f"Chance: rank-1 {result['chance_rank1']:.2%}."
-        if "protocols" in result:
-            lines.append(
-                f"- {TITLES[test]}: {protocol['queries']} partial images as queries, uncropped, "
-                f"{protocol['gallery']} whole images as gallery; no cameras, so nothing is dropped. {chance}"
-            )
-        else:
-            held = protocol["held out identities"]
-            cropped = sorted({r["method"] for r in done if r["test"] == test and r["match"].get("gallery_gammas")})
-            also = f" (for {', '.join(cropped)} also cropped)" if cropped else ""
-            split = f"{held} training identities held out (the test set is not used)" if held else "the test set"
-            lines.append(
-                f"- Protocol: {TITLES[result['dataset']]}, {split}; single query, {protocol['queries']} queries "
-                f"cropped to gamma ({protocol['crop']}), {protocol['gallery']} gallery images whole{also}; same "
-                f"identity and camera dropped, {protocol['skipped']} queries without a match skipped. {chance}"
-            )
+    for result in {result["dataset"]: result for result in reversed(done)}.values():
+        test = result["dataset"]
+        alike = [other for other in done if other["dataset"] == test]
+        sentences = [
+            *captions.protocol(result | {"match": {}}),
+            *_by_method(alike, lambda r: [f"Matching: {captions.matching(r['match'])}."]),
+            f"Chance: rank-1 {result['chance_rank1']:.2%}.",
+            *_by_method(alike, lambda r: captions.comparability(r["not_comparable"])),
+        ]
+        lines.append(f"- On {captions.test_set(test, result['held_out_identities'])}. {' '.join(sentences)}")
         lines += [f"- {TITLES[test]}: {note}" for note in result.get("notes", [])]
     trained = [result for result in done if result["images"]]
     for hardware in dict.fromkeys(result["hardware"] for result in trained):
@@ -281,6 +283,19 @@ def conditions(runs: Sequence[Run], results: Results) -> list[str]:
     if commits:
         lines.append(f"- Commit{'s' * (len(commits) > 1)} {', '.join(commits)}.")
     return lines
+
+
+def _by_method(results: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], list[str]]) -> list[str]:
+    """The sentences about results; where they differ between methods, each after its methods."""
+    methods: dict[str, dict[str, None]] = {}
+    for result in results:
+        for sentence in words(result):
+            methods.setdefault(sentence, {})[result["method"]] = None
+    everyone = {result["method"] for result in results}
+    return [
+        sentence if names.keys() == everyone else f"{', '.join(names)}: {sentence}"
+        for sentence, names in methods.items()
+    ]
 
 
 def listing(runs: Sequence[Run], results: Results) -> list[str]:
