@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from plain_matching import reference as plain_distance
 from plain_metrics import reference
 from tiny_runs import STEPS, saved_state
 
@@ -206,6 +207,55 @@ def test_distractors_are_described_and_compared_in_pieces(trained, monkeypatch, 
         assert results[gamma]["mAP"] == pytest.approx(expected["mAP"])
 
 
+@pytest.mark.parametrize("same_camera", ["drop", "keep"])
+def test_queries_stand_for_all_their_boxes(trained, same_camera):
+    """Pooled per region by visibility, against float64; one query has no box and stands for itself."""
+    describer, variables, dataset = trained
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    of_query = np.arange(len(gallery)) % len(query)
+    of_query[of_query == 3] = 2
+    labels = {"identity": query.identity[of_query], "camera": query.camera[of_query]}
+    stranger = replace(dataset.train.take([0]), identity=np.array([999], np.int32), camera=np.array([1], np.int32))
+    dataset = replace(dataset, multi_query=join(replace(gallery, name="multi_query", **labels), stranger))
+    found = evaluation.evaluate(
+        with_changes(describer, eval__multi_query=True, eval__same_camera=same_camera, eval__batch=2),
+        variables,
+        dataset,
+    )
+    there = describer.split(variables, gallery)
+    cameras = (query.camera, gallery.camera) if same_camera == "drop" else ()
+    for gamma in (0.5, 1.0):
+        boxes, own = describer.split(variables, gallery, gamma), describer.split(variables, query, gamma)
+        features, visibility = np.float64(own.features), np.float64(own.visibility)
+        for q in set(of_query.tolist()):
+            weight = np.float64(boxes.visibility[of_query == q])
+            mean = (weight[..., None] * boxes.features[of_query == q]).sum(0) / weight.sum(0)[:, None]
+            features[q] = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+            visibility[q] = (weight * weight).sum(0) / weight.sum(0)
+        distance = plain_distance(features, visibility, there.features, there.visibility)
+        expected, _ = reference(distance, query.identity, gallery.identity, *cameras)
+        np.testing.assert_allclose(found[gamma]["cmc"], expected["cmc"])
+        assert found[gamma]["mAP"] == pytest.approx(expected["mAP"])
+
+
+def test_multiple_query_needs_boxes_and_says_so(whole, trained, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="synthetic has no further boxes of its queries"):
+        evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--config.eval.multi_query=true"])
+    dataset = replace(trained[2], multi_query=replace(trained[2].query, name="multi_query"))
+    monkeypatch.setattr(evaluation, "load_dataset", lambda config: dataset)
+    for value in ("true", "false"):
+        key = f"--config.eval.multi_query={value}"
+        assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), key, "--save", "features"]) == 0
+    assert "multiple query (boxes of the same" in (tmp_path / "evaluation-1.md").read_text()
+    assert "single query" in (tmp_path / "evaluation.md").read_text()
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"multi_query.npz", "multi_query-top-0.5.npz", "query.npz"} <= names
+    one, two = (json.loads((tmp_path / f"evaluation{n}.json").read_text()) for n in ("", "-1"))
+    assert two["protocol"] == one["protocol"] | {"multi_query": True}
+    for gamma, result in one["gammas"].items():  # the boxes are the queries themselves
+        assert two["gammas"][gamma]["mAP"] == pytest.approx(result["mAP"])
+
+
 def test_reranking_that_does_not_fit_is_refused_at_once(trained, monkeypatch):
     describer, variables, dataset = trained
     monkeypatch.setattr("os.sysconf", lambda name: 16)
@@ -270,6 +320,7 @@ def test_a_gallery_is_cropped_as_training_images_were(changes, sides):
         ({"model.locator": "stripes"}, "cannot estimate how much a query shows"),
         ({"model.grid": (1, 2)}, "cannot estimate how much a query shows"),
         ({"match.rerank": True}, "match.rerank is on"),
+        ({"eval.multi_query": True}, "eval.multi_query is on"),
         (
             {"eval.crop": "bottom"},
             r"eval.crop is 'bottom': expected query crops on the same sides as training crops \(top\)",

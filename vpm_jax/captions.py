@@ -52,6 +52,7 @@ def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]
             f"query crops keep {config.eval.crop}, not top",
         ),
         (config.eval.same_camera == "keep", "images of a query's own camera are ranked"),
+        (config.eval.multi_query, "each query stands for several boxes"),
         (config.match.rerank, "distances are re-ranked"),
         (config.match.gallery_gammas, "the gallery is also cropped"),
         (config.data.distractors, "the gallery has more distractors"),
@@ -100,8 +101,10 @@ def protocol(record: Record) -> list[str]:
         return [f"{text}as gallery; {counted}", *_single_shot(record)]
     kept = "whole and cropped" if match.get("gallery_gammas") else "whole"
     junk = f" ({record['junk']} of identity -1 left out)" if "junk" in record else ""
+    query = "multiple query (boxes of the same identity and camera pooled by visibility)"
+    query = query if p.get("multi_query") else "single query"
     return [
-        f"Protocol: single query, {number} queries{few} cropped to gamma ({p['crop']}), {p['gallery']} gallery images "
+        f"Protocol: {query}, {number} queries{few} cropped to gamma ({p['crop']}), {p['gallery']} gallery images "
         f"{kept}{junk}; {counted}"
     ]
 
@@ -146,6 +149,7 @@ def title(record: Record, seeds: str = "") -> str:
     p, match, trained = record["protocol"], record["match"], record.get("training_set", "")
     tested, (number, few) = test_set(record["dataset"], _held_out(record)), _queries(record)
     settings = {
+        "multiple query": p.get("multi_query"),
         "re-ranked": match["rerank"],
         "features averaged with the mirror image's": match.get("flip"),
         "gallery also cropped": match.get("gallery_gammas"),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import parallel
 from vpm_jax.data.pipeline import EvalBatch, eval_batches
-from vpm_jax.data.split import Split
+from vpm_jax.data.split import Split, boxes
 from vpm_jax.errors import UserError
 from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
 from vpm_jax.runs.logs import Progress
@@ -179,6 +179,50 @@ class Describer(FeatureSource):
                 arrays, begin, end = {}, end, next(ends, 0)
         if first != len(split):
             raise RuntimeError(f"{first} features of {len(split)} images")
+
+
+class Pooled(FeatureSource):
+    """A source whose queries stand for several images each: region features and visibility are their means, weighted
+    by visibility, and features have unit length again.
+
+    Args:
+      source: describes images.
+      query: the queries, with their cameras. Other splits are described as they are.
+      multi_query: more images of their identities and cameras (see `data.split.boxes`).
+    """
+
+    def __init__(self, source: FeatureSource, query: Split, multi_query: Split):
+        self.config, self._source = source.config, source
+        self._images, self._group, self._group_of_query = boxes(query, multi_query)
+
+    def stream(
+        self,
+        variables: Variables,
+        images: CroppedSplit,
+        stops: Sequence[int],
+        progress: Progress,
+        check: Callable[[], None] | None = None,
+    ) -> Iterator[Description]:
+        if images.split.name != "query":
+            yield from self._source.stream(variables, images, stops, progress, check)
+            return
+        progress.total += len(self._images) - len(self._group_of_query)
+        every, first = 16 * self.config.eval.batch, 0
+        several = images._replace(split=self._images)
+        for piece in self._source.stream(variables, several, range(every, len(self._images), every), progress, check):
+            if not first:
+                count, (regions, channels) = self._group_of_query.max() + 1, piece.features.shape[1:]
+                features, weights, squares = np.zeros((count, regions, channels)), *np.zeros((2, count, regions))
+            for group, x, weight in zip(self._group[first:], piece.features, piece.visibility, strict=False):
+                features[group] += weight[:, None] * x
+                weights[group] += weight
+                squares[group] += weight**2
+            first += len(piece)
+        features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        visibility = squares / np.maximum(weights, 1e-12)
+        whole = Description(features.astype(np.float32), visibility.astype(np.float32))[self._group_of_query]
+        for begin, end in zip([0, *stops], [*stops, len(whole)], strict=True):
+            yield whole[begin:end]
 
 
 def fetch(outputs: dict[str, jax.Array], count: int) -> Description:

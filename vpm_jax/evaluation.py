@@ -26,7 +26,7 @@ from vpm_jax.data.datasets import DATASETS, TITLES
 from vpm_jax.data.inventory import digest_of_test_set
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.description import CroppedSplit, Describer, FeatureSource, Variables
+from vpm_jax.description import CroppedSplit, Describer, FeatureSource, Pooled, Variables
 from vpm_jax.distances import blocks
 from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, NO_RESULT, keys_with
@@ -139,8 +139,14 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
     """Checks before training that the dataset can be evaluated after it.
 
     Raises:
-      UserError: if no query has a match in the gallery, or eval.batch does not divide over the devices.
+      UserError: if no query has a match in the gallery, eval.multi_query has no boxes, or eval.batch does not divide
+        over the devices.
     """
+    if config.eval.multi_query and dataset.multi_query is None:
+        raise UserError(
+            f"eval.multi_query is on, but {dataset.name} has no further boxes of its queries (gt_bbox in Market-1501): "
+            "complete it from the official archive, or turn the key off."
+        )
     try:
         chance_rank1(by_protocol(config, dataset))
     except ValueError as error:
@@ -191,7 +197,8 @@ def evaluate(
 
     `check` is called between batches and may raise to stop. `save`: distances and ranked lists to write.
     """
-    config, dataset = source.config, by_protocol(source.config, dataset)
+    config, source = source.config, with_boxes(source, dataset)
+    dataset = by_protocol(config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
     is_partial = partial.is_partial(dataset.name)
     gammas = (1.0,) if is_partial else config.eval.gammas
@@ -218,6 +225,14 @@ def evaluate(
     if matrix is not None:
         results["single-shot"] = partial.single_shot(matrix, query.identity, gallery.identity)
     return results
+
+
+def with_boxes(source: FeatureSource, dataset: Dataset) -> FeatureSource:
+    """The source; with eval.multi_query, its queries stand for all their boxes."""
+    if not source.config.eval.multi_query:
+        return source
+    assert dataset.multi_query is not None  # see `check`
+    return Pooled(source, dataset.query, dataset.multi_query)
 
 
 def means(results: Results) -> dict[str, float]:
@@ -259,6 +274,8 @@ def evaluate_and_report(
     is_partial, dataset = partial.is_partial(dataset.name), by_protocol(config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
     settings: dict[str, Any] = {"gamma": 1.0} if is_partial else {"crop": config.eval.crop}
+    if config.eval.multi_query:
+        settings["multi_query"] = True
     same_camera = "none" if query.camera is None else "drop"
     record = {
         "run": output.resolve().name if run is None else run,
@@ -385,6 +402,7 @@ def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
         ]
         for group in ("protocol", "match"):
             pairs += [(value, now[group].get(key)) for key, value in earlier[group].items()]
+        pairs.append((earlier["protocol"].get("multi_query"), now["protocol"].get("multi_query")))
         pairs.append((list(earlier.get("gammas", ())), list(now.get("gammas", ()))))
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return True

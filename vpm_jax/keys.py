@@ -336,6 +336,12 @@ KEYS = (
         one_of("drop", "keep"),
         EVALUATION | PROTOCOL,
     ),
+    Key(
+        "eval.multi_query",
+        False,
+        "pool the features of all boxes (gt_bbox) of a query's identity and camera",
+        flags=EVALUATION | PROTOCOL,
+    ),
     Key("eval.flip", False, "average features and visibility with the mirror image's", flags=EVALUATION | FEATURES),
     Key("eval.batch", 128, "images in a batch", at_least(1), EVALUATION | NO_RESULT),
     # Meant for data.holdout_identities: selecting on the test set invalidates its numbers. The best step is recorded,

@@ -195,15 +195,16 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
 
     dataset = load_dataset(config.data)
     evaluation.check(config, dataset)
+    mesh = parallel.data_mesh(config.eval.batch)
+    source = evaluation.with_boxes(Describer(config, mesh), dataset)
     dataset = evaluation.by_protocol(config, dataset)
     model = VPM.load(workdir)
     query, gallery = dataset.query, dataset.gallery
     if config.match.rerank:  # re-ranked distances depend on the whole gallery: use that of an evaluation
         gallery = evaluation.ranked(gallery)
-    mesh = parallel.data_mesh(config.eval.batch)
     variables = parallel.replicate(mesh, model.variables)
     cropped = [CroppedSplit(query, gamma)]
-    [distance] = distances.distances(Describer(config, mesh), variables, cropped, gallery)
+    [distance] = distances.distances(source, variables, cropped, gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
     return Rankings(model, query, gallery, crops, distance, precision)
@@ -258,8 +259,9 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
     Raises:
       UserError: unless exactly one query has that name, and for re-ranking or a cropped gallery.
     """
-    if config.match.rerank or config.match.gallery_gammas:
-        raise UserError("--figure explains Eq. 4 alone: leave match.rerank and match.gallery_gammas unset.")
+    if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
+        keys = "match.rerank, match.gallery_gammas and eval.multi_query"
+        raise UserError(f"--figure explains Eq. 4 alone: leave {keys} unset.")
     from PIL import Image
 
     from vpm_jax.data.pipeline import eval_picture

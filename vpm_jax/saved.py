@@ -212,7 +212,7 @@ class Matching:
 def _suffix(config: ConfigDict, images: CroppedSplit, about: dict[str, Any]) -> str:
     """The crop of a split's images, and how many of the queries they are, for file names."""
     crop = "" if images.gamma >= 1 else f"-{images.crop or config.eval.crop}-{images.gamma:g}"
-    if images.split.name != "query" or "of_queries" not in about:
+    if images.split.name == "gallery" or "of_queries" not in about:
         return crop
     return f"{crop}-{about['queries']}-of-{about['of_queries']}"
 

@@ -334,7 +334,8 @@ def test_boxes_of_a_query(tmp_path):
     for where in (root, tmp_path / "out"):
         dataset = load_dataset(config(where))
         assert dataset.multi_query is not None and list(dataset.multi_query.names) == expected
-        assert [group.tolist() for group in boxes(dataset.query, dataset.multi_query)] == [[0, 1], [2]]
+        images, group, group_of_query = boxes(dataset.query, dataset.multi_query)
+        assert images.names == tuple(expected) and group.tolist() == [0, 0, 1] and group_of_query.tolist() == [0, 1]
         assert dataset.multi_query.read(1) == (root / expected[1]).read_bytes()
     assert load_dataset(config(root, holdout=1)).multi_query is None
     assert load_dataset(config(make_folder(tmp_path / "plain"))).multi_query is None
@@ -550,5 +551,6 @@ def test_boxes_without_any():
     from vpm_jax.data.split import Split
 
     query = Split("query", ("a",), np.array([5], np.int32), np.array([1], np.int32))
-    [found] = boxes(query, Split("multi_query", (), np.empty(0, np.int32), np.empty(0, np.int32)))
-    assert found.dtype == np.int64 and not len(found)
+    empty = Split("multi_query", (), np.empty(0, np.int32), np.empty(0, np.int32))
+    images, group, group_of_query = boxes(query, empty)  # it stands for itself
+    assert images.names == ("a",) and group.tolist() == group_of_query.tolist() == [0]

@@ -193,6 +193,7 @@ def check_gallery_gammas(config: ConfigDict) -> None:
             "the model cannot estimate how much a query shows: expected at least two rows of regions and no stripes",
         ),
         (config.match.rerank, "match.rerank is on: turn off one of them"),
+        (config.eval.multi_query, "eval.multi_query is on: turn off one of them"),
         (
             set(HEIGHTS.get(config.eval.crop, ())) - set(known),
             f"eval.crop is {config.eval.crop!r}: expected query crops on the same sides as training crops "

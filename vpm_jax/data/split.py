@@ -115,14 +115,23 @@ def join(*splits: Split) -> Split:
     )
 
 
-def boxes(query: Split, multi_query: Split) -> list[np.ndarray]:
-    """For each query, the indices of the images of `multi_query` with its identity and camera."""
+def boxes(query: Split, multi_query: Split) -> tuple[Split, np.ndarray, np.ndarray]:
+    """The images that stand for each query in multi-query evaluation: those of its identity and camera.
+
+    A query without any stands for itself.
+
+    Returns:
+      (the images; int [images], the group of each; int [Q], the group of each query).
+    """
     assert query.camera is not None and multi_query.camera is not None
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, key in enumerate(zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)):
-        groups.setdefault(key, []).append(i)
-    keys = zip(query.identity.tolist(), query.camera.tolist(), strict=True)
-    return [np.array(groups.get(key, ()), np.int64) for key in keys]
+    pairs = np.stack([query.identity, query.camera], axis=1)
+    groups, group_of_query = np.unique(pairs, axis=0, return_inverse=True)
+    number = {pair: group for group, pair in enumerate(map(tuple, groups.tolist()))}
+    found = [number.get(p, -1) for p in zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)]
+    group = np.array(found, np.int64)
+    alone = ~np.isin(group_of_query, group)
+    images = join(multi_query.take(group >= 0), query.take(alone))
+    return images, np.concatenate([group[group >= 0], group_of_query[alone]]), group_of_query
 
 
 def number(texts: Collection[str], start: int) -> dict[str, int]:
