@@ -68,6 +68,56 @@ def test_wrappers_are_taken_off(tmp_path, prefix):
     assert_trees_equal(plain.params, wrapped.params)
 
 
+def imitation(project: str) -> tuple[str, dict[str, np.ndarray], str]:
+    """(the entry of the checkpoint with the state dict, its tensors, the ResNet's prefix) as a project saves them."""
+
+    def tensors(*names: str) -> dict[str, np.ndarray]:
+        return {name: np.ones((3, 1, 1), np.float32) for name in names}
+
+    bare, classified = files.resnet(18, classes=0), files.resnet(18)
+    momentum = {name: x + 1 for name, x in bare.items()}
+    wrap, network, prefix, rest = {
+        "fast-reid": (
+            "model",
+            bare,
+            "backbone.",
+            tensors("pixel_mean", "pixel_std", "heads.bottleneck.0.weight", "heads.classifier.weight"),
+        ),
+        "strong-baseline": ("", bare, "base.", tensors("bottleneck.weight", "classifier.weight")),
+        "layumi": ("", classified, "model.", tensors("classifier.add_block.0.weight", "classifier.classifier.0.bias")),
+        "a loop of one's own": ("net", bare, "base_model.", {}),
+        "another": ("model_state_dict", bare, "model.base.", tensors("model.embed.weight")),
+        "Lightning": ("state_dict", bare, "model.backbone.", tensors("model.head.weight", "loss.centers")),
+        "MMLab": ("state_dict", bare, "backbone.", tensors("head.fc.weight", "head.fc.bias")),
+        "MoCo": (
+            "state_dict",
+            bare | tensors("fc.0.weight", "fc.0.bias", "fc.2.weight"),
+            "module.encoder_q.",
+            {f"module.encoder_k.{name}": x for name, x in momentum.items()} | tensors("module.queue"),
+        ),
+        "DINO": ("teacher", bare, "module.backbone.", tensors("module.head.mlp.0.weight")),
+    }[project]
+    return wrap, rest | {prefix + name: x for name, x in network.items()}, prefix
+
+
+PROJECTS = "fast-reid|strong-baseline|layumi|a loop of one's own|another|Lightning|MMLab|MoCo|DINO"
+
+
+@pytest.mark.parametrize("project", PROJECTS.split("|"))
+def test_a_resnet_inside_another_network_is_found(tmp_path, project):
+    wrap, tensors, prefix = imitation(project)
+    plain = load(str(write(tmp_path / "plain.pth", files.resnet(18))))
+    path = str(files.save(tmp_path / "a.pth", tensors, wrap=wrap))
+    for spec in (path, f"partial:{path}", f"torchvision:{path}"):
+        weights = load(spec)
+        assert_trees_equal((weights.params, weights.batch_stats), (plain.params, plain.batch_stats))
+        assert f"names after {prefix.removeprefix('module.')}, " in weights.source and not weights.skipped
+    inside = [name for name in tensors if name.startswith(prefix) and not name.startswith(f"{prefix}fc.")]
+    others = set(tensors) - set(inside) - {f"{prefix}fc.weight", f"{prefix}fc.bias"}
+    others = {name for name in others if not name.endswith("num_batches_tracked")}
+    assert (f"without {len(others)} other tensors: " in weights.source) == bool(others)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(np.float16, "float16"), (ml_dtypes.bfloat16, "bfloat16")])
 @pytest.mark.parametrize("file", ["a.pth", "a.safetensors"])
 def test_half_precision_is_read_as_float32_and_said(tmp_path, dtype, name, file):

@@ -28,11 +28,14 @@ from vpm_jax.errors import UserError
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 ADVICE = 'save only the weights, with torch.save(model.state_dict(), "weights.pth") or as .safetensors'
 
+# Where checkpoints keep their state dict; of a teacher and a student, the teacher is the one to use.
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")
+
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict, by name, in their own dtypes (bfloat16 is ml_dtypes').
 
-    The state dict may also be under "state_dict" or "model" in a checkpoint. Tensors are read-only and share memory as
+    The state dict may also be under one of STATE_DICTS in a checkpoint. Tensors are read-only and share memory as
     they did in PyTorch.
 
     Raises:
@@ -251,9 +254,11 @@ def _unpickle(stream: Any, storages: dict[str, _Storage] | None = None) -> Any:
 def _arrays(checkpoint: Any, storage_bytes: Callable[[_Storage], Any]) -> dict[str, np.ndarray]:
     """The arrays of the state dict in `checkpoint`; `storage_bytes` returns the bytes of a storage."""
     state = checkpoint
-    for key in ("state_dict", "model"):
-        if type(state) is dict and type(state.get(key)) is dict:
-            state = state[key]
+    for _ in range(3):  # they may be nested
+        for key in STATE_DICTS:
+            if type(state) is dict and type(state.get(key)) is dict:
+                state = state[key]
+                break
     if type(state) is not dict or not any(isinstance(x, _Tensor) for x in state.values()):
         content = ", ".join(str(k)[:30] for k in list(state)[:5]) if type(state) is dict else type(state).__name__
         raise _Refused(f"holds no state dict ({content})")

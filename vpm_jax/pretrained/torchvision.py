@@ -6,7 +6,7 @@ Converts in both directions. PyTorch's kernels are [out, in, h, w], ours [h, w, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from vpm_jax.pretrained.weights import (
     as_floats,
     dtype_note,
     nested,
+    some,
     stem_of,
     take,
 )
@@ -100,25 +101,40 @@ def classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | Non
     return {"kernel": tensors["fc.weight"].T, "bias": tensors["fc.bias"]}
 
 
+def prefix_of(names: Iterable[str]) -> str | None:
+    """The prefix of a ResNet inside a larger network, such as "backbone." in fast-reid's; None without a ResNet.
+
+    Of two encoders, it is the one that is meant for use: MoCo's encoder_q, or a teacher.
+    """
+    first = "layer1.0.conv1.weight"
+    prefixes = {name.removesuffix(first) for name in names if name == first or name.endswith("." + first)}
+    return min(prefixes, key=lambda p: (not {"encoder_q", "teacher"} & set(p.split(".")), len(p), p), default=None)
+
+
 def read(file: File, partial: bool = False) -> Pretrained:
-    """Reads a ResNet's state dict, with or without the classifier (fc). Its stride is on the 3x3 convolution, its BN
-    epsilon is 1e-5, and images are normalized by ImageNet's mean and std.
+    """Reads a ResNet's state dict, with or without the classifier (fc), or that of a network with one (`prefix_of`).
+
+    Its stride is on the 3x3 convolution, its BN epsilon is 1e-5, and images are normalized by ImageNet's mean and std.
 
     Raises:
       UserError: if tensors are missing, unexpected, of another shape, not floats, or NaN.
     """
     where = f"{file.path} is not a ResNet's state dict"
+    prefix = prefix_of(file.tensors) or ""
     tensors = without_counters(file.tensors)
+    others = [name for name in tensors if not name.startswith(prefix) or re.match(r"fc\.\d", name.removeprefix(prefix))]
+    tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name not in others}
     network = network_of(tensors)
     fits, differences = take(tensors, with_classifier(expected(network), tensors), where, ADVICE, partial)
     floats = as_floats(fits, str(file.path), "fetch or save it again")
+    found = f" after {prefix}" * bool(prefix) + f", without {len(others)} other tensors: {some(others)}" * bool(others)
     return Pretrained(
         **nested(from_torch(floats, network)),
         stride_on="3x3",
         bn_epsilon=1e-5,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        source=f"{network} (torchvision's names, {file.path.name}{dtype_note(fits)})",
+        source=f"{network} (torchvision's names{found}, {file.path.name}{dtype_note(fits)})",
         network=network,
         classifier=classifier(floats),
         skipped=differences,
@@ -126,4 +142,5 @@ def read(file: File, partial: bool = False) -> Pretrained:
 
 
 def has_its_names(names: Mapping[str, np.ndarray]) -> bool:
-    return any(re.match(r"(conv1|bn1|layer[1-4]\.\d+|fc)\.", name) for name in names)
+    own = any(re.match(r"(conv1|bn1|layer[1-4]\.\d+|fc)\.", name) for name in names)
+    return own or prefix_of(names) is not None
