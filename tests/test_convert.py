@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch_files as files
+from disk import flip
 from flax.traverse_util import flatten_dict
 from keras_files import write_keras
 from raising import raises
@@ -158,6 +159,15 @@ def test_a_trained_run_goes_out_and_comes_back(tmp_path, capsys):
     run(tmp_path / "run", "--output", tmp_path / "b.safetensors", "--backbone-only")
     with safe_open(tmp_path / "b-width4-last1.safetensors", framework="numpy") as file:
         assert set(file.keys()) == {name for name in names if not name.startswith(("heads.", "locator."))}
+
+
+def test_a_changed_number_is_noticed(tmp_path):
+    make_run(tmp_path / "run")
+    run(tmp_path / "run", "--output", tmp_path / "m.safetensors")
+    path = tmp_path / "m-width4-last1.safetensors"
+    flip(path)
+    with raises("damaged-weights"):
+        load(str(path))
 
 
 def test_a_small_stem_and_strides_come_back(tmp_path):

@@ -270,6 +270,7 @@ class VPM:
 
         Raises:
           UserError: as `features`, and for a Description by a model of other shapes.
+          ValueError: for a Description whose arrays do not fit, or whose visibility is negative or not finite.
         """
         return pairwise_distance(self.config.match, self._described(query), self._described(gallery))
 

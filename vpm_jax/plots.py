@@ -363,7 +363,7 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
 
 def median_speed(lines: Mapping[int, Mapping[str, Any]]) -> float | None:
     """The median images per second over a run's records; None if they do not record it."""
-    speeds = [float(value) for _, value in _values(lines, "images_per_second")]
+    speeds = [np.mean(value) for _, value in _values(lines, "images_per_second")]
     return float(np.median(speeds)) if speeds else None
 
 

@@ -114,6 +114,14 @@ def test_a_truncated_jpeg_is_an_error(kept, options):
         decode(data[: int(kept * len(data))], "query/0001.jpg")
 
 
+@pytest.mark.parametrize("at", range(60, 120, 20))
+def test_whatever_byte_of_a_png_changes_it_is_an_error(at):
+    data = bytearray(encode(Image.fromarray(PICTURE)))
+    data[at] ^= 1
+    with raises("damaged-image"):
+        decode(bytes(data), "a.png")
+
+
 def test_a_truncated_png_is_an_error():
     data = encode(Image.fromarray(PICTURE), "PNG")
     with pytest.raises(UserError, match=r"a\.png is a damaged image"):

@@ -70,6 +70,7 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
             return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return pixels
     try:
+        Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which loading does not check
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         content = "an empty file" if not data else f"{len(data)} bytes that start with {data[:8]!r}"

@@ -55,7 +55,8 @@ def _is_npz(path: Path) -> bool:
 
 def _read_npz(path: Path) -> File:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             tensors = {name: archive[name] for name in archive.files}
         metadata = json.loads(str(tensors.pop("metadata"))) if "metadata" in tensors else {}
         return File(path, tensors, {str(key): str(value) for key, value in metadata.items()})

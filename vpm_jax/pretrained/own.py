@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -160,9 +161,10 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
     Raises:
       UserError: if tensors are missing, unexpected, of another shape or NaN, or the metadata are invalid.
     """
-    where, tensors = str(file.path), dict(file.tensors)
+    where, tensors, meta = str(file.path), dict(file.tensors), file.metadata
+    if "crc32" in meta and meta["crc32"] != str(_checksum(tensors, meta)):
+        raise UserError(f"{where} is damaged (its checksum does not match): {ADVICE}.", code="damaged-weights")
     try:
-        meta = file.metadata
         first, second, third = (int(n) for n in ast.literal_eval(meta["strides"]))
         network = Network(int(meta["depth"]), int(meta["width"]), meta["stem"], (first, second, third))
         mean, std = ((float(r), float(g), float(b)) for r, g, b in map(ast.literal_eval, (meta["mean"], meta["std"])))
@@ -240,11 +242,22 @@ def write_safetensors(
     from safetensors.numpy import save
 
     kept = replace(weights, config=None) if backbone_only else weights
-    data = save(torch_tensors(weights, backbone_only), metadata(kept, **more))
+    tensors, about = torch_tensors(weights, backbone_only), metadata(kept, **more)
+    data = save(tensors, about | {"crc32": str(_checksum(tensors, about))})
     with replacing(path) as temporary:
         temporary.write_bytes(data)
         if check is not None:
             check(temporary)
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> int:
+    """CRC-32 of tensors and metadata; .safetensors has none of its own."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(
+            np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), total)
+        )
+    return zlib.crc32(json.dumps(sorted(item for item in about.items() if item[0] != "crc32")).encode(), total)
 
 
 def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrained:
