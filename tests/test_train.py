@@ -242,6 +242,32 @@ def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
     assert again["gammas"] == first["gammas"]
 
 
+def test_a_run_finds_its_data_from_any_folder_and_after_both_have_moved(whole, pedestrians, tmp_path, monkeypatch):
+    monkeypatch.delenv("VPM_DATA", raising=False)
+    here, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(whole, here / "runs" / "a")
+    people = rendered(pedestrians)
+    shutil.copytree(people, here / "data" / "people" / people.name)
+    monkeypatch.chdir(here)
+    assert training.train(tiny_run(Path("data/people")), Path("runs/a")) == 0
+    assert config_lib.read(Path("runs/a")).data.root == str(here / "data" / "people")
+
+    def root_of(workdir: Path, *overrides: str) -> str:
+        monkeypatch.chdir(elsewhere)
+        return workdir_lib.read_run(workdir, overrides)[1].data.root
+
+    assert root_of(here / "runs" / "a") == str(here / "data" / "people")
+    moved = here.rename(tmp_path / "moved")
+    assert root_of(moved / "runs" / "a") == str(moved / "data" / "people")
+    assert training.train(tiny_run(here, data__root=""), moved / "runs" / "a") == 0  # no root is given
+    assert config_lib.read(moved / "runs" / "a").data.root == str(moved / "data" / "people")
+    assert not list(elsewhere.iterdir())  # nothing was rendered again
+    assert root_of(moved / "runs" / "a", "--config.data.root=mine") == "mine"
+    (moved / "data").rename(tmp_path / "lost")
+    assert root_of(moved / "runs" / "a") == ""  # $VPM_DATA or ./data, as it was given
+
+
 def test_a_run_of_a_version_with_other_keys_resumes(whole, pedestrians, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     saved = json.loads((workdir / "config.json").read_text())

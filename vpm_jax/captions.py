@@ -149,13 +149,13 @@ def title(record: Record, seeds: str = "") -> str:
     p, match, trained = record["protocol"], record["match"], record.get("training_set", "")
     tested, (number, few) = test_set(record["dataset"], _held_out(record)), _queries(record)
     settings = {
+        f"trained on {trained}": trained not in ("", tested),
         "multiple query": p.get("multi_query"),
         "re-ranked": match["rerank"],
         "features averaged with the mirror image's": match.get("flip"),
         "gallery also cropped": match.get("gallery_gammas"),
     }
     about = [run(record, seeds), record.get("network", "")]
-    about += [f"trained on {trained}"] * (trained not in ("", tested))
     parts = [
         f"{_upper(tested)}, {number} queries{few} cropped to gamma ({p['crop']})",
         "; ".join(filter(None, about)),

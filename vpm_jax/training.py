@@ -28,7 +28,15 @@ from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.runs.interrupts import Interrupts, Stopped
 from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
-from vpm_jax.runs.workdir import WorkdirLock, check_data, continue_run, find_run, write_data
+from vpm_jax.runs.workdir import (
+    WorkdirLock,
+    check_data,
+    continue_run,
+    data_at_hand,
+    find_run,
+    with_absolute_paths,
+    write_data,
+)
 from vpm_jax.schedule import ends_epochs, schedule, stage_of
 
 
@@ -53,6 +61,10 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     # ---- The run in the workdir ------------------------------------------------------------------------
     workdir = Path(workdir)
     saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
+    given = requested
+    if saved is not None and not given.data.root and Path(root := data_at_hand(saved, workdir).data.root).exists():
+        requested = given.copy_and_resolve_references()
+        requested.data.root = root
 
     # ---- Data, and the config resolved with it ---------------------------------------------------------
     dataset = hosts.in_turn(lambda: load_dataset(requested.data))
@@ -76,6 +88,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     if saved is not None:
         check_data(saved, config, workdir, data)
         config = continue_run(saved, config, workdir)
+    config = with_absolute_paths(config)
 
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
     stage = schedule(config)[-1]  # the batch size is the same in all stages
@@ -109,7 +122,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
             print(f"resuming {workdir} after step {steps} of {total}")
         log = records = None
         if first:
-            write_data(workdir, data)
+            write_data(workdir, data, given, config)
             write_atomically(workdir / "config.json", config_lib.to_json(config))
             log = MetricsLog(workdir, steps, config.tracker, config.to_dict())
             records = Records(workdir / "evaluations.jsonl", steps) if config.eval.every else None

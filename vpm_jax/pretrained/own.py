@@ -147,7 +147,8 @@ def without_paths(config: ConfigDict) -> ConfigDict:
     """A copy for sharing, without this machine's paths; the file name of the pretrained weights stays."""
     config = config.copy_and_resolve_references()
     kind, colon, path = config.pretrained.rpartition(":")
-    config.data.root, config.pretrained = "", kind + colon + Path(path).name
+    config.data.root = config.data.distractors = ""
+    config.pretrained = kind + colon + Path(path).name
     return config
 
 

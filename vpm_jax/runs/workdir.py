@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.data.inventory import Inventory
+from vpm_jax.data.sources import data_root
 from vpm_jax.errors import UserError, check_utf8
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
@@ -53,6 +56,7 @@ def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, Confi
         raise UserError(
             f"{workdir} has no run (no config.json): set --workdir to the folder of a training run.", code="no-run"
         )
+    saved = data_at_hand(saved, workdir)
     config = saved.copy_and_resolve_references()
     cli.override(config, overrides)
     config_lib.check(config)
@@ -86,27 +90,72 @@ def continue_run(saved: ConfigDict, resolved: ConfigDict, workdir: Path) -> Conf
     return resolved
 
 
-def read_data(workdir: Path) -> Inventory | None:
-    """The training set of the run in the workdir; None for runs made before data.json existed.
+# ---- data.json: the training set, and where it was ----
 
-    Raises:
-      UserError: if data.json is damaged.
-    """
+_PATHS = ("data.root", "data.distractors")  # keys that locate data
+
+
+def _read_data(workdir: Path) -> dict[str, Any]:
+    """The content of data.json; {} for runs made before it existed. Raises UserError if it is damaged."""
     file = workdir / "data.json"
     if not file.is_file():
-        return None
+        return {}
     try:
-        return Inventory.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        paths = {key: {name: str(path[name]) for name in ("given", "there")} for key, path in record["paths"].items()}
+        return {"inventory": Inventory.from_json(record), "paths": paths}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {cli.first_line(error)}): restore it, or delete it to "
             "continue without checking that the training set is the same."
         ) from error
 
 
-def write_data(workdir: Path, data: Inventory) -> None:
-    """Writes data.json. Raises UserError when the disk is full or read-only."""
-    write_atomically(workdir / "data.json", json.dumps(data.to_json()) + "\n")
+def read_data(workdir: Path) -> Inventory | None:
+    """The training set of the run in the workdir; None for runs made before data.json existed.
+
+    Raises:
+      UserError: if data.json is damaged.
+    """
+    return _read_data(workdir).get("inventory")
+
+
+def write_data(workdir: Path, data: Inventory, requested: ConfigDict, config: ConfigDict) -> None:
+    """Writes data.json: the training set, and for `data_at_hand` each path as given and relative to the workdir.
+
+    Raises:
+      UserError: when the disk is full or read-only.
+    """
+    given, used = config_lib.flatten(requested), config_lib.flatten(config)
+    paths = {
+        key: {"given": given[key], "there": os.path.relpath(used[key], workdir.absolute())}
+        for key in _PATHS
+        if os.path.isabs(used[key])
+    }
+    write_atomically(workdir / "data.json", json.dumps(data.to_json() | {"paths": paths}) + "\n")
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy in which the paths to data are absolute, so that they hold in any folder."""
+    config = config.copy_and_resolve_references()
+    config.data.root = os.path.abspath(data_root(config.data.root))
+    if config.data.distractors and Path(config.data.distractors).expanduser().exists():  # else inside the dataset
+        config.data.distractors = os.path.abspath(Path(config.data.distractors).expanduser())
+    return config
+
+
+def data_at_hand(saved: ConfigDict, workdir: Path) -> ConfigDict:
+    """A copy of a run's config whose paths to data hold here and now.
+
+    A path that no longer exists is replaced by the one that has the same position relative to the workdir: a run and
+    its data may move together. If neither exists, and the run found its data in $VPM_DATA or ./data, it does so again.
+    """
+    config = saved.copy_and_resolve_references()
+    for key, path in hosts.from_first(lambda: _read_data(workdir)).get("paths", {}).items():
+        moved = Path(os.path.normpath(workdir.absolute() / path["there"]))
+        if not os.path.exists(config_lib.flatten(saved)[key]):
+            config_lib.set_key(config, key, str(moved) if moved.exists() else path["given"])
+    return config
 
 
 def check_data(saved: ConfigDict, resolved: ConfigDict, workdir: Path, data: Inventory) -> None:
