@@ -15,7 +15,8 @@ from paths import CONFIGS
 
 from vpm_jax import cli
 from vpm_jax.config import flatten, to_json
-from vpm_jax.errors import UserError, disk_trouble, writing
+from vpm_jax.disk import disk_trouble, writing
+from vpm_jax.errors import UserError
 
 MARKET = str(CONFIGS / "market.py")
 

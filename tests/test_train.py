@@ -24,8 +24,8 @@ from vpm_jax.config import flatten, set_key
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
+from vpm_jax.progress import Status
 from vpm_jax.runs import workdir as workdir_lib
-from vpm_jax.runs.logs import Status
 from vpm_jax.schedule import ends_epochs, stage_of
 from vpm_jax.step import make_feature_step
 

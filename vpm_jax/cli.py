@@ -21,7 +21,8 @@ from typing import Any, NoReturn, TextIO
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
-from vpm_jax.errors import UserError, disk_trouble, no_writing
+from vpm_jax.disk import disk_trouble, no_writing
+from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, KEYS, LISTED, RETIRED, in_words, keys_with
 
 INCOMPLETE = 3  # exit code of a command that finished with some of its work left out

@@ -18,8 +18,8 @@ from vpm_jax import parallel
 from vpm_jax.data.pipeline import EvalBatch, eval_batches
 from vpm_jax.data.split import Split, boxes
 from vpm_jax.errors import UserError
+from vpm_jax.progress import Progress
 from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
-from vpm_jax.runs.logs import Progress
 from vpm_jax.step import make_feature_step
 
 Variables = Mapping[str, Any]  # {"params", "batch_stats"}

@@ -13,9 +13,9 @@ from vpm_jax.data.split import Split
 from vpm_jax.description import CroppedSplit, Description, FeatureSource, Variables, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import pairwise_distance
+from vpm_jax.progress import Progress
 from vpm_jax.regions import RegionGrid, gallery_crops
 from vpm_jax.reranking import rerank
-from vpm_jax.runs.logs import Progress
 
 PIECE_BYTES = 2**28  # of distractor features in memory at a time
 BLOCK_BYTES = 2**28  # of distances in memory at a time

@@ -27,12 +27,13 @@ from vpm_jax.data.inventory import digest_of_test_set
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, FeatureSource, Pooled, Variables
+from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.distances import blocks
 from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, NO_RESULT, keys_with
+from vpm_jax.progress import duration
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
-from vpm_jax.runs.logs import duration, make_folder, replacing, write_atomically
 from vpm_jax.runs.workdir import read_run
 
 Results = Mapping[Any, Mapping[str, Any]]  # {gamma, or protocol of a partial dataset: `metrics.rank_metrics`}

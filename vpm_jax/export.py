@@ -22,9 +22,9 @@ import numpy as np
 
 from vpm_jax import cli, models, parallel, pretrained, step
 from vpm_jax.api import VPM, sidecar
+from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.pretrained import own
-from vpm_jax.runs.logs import replacing, write_atomically
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")

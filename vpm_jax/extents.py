@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
+from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
 from vpm_jax.regions import visible_heights
-from vpm_jax.runs.logs import write_atomically
 from vpm_jax.search.folder import describe, list_images
 
 

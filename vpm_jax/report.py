@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 from vpm_jax import captions, cli, html, metrics, overlay, paper, parallel, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.split import Split
+from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
+from vpm_jax.progress import duration
 from vpm_jax.regions import WHOLE, Crop, pixel_box
-from vpm_jax.runs.logs import duration, replacing, write_atomically
 from vpm_jax.runs.workdir import read_run
 
 if TYPE_CHECKING:

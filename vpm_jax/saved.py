@@ -29,9 +29,10 @@ from ml_collections import ConfigDict
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.split import Split
 from vpm_jax.description import CroppedSplit, Description, FeatureSource, Variables
+from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.metrics import Ranking
-from vpm_jax.runs.logs import Progress, replacing, write_atomically
+from vpm_jax.progress import Progress
 
 RANKED = 50  # images of each query in ranking.csv
 _AGAIN = "extract them again with --save features"

@@ -23,11 +23,13 @@ from vpm_jax.data.pipeline import Batch, train_batches
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Split
 from vpm_jax.description import Describer
+from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
+from vpm_jax.progress import Status, duration
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.runs.interrupts import Interrupts, Stopped
-from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.runs.logs import MetricsLog, Records
 from vpm_jax.runs.workdir import (
     WorkdirLock,
     check_data,

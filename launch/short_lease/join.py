@@ -19,12 +19,12 @@ from typing import Any
 
 from vpm_jax import cli, parallel, pretrained
 from vpm_jax import config as config_lib
+from vpm_jax.disk import make_folder
 from vpm_jax.errors import UserError
 from vpm_jax.keys import WEIGHTS
 from vpm_jax.pretrained import own
 from vpm_jax.reproduce import estimate, experiments, results
 from vpm_jax.reproduce.experiments import METHODS, SCALES, Run
-from vpm_jax.runs.logs import make_folder
 from vpm_jax.schedule import schedule
 
 PACKED = "imagenet.npz"  # what device.py calls the packed weights

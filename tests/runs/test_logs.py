@@ -14,8 +14,10 @@ import pytest
 from disk import largest_file
 from raising import raises
 
+from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
-from vpm_jax.runs.logs import MetricsLog, Records, Status, duration, make_folder, replacing, write_atomically
+from vpm_jax.progress import Status, duration
+from vpm_jax.runs.logs import MetricsLog, Records
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

@@ -21,9 +21,9 @@ from vpm_jax import config as config_lib
 from vpm_jax.benchmark import convolutions, data, elsewhere, evaluation, extraction, matching, metrics, search, step
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure
+from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.parallel import threads
-from vpm_jax.runs.logs import write_atomically
 
 __all__ = ["Rate", "main", "measure"]
 

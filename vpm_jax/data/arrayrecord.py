@@ -24,7 +24,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.errors import UserError, check_utf8, disk_trouble
+from vpm_jax.disk import check_utf8, disk_trouble
+from vpm_jax.errors import UserError
 
 VERSION = "1.0.0"
 INDEX = "index.json"

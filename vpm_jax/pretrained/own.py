@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
+from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
 from vpm_jax.pretrained import heads, torchvision
@@ -33,7 +34,6 @@ from vpm_jax.pretrained.weights import (
     nested,
     take,
 )
-from vpm_jax.runs.logs import make_folder, replacing, write_atomically
 
 FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format version
 TORCH_EPSILON = 1e-5  # nn.BatchNorm2d's

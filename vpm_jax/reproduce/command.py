@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli, evaluation, parallel
 from vpm_jax import config as config_lib
+from vpm_jax.disk import make_folder
 from vpm_jax.errors import UserError
 from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, results
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Method, Run
 from vpm_jax.reproduce.report import write_report
-from vpm_jax.runs.logs import make_folder
 from vpm_jax.runs.workdir import read_data
 
 

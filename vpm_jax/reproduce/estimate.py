@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from vpm_jax import plots
 from vpm_jax.benchmark.report import align
+from vpm_jax.progress import duration
 from vpm_jax.reproduce import results
 from vpm_jax.reproduce.experiments import Run
-from vpm_jax.runs.logs import duration
 
 EVALUATION = 0.05  # assumed evaluation time, as a fraction of the training time
 PARTIAL = 0.05  # assumed evaluation time of a partial dataset (hundreds of images), as a fraction of a full one

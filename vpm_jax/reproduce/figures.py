@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vpm_jax import overlay, plots
+from vpm_jax.disk import replacing
 from vpm_jax.reproduce.tables import Row
-from vpm_jax.runs.logs import replacing
 
 _METRICS = {"rank-1": "R-1", "mAP": "mAP"}
 VIEWS = (("none", 1.0), ("left", 0.6), ("top", 0.7), ("top", 0.5))  # (crop, gamma) of each person, as in Figure 5

@@ -9,11 +9,11 @@ from typing import Any
 
 from vpm_jax import captions, cli, paper, plots
 from vpm_jax.data.datasets import TITLES
+from vpm_jax.disk import make_folder, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.reproduce import experiments, figures, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Cell, Run
 from vpm_jax.reproduce.tables import Results, Row
-from vpm_jax.runs.logs import make_folder, write_atomically
 
 
 def write_report(

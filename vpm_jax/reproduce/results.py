@@ -17,11 +17,11 @@ from typing import Any
 from vpm_jax import __version__
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import report
+from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.keys import RETIRED
 from vpm_jax.reproduce.experiments import Run, fingerprint
 from vpm_jax.runs import locks
-from vpm_jax.runs.logs import write_atomically
 
 RANKS = 10  # of the stored CMC
 _ABOUT = ("training_set", "not_comparable", "junk", "same_camera", "network")  # of evaluation.json, for captions

@@ -9,8 +9,8 @@ from typing import Any
 
 from vpm_jax import captions, comparison, paper, plots
 from vpm_jax.data.datasets import TITLES
+from vpm_jax.progress import duration
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
-from vpm_jax.runs.logs import duration
 
 METRICS = ("R-1", "R-5", "R-10", "mAP", "mINP")
 PARTIAL_METRICS = ("R-1", "R-3", "R-5", "mAP")

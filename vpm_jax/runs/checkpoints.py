@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vpm_jax.errors import UserError, check_utf8, disk_trouble, writing
+from vpm_jax.disk import check_utf8, disk_trouble, writing
+from vpm_jax.errors import UserError
 from vpm_jax.runs import hosts
 
 _DAMAGED = ": it is damaged."

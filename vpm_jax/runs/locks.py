@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from vpm_jax.errors import UserError, writing
-from vpm_jax.runs.logs import duration
+from vpm_jax.disk import writing
+from vpm_jax.errors import UserError
+from vpm_jax.progress import duration
 
 
 class Lock:

@@ -1,54 +1,17 @@
-"""Files written atomically, and the logs of a run: JSON lines, optional trackers, a status line."""
+"""The logs of a run: JSON lines and optional trackers."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import secrets
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vpm_jax.errors import UserError, no_writing, printable, writing
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` and renames it to `path` when the block succeeds.
-
-    Raises:
-      UserError: when the disk is full or read-only.
-    """
-    # Not named by the process id, which may be the same in several containers that share a disk.
-    temporary = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
-    try:
-        with writing(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the folder and its parents. Raises UserError if it cannot be written."""
-    if trouble := no_writing(folder):
-        raise UserError(f"{folder} could not be written: {trouble}.", code="not-written")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, as UTF-8, that is never seen half-written. Raises as `replacing` does."""
-    with replacing(path) as temporary:
-        temporary.write_text(printable(text), encoding="utf-8")
+from vpm_jax.disk import write_atomically, writing
+from vpm_jax.errors import UserError
 
 
 class Records:
@@ -196,46 +159,3 @@ class MetricsLog:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
-
-
-class Status:
-    """A status line: rewritten in place on a terminal, otherwise printed at most once in `every` seconds."""
-
-    def __init__(self, every: float = 15.0):
-        self._terminal = sys.stdout.isatty()
-        self._every, self._last = every, -float("inf")
-
-    def show(self, text: str, final: bool = False) -> None:
-        now = time.monotonic()
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="\n" if final else "", flush=True)
-        elif final or now - self._last >= self._every:
-            print(text, flush=True)
-            self._last = now
-
-
-class Progress:
-    """A status line with the number of finished images, their rate and the remaining time.
-
-    Args:
-      title: the start of the line.
-      total: the number of images; may be changed later.
-    """
-
-    def __init__(self, title: str, total: int):
-        self.title, self.total, self.done = title, total, 0
-        self._status, self._started = Status(), time.monotonic()
-
-    def add(self, images: int) -> None:
-        self.done += images
-        rate = self.done / (time.monotonic() - self._started)
-        left = self.total - self.done
-        text = f"{self.title} {self.done}/{self.total}  {rate:.0f} images/s  ETA {duration(left / rate)}"
-        self._status.show(text, final=not left)
-
-
-def duration(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

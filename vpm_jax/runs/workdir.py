@@ -14,11 +14,11 @@ from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.sources import data_root
-from vpm_jax.errors import UserError, check_utf8
+from vpm_jax.disk import check_utf8, write_atomically
+from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
 from vpm_jax.runs.locks import Lock
-from vpm_jax.runs.logs import write_atomically
 
 _DERIVED = ("data.aspect",)  # follows from the training images
 

@@ -30,9 +30,9 @@ import numpy as np
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
+from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
 from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops
-from vpm_jax.runs.logs import write_atomically
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES, describe, list_images
 from vpm_jax.search.ranking import Ranking, crop_folder, region_numbers, stored_crops

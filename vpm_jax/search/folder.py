@@ -17,8 +17,8 @@ from vpm_jax.api import VPM
 from vpm_jax.data import decode
 from vpm_jax.description import Description
 from vpm_jax.errors import UserError
+from vpm_jax.progress import Progress
 from vpm_jax.regions import UNCUT, GalleryCrop
-from vpm_jax.runs.logs import Progress
 from vpm_jax.search.store import Entry
 
 IMAGES = decode.SUFFIXES

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vpm_jax.errors import UserError, writing
-from vpm_jax.runs.logs import make_folder, write_atomically
+from vpm_jax.disk import make_folder, write_atomically, writing
+from vpm_jax.errors import UserError
 
 VERSION = 1
 DTYPES = ("float16", "float32")
