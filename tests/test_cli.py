@@ -84,6 +84,29 @@ def test_a_wrong_override_is_one_sentence(argument, sentence):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "start", "warmup", "words"),
+    [
+        ([], 10.0, 3.0, ""),
+        (["--config.stage2.epochs=20"], 10.0, 3.0, ""),  # both still happen
+        (["--config.stage2.epochs=80"], 10.0, 3.0, ""),
+        (["--config.stage2.epochs=2"], 0.5, 0.15, "stage2.triplet_start: 10 -> 0.5, stage2.warmup_epochs: 3 -> 0.15"),
+        (["--config.stage2.epochs=8"], 2.0, 0.6, "stage2.triplet_start: 10 -> 2, stage2.warmup_epochs: 3 -> 0.6"),
+        (
+            ["--config.stage2.warmup_epochs=1", "--config.stage2.epochs=2"],
+            0.5,
+            1.0,
+            "stage2.triplet_start: 10 -> 0.5 (",
+        ),
+    ],
+)
+def test_a_schedule_follows_a_stage_that_became_too_short_for_it(overrides, start, warmup, words, capsys):
+    config = cli.load_config(f"{MARKET}:small", overrides)
+    assert (config.stage2.triplet_start, config.stage2.warmup_epochs) == (start, warmup)
+    said = capsys.readouterr().out
+    assert words in said and bool(words) == bool(said)
+
+
 def test_a_variant_is_passed_on():
     assert cli.load_config(f"{MARKET}:small").recipe == "small"
     assert cli.load_config(MARKET).recipe == "paper"

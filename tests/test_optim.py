@@ -11,9 +11,10 @@ import optax
 import pytest
 from tiny import recipe
 
-from vpm_jax import optim
+from vpm_jax import cli, optim
 from vpm_jax.config import default, stage
-from vpm_jax.schedule import schedule
+from vpm_jax.schedule import notes as schedule_notes
+from vpm_jax.schedule import schedule, triplet_weight
 from vpm_jax.training import resolve
 
 
@@ -189,3 +190,46 @@ def test_optimizer_equals_torch(nesterov):
         sgd.step()
     for found, leaf in zip(jax.tree.leaves(run_optax(config)), leaves, strict=True):
         np.testing.assert_allclose(found, leaf.detach().numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, ""),
+        ({"triplet_start": 80.0}, "The triplet loss never starts (stage2.triplet_start 80 of 80 epochs)."),
+        ({"triplet_start": 80.0, "triplet_weight": 0.0}, ""),
+        ({"warmup_epochs": 80.0}, "The learning rate never reaches 0.1 (stage2.warmup_epochs 80 of 80 epochs)."),
+        ({"decay_epochs": (90,)}, "The learning rate never decays (stage2.decay_epochs 90 of 80 epochs)."),
+        ({"decay_epochs": (90,), "schedule": "cosine"}, ""),
+        ({"identities": 1, "images_per_identity": 64}, "No triplet can be mined: batches hold one identity (stage2"),
+        ({"identities": 64, "images_per_identity": 1}, "No triplet can be mined: batches hold one image of each ident"),
+    ],
+)
+def test_what_a_schedule_never_does_is_said(changes, sentence):
+    config = default()
+    config.stage2.update(changes)
+    found = schedule_notes(config)
+    assert len(found) == bool(sentence) and "".join(found).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", [*cli.recipes(), "market:small", "market:pretrained", "own:small", "duke"])
+def test_every_recipe_does_what_its_keys_say(name):
+    config = cli.load_config(name)
+    assert schedule_notes(config) == []
+
+
+def test_the_epochs_of_own_images_follow_the_data():
+    class Few(Market):
+        num_identities = 40
+
+    steps = [total_steps(resolve(cli.load_config("own:small"), data())) for data in (Few, Market)]
+    assert steps == [160, 160 * (751 // 32)]
+
+
+def test_the_weight_of_the_triplet_loss_is_that_of_the_step():
+    config = default()
+    config.stage1.update(epochs=1, steps_per_epoch=3)
+    config.stage2.update(epochs=2, steps_per_epoch=4, triplet_start=1.0, triplet_weight=2.0)
+    with_jax = optim.triplet_weight(config)
+    for steps in range(1, 12):
+        assert triplet_weight(config, steps) == float(with_jax(steps - 1))

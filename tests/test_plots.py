@@ -116,6 +116,9 @@ def test_training_curves(tmp_path, figures):
     loss = curves(panel(figures[0], "loss"))
     np.testing.assert_allclose(loss["total (weighted)"], [[1, 2, 3], [8.9, 8.8, 8.7]])
     assert loss["triplet"] == ([3], [0.4])
+    path.write_text(line(1, loss_triplet=0.4, weight_triplet=0.0) + line(2, loss_triplet=0.4, weight_triplet=1.0))
+    plots.training_curves(tmp_path / "training.png", path)
+    assert curves(panel(figures[1], "loss"))["triplet"] == ([2], [0.4])  # step 1 does not count it
     accuracy = panel(figures[0], "accuracy and shares")
     np.testing.assert_allclose(curves(accuracy)["identity (band: heads)"], [[1, 2, 3], [0.3] * 3])
     band = accuracy.collections[0].get_datalim(accuracy.transData)

@@ -66,6 +66,18 @@ def test_a_run_leaves_what_its_reader_needs(whole):
     assert config.stage2.steps_per_epoch == 4
 
 
+def test_losses_of_weight_zero_are_not_printed(whole):
+    before, after = records(whole)[0], records(whole)[-1]
+    assert (before["weight_triplet"], after["weight_triplet"]) == (0, 1) and before["loss_triplet"] > 0
+    rates = {"images_per_second": 1.0, "input_wait": 0.0, "memory_gib": 0.0, "eta": 1.0}
+    assert "triplet" not in training.status_line(before | rates, STEPS)
+    assert all(
+        word in training.status_line(after | rates, STEPS) for word in ("region 0", "id ", "triplet ", "locator")
+    )
+    line = training.status_line(after | rates | {"weight_region": 0.0}, STEPS)
+    assert "region" not in line and "locator" not in line
+
+
 def test_the_best_evaluation_is_remembered(whole):
     found = records(whole, "evaluations.jsonl")
     assert [r["step"] for r in found] == [3, 7, 11]

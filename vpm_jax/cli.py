@@ -194,7 +194,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     path, variant = find_config(spec)
     config = _read_json(path, variant) if path.suffix == ".json" else _run_recipe(path, variant)
-    override(config, overrides)
+    if changes := override(config, overrides):
+        print(f"A stage is shorter than in {spec}, so with it: {', '.join(changes)} (set these keys to choose others)")
     config_lib.check(config)
     return config
 
@@ -239,13 +240,16 @@ def check_folder(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder}: {problem}.", code="bad-output")
 
 
-def override(config: ConfigDict, arguments: Sequence[str]) -> None:
+def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     """Applies --config.KEY=VALUE (or --config.KEY VALUE), parsing each value as the type it replaces.
+
+    Returns:
+      What changed with a shortened stage, as `config.follow_epochs` does.
 
     Raises:
       UserError: for an unknown argument or key, or a value of the wrong type.
     """
-    items = list(arguments)
+    items, before, given = list(arguments), config_lib.flatten(config), set()
     while items:
         argument = items.pop(0)
         if not argument.startswith("--config."):
@@ -265,6 +269,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
             hint = f"did you mean {' or '.join(close)}?" if close else f"{LISTED}."
             raise UserError(f"There is no config key {key!r}: {hint}")
         config_lib.set_key(config, key, _read_value(key, text, keys[key]))
+        given.add(key)
+    return config_lib.follow_epochs(config, before, given)
 
 
 def _read_value(key: str, text: str, old: Any) -> Any:

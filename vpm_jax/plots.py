@@ -273,10 +273,13 @@ def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path
         "loss_identity": "identity",
         "loss_triplet": "triplet",
     }
-    trained = {key for key in names if any(np.mean(value) > 0 for _, value in _values(lines, key))}
+    # Losses of weight 0 do not count.
+    weights = {key: key.replace("loss", "weight", 1) for key in names}
+    counted = {key: {s: line for s, line in lines.items() if line.get(weights[key], 1)} for key in names}
+    trained = {key for key in names if any(np.mean(value) > 0 for _, value in _values(counted[key], key))}
     for color, (key, label) in zip((COLORS[-1], *COLORS), names.items(), strict=False):
         if key in trained:
-            _curve(losses, lines, key, label, color)
+            _curve(losses, counted[key], key, label, color)
     losses.set_title("loss", fontsize=11, loc="left", pad=20)
 
     heads = [(step, np.ravel(value)) for step, value in _values(lines, "accuracy_identity")]

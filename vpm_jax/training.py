@@ -39,7 +39,7 @@ from vpm_jax.runs.workdir import (
     with_absolute_paths,
     write_data,
 )
-from vpm_jax.schedule import ends_epochs, schedule, stage_of
+from vpm_jax.schedule import ends_epochs, notes, schedule, stage_of, triplet_weight
 
 
 def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
@@ -108,6 +108,8 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         f"recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, {total} steps of {batch_size} images "
         f"on {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+    for note in notes(config):
+        print(f"  {note}")
     if first := hosts.is_first():
         make_folder(workdir)
     with (
@@ -362,6 +364,9 @@ class Window:
             values = [metrics[key] for metrics in fetched]
             record[key] = [mean(v) for v in zip(*values, strict=True)] if isinstance(values[0], list) else mean(values)
         record["learning_rate"] = fetched[-1]["learning_rate"]
+        record["weight_region"] = self._config.loss.region_weight
+        record["weight_identity"] = self._config.loss.identity_weight
+        record["weight_triplet"] = triplet_weight(self._config, closed.steps)
         record["images_per_second"] = rate * stage.identities * stage.images_per_identity
         record["input_wait"] = round(min(closed.waited / seconds, 1.0), 4)  # fraction of the time
         record["memory_gib"] = round(parallel.peak_memory(), 3)
@@ -383,13 +388,15 @@ def _fetched(device: list[tuple[int, dict]]) -> list[dict]:
 
 
 def status_line(record: dict[str, Any], total: int) -> str:
-    """A record as a line of text."""
-    heads = record["accuracy_identity"]
+    """A record as a line of text, without losses of weight 0."""
+    heads, names = record["accuracy_identity"], {"region": "region", "identity": "id", "triplet": "triplet"}
+    counted = {key: word for key, word in names.items() if record[f"weight_{key}"]}
+    losses = " ".join(f"{word} {record[f'loss_{key}']:.3f}" for key, word in counted.items())
+    locator = f"locator {record['accuracy_locator']:.1%}  " * ("region" in counted)
     return (
         f"step {record['step']}/{total} stage {record['stage']} epoch {record['epoch']:.1f}  "
-        f"loss {record['loss']:.3f} (region {record['loss_region']:.3f} id {record['loss_identity']:.3f} "
-        f"triplet {record['loss_triplet']:.3f})  id acc {mean(heads):.1%} ({min(heads):.0%}-{max(heads):.0%})  "
-        f"locator {record['accuracy_locator']:.1%}  comparable {record['comparable']:.0%}  "
+        f"loss {record['loss']:.3f} ({losses})  id acc {mean(heads):.1%} ({min(heads):.0%}-{max(heads):.0%})  "
+        f"{locator}comparable {record['comparable']:.0%}  "
         f"grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} images/s "
         f"(input {record['input_wait']:.0%})  {record['memory_gib']:.1f} GiB  ETA {duration(record['eta'])}"
     )

@@ -116,7 +116,8 @@ def test_overrides_that_change_results_need_a_name():
     with pytest.raises(UserError, match=r"--config\.stage2\.epochs changes results.*--variant"):
         make_run("market1501", "small", "vpm", overrides=["--config.stage2.epochs=2"])
     run = make_run("market1501", "small", "vpm", variant="short", overrides=["--config.stage2.epochs=2"])
-    assert run.name == "market1501-small-vpm-short-seed0" and run.changes == {"stage2.epochs": 2}
+    assert run.name == "market1501-small-vpm-short-seed0"
+    assert run.changes == {"stage2.epochs": 2, "stage2.triplet_start": 0.5, "stage2.warmup_epochs": 0.15}
     make_run("market1501", "small", "vpm", overrides=["--config.data.root=x", "--config.data.threads=7"])
     with pytest.raises(UserError, match="is set by baseline"):
         make_run("market1501", "small", "baseline", variant="x", overrides=["--config.model.grid=(2,1)"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,30 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         config = config[group]
     with config.ignore_type():  # an int may replace a float
         config[last] = value
+
+
+def follow_epochs(config: ConfigDict, before: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """Scales warm-up and the start of the triplet loss with a shortened stage that would end before them.
+
+    Args:
+      config: the config, which is changed.
+      before: its values before the epochs were changed, from `flatten`.
+      given: the keys that keep their values.
+
+    Returns:
+      The changes as "key: old -> new".
+    """
+    changes = []
+    for stage in ("stage1", "stage2"):
+        old, new = before[f"{stage}.epochs"], config[stage].epochs
+        keys = [f"{stage}.{key}" for key in ("triplet_start", "warmup_epochs")]
+        keys = [key for key in keys if before[key] and key not in given]
+        if 0 < new < old and any(before[key] >= new for key in keys):
+            for key in keys:
+                value = round(before[key] * new / old, 4)
+                set_key(config, key, value)
+                changes.append(f"{key}: {before[key]:g} -> {value:g}")
+    return changes
 
 
 def for_weights(resolved: ConfigDict, weights: Any) -> ConfigDict:
