@@ -32,6 +32,8 @@ OVERRIDES = f"--config.KEY=VALUE sets any of {in_words(keys_with(EVALUATE))}: {L
 def run(main: Callable[[], Any]) -> None:
     """Runs a command. An error the user can fix becomes one sentence on stderr and exit code 1."""
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # XLA's errors are raised as well; its log calls a slow compile a bug. Only works before jaxlib is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):

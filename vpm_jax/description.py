@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.data.pipeline import EvalBatch, eval_batches
 from vpm_jax.data.split import Split, boxes
@@ -257,3 +258,22 @@ def route(queries: Description, crops: Sequence[GalleryCrop], grid: RegionGrid) 
             rows = slice(start, start + _ROUTE_BATCH)
             chosen[rows] = nearest_crop(visible_heights(queries.region_maps[rows], grid), crops)
     return {crop: np.flatnonzero(chosen == number) for number, crop in enumerate(crops) if (chosen == number).any()}
+
+
+def visible_parts(extents: np.ndarray) -> dict[str, np.ndarray]:
+    """{visible part in words: bool [N]} of extents [N, 2]."""
+    top, bottom = extents.T
+    return {
+        "the whole person": (top == 0) & (bottom == 1),
+        "the top part": (top == 0) & (bottom < 1),
+        "the bottom part": (top > 0) & (bottom == 1),
+        "a middle part": (top > 0) & (bottom < 1),
+    }
+
+
+def unfamiliar_parts(config: ConfigDict, extents: np.ndarray) -> dict[str, np.ndarray]:
+    """Those `visible_parts` of extents [N, 2] that the training crops of the config do not cover."""
+    if "any" in config_lib.crops(config):
+        return {}
+    known = {"the whole person", *(f"the {side} part" for side in config_lib.sides(config))}
+    return {name: mask for name, mask in visible_parts(extents).items() if mask.any() and name not in known}

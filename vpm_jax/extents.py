@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
+from vpm_jax.description import unfamiliar_parts, visible_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
 from vpm_jax.regions import visible_heights
@@ -85,28 +86,15 @@ def in_words(extents: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def visible_parts(extents: np.ndarray) -> dict[str, np.ndarray]:
-    """{visible part in words: bool [N]} of extents [N, 2]."""
-    top, bottom = extents.T
-    return {
-        "the whole person": (top == 0) & (bottom == 1),
-        "the top part": (top == 0) & (bottom < 1),
-        "the bottom part": (top > 0) & (bottom == 1),
-        "a middle part": (top > 0) & (bottom < 1),
-    }
-
-
 def unfamiliar_crops(config: ConfigDict, extents: np.ndarray) -> str:
     """A warning about visible parts that the model's training crops did not cover; "" if there are none."""
-    crops = config_lib.crops(config)
-    known = {"the whole person", *(f"the {side} part" for side in config_lib.sides(config))}
-    unknown = {name: mask for name, mask in visible_parts(extents).items() if mask.any() and name not in known}
-    if not unknown or "any" in crops:
+    if not (unknown := unfamiliar_parts(config, extents)):
         return ""
     share = np.any(list(unknown.values()), axis=0).mean()
+    crops = ", ".join(sorted(config_lib.crops(config)))
     return (
         f"{share:.1%} of the images seem to show {' or '.join(unknown)}. These estimates are poor, because this model "
-        f"was trained with the crops {', '.join(sorted(crops))} only: use one trained with data.crop=any."
+        f"was trained with the crops {crops} only: use one trained with data.crop=any."
     )
 
 

@@ -149,6 +149,13 @@ def test_arguments_that_do_not_go_together(arguments, found, tmp_path):
         reproduce.main([*arguments.split(), "--plan", "--results", str(tmp_path)])
 
 
+def test_a_plan_says_that_the_images_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "timed_rate", lambda config: 50.0)
+    arguments = f"--table 1 --models vpm --config.data.root={tmp_path} --plan --results {tmp_path}"
+    assert reproduce.main(arguments.split()) == 0
+    assert f"They cannot start yet: {tmp_path} is empty" in capsys.readouterr().out
+
+
 def test_images_that_a_run_trains_on():
     assert estimate.images(make_run("market1501", "released", "vpm")) == 130 * 93 * 64
     assert estimate.images(make_run("market1501", "paper", "vpm")) == (50 * 202 + 80 * 93) * 64

@@ -133,6 +133,7 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
         "empty.jpg": (b"", "is not an image: found an empty file"),
         "text.jpg": (b"hello world", "is not an image"),
         "cut.jpg": (encode(picture(), "JPEG")[:600], "is a damaged JPEG"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(20), "is a HEIC image, which cannot be read: convert it"),
         "bomb.jpg": (with_size(encode(picture(), "JPEG"), 65_000, 65_000), "Pillow's limit"),
         "bomb.png": (with_size(encode(picture(), "PNG"), 65_000, 65_000), "Pillow's limit"),
     }
@@ -142,13 +143,13 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
     os.mkfifo(folder / "pipe.jpg")
     assert index(folder, run) == cli.INCOMPLETE == 3
     printed = capsys.readouterr()
-    assert "15 images of" in printed.out and "(15 new, 7 unreadable; " in printed.out
+    assert "15 images of" in printed.out and "(15 new, 8 unreadable; " in printed.out
     said = printed.err
     for name, (_, sentence) in bad.items():
         assert re.search(rf"skipped: .*{name} .*{sentence}", said)
     assert re.search(r"skipped: .*gone\.jpg cannot be read \(No such file", said)
     assert re.search(r"skipped: .*pipe\.jpg is a pipe or a device", said)
-    assert "7 of 22 images could not be read and were skipped." in said
+    assert "8 of 23 images could not be read and were skipped." in said
     store = Store(folder.parent / "store")
     assert len(store) == 15 and set(good) < set(store.names)
     assert_describes(store, folder, model)
@@ -538,6 +539,15 @@ def test_what_cannot_be_written_is_said_before_anything_is(folder, indexed, tmp_
         with pytest.raises(UserError, match=rf"{flag} .*{sentence}"):
             search.main(["query", str(folder / "a.jpg"), flag, str(bad), *where])
     assert not (tmp_path / "good").exists()
+
+
+def test_a_part_that_the_model_was_not_trained_on_is_warned_of(indexed, folder, capsys, monkeypatch):
+    query = ["query", str(folder / "a.jpg"), "--index", str(indexed)]
+    for part, expected in [((0.0, 0.5), False), ((0.5, 1.0), True)]:
+        monkeypatch.setattr(search, "visible_heights", lambda *_, part=part: np.array([part]))
+        assert search.main(query) == 0
+        warning = "a.jpg seems to show the bottom part, which no training crop of this model did"
+        assert (warning in capsys.readouterr().err) is expected
 
 
 def test_names_that_are_not_text_are_shown(indexed, folder, tmp_path, capsys):

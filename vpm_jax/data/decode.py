@@ -18,6 +18,7 @@ _PILLOW = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_bicubic": Image.Resam
 FILTERS = (*_OPENCV, *_PILLOW)
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNSUPPORTED = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw")
 
 _WHAT_TO_DO = "replace it with an intact copy or remove it."
 _DEEP_MODES = ("I", "F")  # Pillow's modes with 32 bits per channel, whose value range is undefined
@@ -73,6 +74,8 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
         Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which loading does not check
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+            raise UserError(f"{name} is a HEIC image, which cannot be read: convert it to JPEG or PNG.") from None
         content = "an empty file" if not data else f"{len(data)} bytes that start with {data[:8]!r}"
         expected = f"expected one of {', '.join(SUFFIXES)}"
         raise UserError(f"{name} is not an image: found {content}, {expected}; {_WHAT_TO_DO}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vpm_jax.data.datasets import DATASETS, Entry, Layout
-from vpm_jax.data.decode import SUFFIXES
+from vpm_jax.data.decode import SUFFIXES, UNSUPPORTED
 from vpm_jax.data.files import ARCHIVE_SUFFIXES, FolderTree, Tree, ZipTree, below, open_zip
 from vpm_jax.data.split import Listing, Reader, number_identities, some
 from vpm_jax.errors import UserError
@@ -24,8 +24,7 @@ from vpm_jax.errors import UserError
 PREPARED = "dataset_info.json"  # which TFDS writes into a prepared dataset
 _FORMS = ("prepared", "csv", "folder", "zip")  # in order of preference
 _COMMON = {"train", "test", "query", "gallery"}  # folder names that do not identify a dataset
-# Suffixes of unsupported images and unfinished downloads.
-_UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw", ".part", ".tmp", ".crdownload")
+_UNREAD = (*UNSUPPORTED, ".part", ".tmp", ".crdownload")  # also unfinished downloads
 _LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
 _OPTIONAL_LISTS = ("list_val.txt",)
 _RENAME = "rename them, or list them in a CSV (config.data.name=csv)"

@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for reason in dict.fromkeys(unfinished.values()):
         print(f"{sum(r == reason for r in unfinished.values())} of them {reason.removeprefix('is ')}")
     if args.plan:
+        if missing and dataset != "synthetic":
+            try:
+                without_data(missing[:1], training=True)
+            except UserError as error:
+                print(f"They cannot start yet: {error}")
         return 0
     if args.report:
         unfinished |= {run.name: "has not finished" for run in missing}

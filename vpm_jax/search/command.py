@@ -30,9 +30,10 @@ import numpy as np
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
+from vpm_jax.description import unfamiliar_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
-from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops
+from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops, visible_heights
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES, describe, list_images
 from vpm_jax.search.ranking import Ranking, crop_folder, region_numbers, stored_crops
@@ -271,6 +272,14 @@ def query(
     if changed := {result.name for ranking in rankings for result in ranking.results if result.changed}:
         names = printable(", ".join(sorted(changed)[:3]) + ", ..." * (len(changed) > 3))
         print(f"Images that have changed since they were indexed: {names}: index again.", file=sys.stderr)
+    if model.config.model.locator != "stripes" and model.grid.rows > 1:
+        for ranking in rankings:
+            for part in unfamiliar_parts(model.config, visible_heights(ranking.query.region_maps, model.grid)):
+                print(
+                    f"warning: {printable(ranking.path)} seems to show {part}, which no training crop of this model "
+                    "did: its ranking may be poor; use a model trained with data.crop=any.",
+                    file=sys.stderr,
+                )
     empty = [ranking for ranking in rankings if not ranking.results]
     for ranking in empty:
         print(f"{ranking.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)

@@ -27,7 +27,8 @@ IMAGES = decode.SUFFIXES
 def list_images(folder: Path) -> tuple[list[Entry], int]:
     """The images under a folder, by suffix (IMAGES) and sorted by relative path, and the number of other files.
 
-    Hidden files and folders are skipped; links are followed.
+    Images of unsupported formats are among them: reading them gives the reason. Hidden files and folders are skipped;
+    links are followed.
 
     Raises:
       UserError: if a folder cannot be read or there is no image.
@@ -46,7 +47,7 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
         for name in files:
             if name.startswith("."):
                 continue
-            if not name.lower().endswith(IMAGES):
+            if not name.lower().endswith((*IMAGES, *decode.UNSUPPORTED)):
                 others += 1
                 continue
             path = os.path.join(parent, name)
