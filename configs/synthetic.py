@@ -3,8 +3,8 @@
     python -m vpm_jax.train --config configs/synthetic.py
 
 About 8 minutes on two CPU cores, set-up included. Rank-1 / mAP of seed 0: 28.1 to 32.0 / 33.6 to 35.4 at gamma 0.5 and
-77.9 to 79.8 / 73.0 to 73.9 on whole images. The range comes from versions and thread counts, which round differently.
-Chance is 0.34 (docs/results).
+76.5 to 79.8 / 72.3 to 73.9 on whole images. The range comes from processors, versions and thread counts, which round
+differently. Chance is 0.34 (docs/results).
 """
 
 from vpm_jax.config import small

@@ -92,7 +92,9 @@ def test_without_pictures_no_dataset_is_needed(whole, tmp_path):
 
 
 def test_real_people_are_shown_on_request_alone(tmp_path):
-    make_run(tmp_path / "run", "market", data__root=str(tmp_path / "nowhere"))
+    elsewhere = tmp_path / "nowhere"
+    paths = {"data__root": elsewhere, "data__distractors": elsewhere, "data__also_train": f"dukemtmc:{elsewhere}"}
+    make_run(tmp_path / "run", "market", **{key: str(path) for key, path in paths.items()})
     run(tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
     Reader(text)

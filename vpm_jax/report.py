@@ -153,6 +153,8 @@ def configuration(config: ConfigDict) -> str:
     del values["data.root"]
     kind, colon, weights = values["pretrained"].rpartition(":")
     values["pretrained"] = kind + colon + Path(weights).name
+    values["data.distractors"] = Path(values["data.distractors"]).name
+    values["data.also_train"] = ",".join(item.partition(":")[0] for item in values["data.also_train"].split(","))
     changed = [(key, value, default[key]) for key, value in values.items() if value != default[key]]
     body = html.table(("key", "this run", "default"), changed)
     every = html.table(("key", "value"), list(values.items()))
