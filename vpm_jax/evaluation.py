@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,6 +66,53 @@ def evaluate_run(
     Raises:
       UserError: for any problem the user can fix.
     """
+    opened = open_run(workdir, overrides, dataset_name, root, rerank, features, queries, bool(save))
+    trained, source, dataset, about = opened.trained, opened.source, opened.dataset, opened.about
+    # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
+    before, now = config_lib.flatten(trained), config_lib.flatten(source.config)
+    own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
+    own = own and root is None and output.resolve() == workdir.resolve()
+    own = own or bool(dataset_name) or not (output / "config.json").exists()
+    if features is not None and "features" in save:
+        raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
+    if hosts.is_first():
+        make_folder(output)
+    request = None
+    if save and hosts.is_first():
+        request = saved.Request(output / f"saved{_suffix(dataset, opened.trained_on)}", save, about)
+        request.check(source.config)
+        make_folder(request.folder)
+        source = saved.Saving(source, request) if "features" in save else source
+    run, where = workdir.resolve().name, (output, opened.steps, opened.trained_on)
+    evaluate_and_report(source, opened.variables, dataset, *where, run=run, own=own, save=request)
+
+
+class Opened(NamedTuple):
+    """A run and the dataset to evaluate it on."""
+
+    trained: ConfigDict  # the run's config
+    source: FeatureSource  # describes images by the config of the evaluation
+    variables: Variables
+    steps: int  # of training
+    dataset: Dataset
+    trained_on: str | None  # the training set, if `dataset` is another
+    about: dict[str, Any]  # what features are of; with "model" if they are saved, or come from files
+
+
+def open_run(
+    workdir: Path,
+    overrides: Sequence[str] = (),
+    dataset_name: str | None = None,
+    root: str | None = None,
+    rerank: bool = False,
+    features: Path | None = None,
+    queries: int = 0,
+    fingerprinted: bool = False,
+) -> Opened:
+    """Restores a run's newest checkpoint and lists a dataset. Arguments and errors as for `evaluate_run`.
+
+    `fingerprinted`: include the model's fingerprint in `about`.
+    """
     parallel.prepare_backend()
     if dataset_name:
         if dataset_name not in TITLES:
@@ -75,45 +122,28 @@ def evaluate_run(
     trained, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
     config_lib.check_gallery_gammas(config)
-    # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
-    before, now = config_lib.flatten(trained), config_lib.flatten(config)
-    own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
-    own = own and root is None and output.resolve() == workdir.resolve()
-    own = own or bool(dataset_name) or not (output / "config.json").exists()
     data = config.data.copy_and_resolve_references()  # of the evaluation; config.data is that of the training
     if dataset_name:
         data.name, data.holdout_identities = dataset_name, 0
     if root is not None:
         data.root = root
     data.also_train = ""  # extra training sets are not needed here
-
-    if features is not None and "features" in save:
-        raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
     dataset = _some_queries(hosts.in_turn(lambda: load_dataset(data)), queries)
     if dataset_name:
         print(*dataset.notes, sep="\n")
     check(config, dataset)
     hosts.check_job(config, dataset)
     mesh = parallel.data_mesh(config.eval.batch)
-    if hosts.is_first():
-        make_folder(output)
     with Checkpoints(workdir, keep=0) as checkpoints:
         state, _ = checkpoints.restore(step.state_shapes(config))
     variables, steps = step.evaluated(state), int(state.step)
     trained_on = trained.data.name if dataset_name or partial.is_partial(dataset.name) else None
     about: dict[str, Any] = {"dataset": dataset.name, **_queries(dataset), "recipe": config.recipe}
     about |= {"seed": config.seed, "steps": steps}
-    if save or features is not None:
+    if fingerprinted or features is not None:
         about["model"] = fingerprint(config, jax.device_get(variables))
     source: FeatureSource = Describer(config, mesh) if features is None else saved.Saved(config, features, about)
-    request = None
-    if save and hosts.is_first():
-        request = saved.Request(output / f"saved{_suffix(dataset, trained_on)}", save, about)
-        request.check(config)
-        make_folder(request.folder)
-        source = saved.Saving(source, request) if "features" in save else source
-    run, variables = workdir.resolve().name, parallel.replicate(mesh, variables)
-    evaluate_and_report(source, variables, dataset, output, steps, trained_on, run=run, own=own, save=request)
+    return Opened(trained, source, parallel.replicate(mesh, variables), steps, dataset, trained_on, about)
 
 
 def _some_queries(dataset: Dataset, count: int) -> Dataset:
@@ -273,37 +303,8 @@ def evaluate_and_report(
     results, seconds = evaluated or (evaluate(source, variables, dataset, save=save), 0.0)
     seconds += time.monotonic() - started
     is_partial, dataset = partial.is_partial(dataset.name), by_protocol(config, dataset)
-    query, gallery = dataset.query, ranked(dataset.gallery)
-    settings: dict[str, Any] = {"gamma": 1.0} if is_partial else {"crop": config.eval.crop}
-    if config.eval.multi_query:
-        settings["multi_query"] = True
-    same_camera = "none" if query.camera is None else "drop"
-    record = {
-        "run": output.resolve().name if run is None else run,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "steps": steps,
-        "dataset": dataset.name,
-        **({"trained_on": trained_on} if trained_on else {}),
-        "training_set": captions.training_set(config),
-        "held_out_identities": dataset.held_out,
-        "not_comparable": captions.not_comparable(config, dataset),
-        "test_set": digest_of_test_set(dataset.query, dataset.gallery),
-        "notes": dataset.notes[1:],
-        "protocol": {
-            **settings,
-            **_queries(dataset),
-            "gallery": len(gallery),
-            "skipped": next(iter(results.values()))["skipped"],
-        },
-        "identities": {split.name: split.num_identities for split in (query, gallery)},
-        "junk": len(dataset.gallery) - len(gallery),
-        "same_camera": "keep" if config.eval.same_camera == "keep" else same_camera,
-        "match": config.match.to_dict() | {"flip": config.eval.flip},
-        "input": [config.data.height, config.data.width],
-        "network": plots.network(config),
-        "chance_rank1": chance_rank1(dataset),
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    run, skipped = output.resolve().name if run is None else run, next(iter(results.values()))["skipped"]
+    record = record_of(config, dataset, run, steps, trained_on, skipped) | {
         "seconds": round(seconds, 1),
         "results" if is_partial else "gammas": {
             str(name): {k: np.asarray(v).tolist() for k, v in r.items() if is_partial or k != "skipped"}
@@ -325,6 +326,47 @@ def evaluate_and_report(
     if save:
         print(f"(wrote {', '.join(save.kinds)} into {save.folder})")
     return results
+
+
+def record_of(
+    config: ConfigDict, dataset: Dataset, run: str, steps: int, trained_on: str | None, skipped: int
+) -> dict[str, Any]:
+    """What a result on a dataset (see `by_protocol`) is of, as JSON for `captions`.
+
+    `skipped` is the number of queries without a match; the rest is as for `evaluate_and_report`.
+    """
+    query, gallery = dataset.query, ranked(dataset.gallery)
+    settings: dict[str, Any] = {"gamma": 1.0} if partial.is_partial(dataset.name) else {"crop": config.eval.crop}
+    if config.eval.multi_query:
+        settings["multi_query"] = True
+    same_camera = "none" if query.camera is None else "drop"
+    return {
+        "run": run,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "steps": steps,
+        "dataset": dataset.name,
+        **({"trained_on": trained_on} if trained_on else {}),
+        "training_set": captions.training_set(config),
+        "held_out_identities": dataset.held_out,
+        "not_comparable": captions.not_comparable(config, dataset),
+        "test_set": digest_of_test_set(dataset.query, dataset.gallery),
+        "notes": dataset.notes[1:],
+        "protocol": {
+            **settings,
+            **_queries(dataset),
+            "gallery": len(gallery),
+            "skipped": skipped,
+        },
+        "identities": {split.name: split.num_identities for split in (query, gallery)},
+        "junk": len(dataset.gallery) - len(gallery),
+        "same_camera": "keep" if config.eval.same_camera == "keep" else same_camera,
+        "match": config.match.to_dict() | {"flip": config.eval.flip},
+        "input": [config.data.height, config.data.width],
+        "network": plots.network(config),
+        "chance_rank1": chance_rank1(dataset),
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
 
 
 def _queries(dataset: Dataset) -> dict[str, int]:
