@@ -87,6 +87,7 @@ def test_held_out_identities_stand_on_every_artefact(pedestrians, whole, tmp_pat
     page = (workdir / "report.html").read_text()
     sentences = captions.lines(record)
     assert record["held_out_identities"] == 2 and record["protocol"]["queries"] == 4
+    assert record["notes"][-1].startswith("Held out 2 of 10") and all(note in text for note in record["notes"])
     for artefact in (printed, text, page):
         assert all(sentence in artefact for sentence in sentences)
     both = " ".join(sentences)

@@ -315,7 +315,7 @@ def evaluate_and_report(
     text = "\n".join(captions.lines(record)) + "\n\n" + table.rstrip()
     if not hosts.is_first():
         return results
-    notes = dataset.notes[1:] if trained_on else ()  # the first is the dataset's path on this machine
+    notes = dataset.notes[1:]  # the first is the dataset's path on this machine
     name = write(output, f"evaluation{_suffix(dataset, trained_on)}", record, "\n\n".join([text, *notes]), own)
     if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}

@@ -317,7 +317,7 @@ def test_distractors_join_the_gallery(tmp_path):
         ranked = gallery.take(gallery.identity != -1)
         assert ranked.read(len(ranked) - 1) == (root / "images" / "deeper" / "photo.png").read_bytes()
         assert ranked.read(0) == (root / ranked.names[0]).read_bytes()
-        assert any(note.startswith("Added 3 distractors from ") for note in dataset.notes)
+        assert f"Added 3 distractors from {Path(where).name} to the gallery." in dataset.notes
         assert dataset.train.names == plain.train.names
     data.distractors = "nowhere"
     fails(data, "config.data.distractors is nowhere")
@@ -361,6 +361,7 @@ def test_further_training_sets_keep_their_identities_apart(tmp_path):
     assert train.read(len(train) - 1) == (tmp_path / "elsewhere/bounding_box_train/0001_c2_f0046182.jpg").read_bytes()
     assert train.read(0) == one.train.read(0) and train.num_identities == 7
     assert "Together 13 training images of 7 identities." in dataset.notes
+    assert str(tmp_path) not in "".join(dataset.notes[1:])  # which stand on artefacts
     data.holdout_identities = 1  # of Market alone
     held = load_dataset(data)
     assert set(held.query.identity) <= set(one.train.identity) and len(held.train) > len(train) - first

@@ -141,7 +141,7 @@ def _with_distractors(dataset: Dataset, config_data: ConfigDict, place: Place) -
     _refuse_unusable({"distractors": listing}, config_data.corrupt, notes)
     camera = None if dataset.gallery.camera is None else listing.camera
     more = Split("gallery", listing.names, listing.identity, camera, reader)
-    notes.append(f"Added {_count(len(more), 'distractor')} from {path} to the gallery.")
+    notes.append(f"Added {_count(len(more), 'distractor')} from {path.name} to the gallery.")
     return replace(dataset, gallery=join(dataset.gallery, more), notes=tuple(notes))
 
 
@@ -179,7 +179,8 @@ def _with_further(dataset: Dataset, config_data: ConfigDict, place: Place) -> Da
             camera = camera - camera.min() + 1 + train.camera.max(initial=0)
         names = (*train.names, *(f"{name}/{image}" for image in more.names))
         train = replace(join(train, replace(more, identity=identity, camera=camera)), names=names)
-        notes += [f"Also trained on: {further_notes[0]}", *further_notes[1:]]
+        summary = further_notes[0].replace(f" from {further_place}", "")  # notes stand on artefacts, paths do not
+        notes += [f"Also trained on: {summary}", *further_notes[1:]]
     images, identities = len(train), train.num_identities
     notes.append(f"Together {_count(images, 'training image')} of {_count(identities, 'identity', 'identities')}.")
     return replace(dataset, train=train, notes=tuple(notes))
