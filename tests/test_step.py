@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -264,6 +265,30 @@ def test_the_averaged_weights_are_the_evaluated_ones(no_backbone):
     )
 
 
+def test_seeds_and_schedules_share_a_program(no_backbone):
+    """As arguments, the seed and the schedule give the same step as constants, in the same program for all."""
+    config, other = (
+        configure("market"),
+        configure("market", seed=7, optim__schedule="cosine", stage2__triplet_start=1.0),
+    )
+    other.stage1.update(epochs=0)
+    other.stage2.update(epochs=3, learning_rate=0.3, warmup_epochs=0.5)
+    state, batch, programs = new_state(config), new_batch(config), set()
+    for each in (config, other):
+        function, numbers = step_lib.make_step(each), step_lib.numbers(each)
+        lowered = jax.jit(function).lower(state, batch, numbers)
+        programs.add(lowered.as_text())
+        constant, argument = jax.jit(function, compiler_options=FAST), lowered.compile(FAST)
+        for step in (0, 1, 2, 5):
+            now = replace(state, step=jnp.int32(step), opt_state=at_step(state.opt_state, step))
+            assert_close(argument(now, batch, numbers), constant(now, batch), 1e-12)
+    assert len(programs) == 1
+
+
+def at_step(opt_state, step):
+    return jax.tree.map(lambda x: jnp.int32(step) if x.ndim == 0 else x, opt_state)
+
+
 # --- many devices -------------------------------------------------------------------------------------
 
 
@@ -274,10 +299,11 @@ def test_sharded_batches_equal_one_device(one_device):
     state = parallel.replicate(mesh, one_device.states[0])
     first = state
     batches = [parallel.shard(mesh, batch) for batch in one_device.batches]
+    numbers = parallel.replicate(mesh, step_lib.numbers(config))
     assert len(batches[0]["image"].sharding.device_set) == jax.device_count()
-    compiled = jax.jit(step_lib.make_step(config), donate_argnums=0).lower(state, batches[0]).compile(FAST)
+    compiled = jax.jit(step_lib.make_step(config), donate_argnums=0).lower(state, batches[0], numbers).compile(FAST)
     for batch, metrics in zip(batches, one_device.metrics, strict=True):
-        state, measured = compiled(state, batch)
+        state, measured = compiled(state, batch, numbers)
         assert_close(measured, metrics)
     assert_close(state, one_device.states[-1])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))  # donated

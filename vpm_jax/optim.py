@@ -1,7 +1,7 @@
 """Optimizer and schedules: SGD with Nesterov momentum and coupled weight decay, or AdamW, in one or two stages.
 
-Everything is a function of the step, so that both stages share one compiled training step. Configs are resolved
-(`training.resolve`): their stages have steps per epoch.
+Everything is a function of the step, so that both stages share one compiled training step; as tables, which are its
+arguments, schedules share it too. Configs are resolved (`training.resolve`): their stages have steps per epoch.
 """
 
 from __future__ import annotations
@@ -59,13 +59,42 @@ def triplet_weight(config: ConfigDict) -> Schedule:
     return optax.join_schedules([of_stage(stage) for stage in schedule(config)], _starts(config))
 
 
+class Schedules(NamedTuple):
+    """What depends on the step: functions of it, or their tables."""
+
+    learning_rate: Any
+    triplet_weight: Any
+    restarts: Any  # whether the optimizer starts again: a stage does not inherit momentum
+
+
+def schedules(config: ConfigDict) -> Schedules:
+    """The functions of a config."""
+    starts = jnp.asarray(_starts(config) if config.optim.schedule == "stages" else [], jnp.int32)
+    return Schedules(learning_rate(config), triplet_weight(config), lambda step: jnp.isin(step, starts))
+
+
+def tabulate(functions: Schedules, steps: int) -> Schedules:
+    """The values at each step, as arrays whose length is a power of two: schedules of most lengths share one shape."""
+    index = jnp.arange(max(2**16, 1 << (steps - 1).bit_length()), dtype=jnp.int32)
+    return jax.jit(jax.vmap(lambda step: Schedules(*(jnp.asarray(function(step)) for function in functions))))(index)
+
+
+def look_up(tables: Schedules) -> Schedules:
+    """The functions of the tables."""
+
+    def function(table: jax.Array) -> Schedule:
+        return lambda step: table[step]
+
+    return Schedules(*map(function, tables))
+
+
 class RestartState(NamedTuple):
     steps: jax.Array  # int32, updates so far
     inner: Any  # the state of the inner transformation
 
 
-def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.GradientTransformation:
-    """Resets the state of `inner` at each of `steps`: a stage does not inherit momentum."""
+def restart(inner: optax.GradientTransformation, restarts: Schedule) -> optax.GradientTransformation:
+    """Resets the state of `inner` before each of the steps for which `restarts` is true."""
 
     def init(params: optax.Params) -> RestartState:
         return RestartState(jnp.zeros([], jnp.int32), inner.init(params))
@@ -74,7 +103,7 @@ def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.Grad
         updates: optax.Updates, state: RestartState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RestartState]:
         fresh = inner.init(params)
-        now = jnp.isin(state.steps, jnp.asarray(steps, jnp.int32))
+        now = restarts(state.steps)
         old = jax.tree.map(lambda new, kept: jnp.where(now, new, kept), fresh, state.inner)
         updates, new = inner.update(updates, old, params)
         return updates, RestartState(state.steps + 1, new)
@@ -82,9 +111,15 @@ def restart(inner: optax.GradientTransformation, steps: list[int]) -> optax.Grad
     return optax.GradientTransformation(init, update)
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """PyTorch's SGD, which adds weight decay to every parameter's gradient before momentum, or its AdamW."""
+def optimizer(config: ConfigDict, by_step: Schedules | None = None) -> optax.GradientTransformation:
+    """PyTorch's SGD, which adds weight decay to every parameter's gradient before momentum, or its AdamW.
+
+    Args:
+      config: a resolved config.
+      by_step: functions of the step (default: the config's).
+    """
     o = config.optim
+    by_step = by_step or schedules(config)
 
     def multiply(updates: Any, params: optax.Params | None = None) -> Any:
         del params
@@ -101,7 +136,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     if o.clip:
         transforms.insert(0, optax.clip_by_global_norm(o.clip))
     return optax.chain(
-        restart(optax.chain(*transforms), _starts(config) if o.schedule == "stages" else []),
+        restart(optax.chain(*transforms), by_step.restarts),
         optax.stateless(multiply),
-        optax.scale_by_learning_rate(learning_rate(config)),
+        optax.scale_by_learning_rate(by_step.learning_rate),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import losses, models, optim
 from vpm_jax.arrays import AnyArray, StepBatch
+from vpm_jax.schedule import schedule
 
 Metrics = dict[str, Array]
 
@@ -36,6 +38,29 @@ class AveragedState(State):
     """The state with optim.ema. It is a separate type so that checkpoints without `ema` stay readable."""
 
     ema: Any  # {"params", "batch_stats"}, averaged over steps
+
+
+@flax.struct.dataclass
+class Numbers:
+    """The seed and the schedule, as arguments of the step: runs that differ in nothing else share one program."""
+
+    key: Any  # uint32, the data of a random key
+    schedules: optim.Schedules  # tables
+
+
+def numbers(config: ConfigDict) -> Numbers:
+    """The numbers of a resolved config."""
+    with on_cpu():
+        tables = optim.tabulate(optim.schedules(config), schedule(config)[-1].end_step)
+        return Numbers(jax.random.key_data(jax.random.key(config.seed)), tables)
+
+
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Computes on the CPU in the block, where programs that run once compile in a fraction of the time."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
 
 
 def evaluated(state: State) -> dict[str, Any]:
@@ -64,7 +89,8 @@ def init_state(config: ConfigDict) -> State:
     """A state initialized from config.seed. The backbone is random too: `pretrained.apply_to` loads weights."""
     # It runs once: optimizing it would take far longer than it saves.
     init = jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
-    return new_state(config, init(jax.random.key(config.seed)))
+    with on_cpu():
+        return new_state(config, init(jax.random.key(config.seed)))
 
 
 def state_shapes(config: ConfigDict) -> State:
@@ -93,8 +119,10 @@ def l2_normalize(features: Float[AnyArray, "*n c"]) -> Float[AnyArray, "*n c"]:
     return features * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[State, StepBatch], tuple[State, Metrics]]:
-    """The training step of a resolved config: (state, batch) -> (state, metrics).
+def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[..., tuple[State, Metrics]]:
+    """The training step of a resolved config: (state, batch, numbers) -> (state, metrics).
+
+    Without `Numbers`, the seed and the schedule are constants of the program.
 
     Under jit, the batch is the global batch. Under a mapped axis `axis_name` it is the share of one device: totals and
     counts are summed over the axis, and triplets are mined over all of it.
@@ -102,14 +130,14 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
     Metrics are float32 scalars, except accuracy_identity, which has one value per head. docs/recipes.md explains them.
     """
     model = models.create(config, axis_name)
-    tx = optim.optimizer(config)
-    rate, triplet_weight = optim.learning_rate(config), optim.triplet_weight(config)
     weights = config.loss
 
     def psum(x: Any) -> Any:
         return lax.psum(x, axis_name) if axis_name else x
 
-    def loss_fn(params: Any, state: State, batch: StepBatch, key: Array) -> tuple[Array, tuple[Metrics, Any]]:
+    def loss_fn(
+        params: Any, state: State, batch: StepBatch, key: Array, triplet_weight: Array
+    ) -> tuple[Array, tuple[Metrics, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         identity, visible, valid = batch["identity"], batch["visible"], batch.get("valid")
         shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
@@ -154,11 +182,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         anchors = psum(anchors)
         triplet = triplet / jnp.maximum(anchors, 1)
 
-        loss = (
-            weights.region_weight * region
-            + weights.identity_weight * identity_term
-            + triplet_weight(state.step) * triplet
-        )
+        loss = weights.region_weight * region + weights.identity_weight * identity_term + triplet_weight * triplet
         correct = (jnp.argmax(logits, axis=-1) == identity[:, None]) & shown
         located = jnp.argmax(out["locator_logits"], axis=-1) == batch["labels"]
         located = located if valid is None else located & valid
@@ -173,12 +197,16 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[[Sta
         }
         return loss, (metrics, updates["batch_stats"])
 
-    def step(state: State, batch: StepBatch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key)
+    def step(state: State, batch: StepBatch, numbers: Numbers | None = None) -> tuple[State, Metrics]:
+        if numbers is None:
+            key, by_step = jax.random.key(config.seed), optim.schedules(config)
+        else:
+            key, by_step = jax.random.wrap_key_data(numbers.key), optim.look_up(numbers.schedules)
+        key, triplet_weight = jax.random.fold_in(key, state.step), by_step.triplet_weight(state.step)
+        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key, triplet_weight)
         grads = psum(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate(state.step)}
+        updates, opt_state = optim.optimizer(config, by_step).update(grads, state.opt_state, state.params)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": by_step.learning_rate(state.step)}
         params = optax.apply_updates(state.params, updates)
         after = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         return _average(config, after) if isinstance(after, AveragedState) else after, metrics

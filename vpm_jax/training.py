@@ -134,6 +134,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
         # ---- The loop ----------------------------------------------------------------------------------
         train_step, state = place.compile(step.make_step, config), place.put_state(state)
+        numbers = place.put_state(step.numbers(config))
         share = jax.process_index(), jax.process_count()
         batches = train_batches(config, dataset.train, None, steps, total, *share)
         window = Window(config, meta["pending"], steps, total)
@@ -198,7 +199,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
                         compiled.add(batch["image"].shape)
                         began = time.monotonic()
                         print("compiling the training step ...")
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, batch, numbers)
                     if is_new:
                         seconds = time.monotonic() - began
                         window.pause(seconds)

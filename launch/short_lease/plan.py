@@ -44,8 +44,7 @@ def plan(
     evaluated = len(config.eval.gammas) * counts["query"] + (1 + crops) * counts["gallery"]
     reserve = FINISH + evaluated * (1 + config.eval.flip) / EXTRACTION
     programs = len({(stage.height, stage.width) for stage in stages})
-    # XLA keeps what autotuning found for the measured step, also where another schedule makes it another program.
-    startup = STARTUP + compiling * (programs - 0.5 * measured)
+    startup = STARTUP + compiling * (programs - measured)  # the schedule is no part of the program
     share = min(1.0, (seconds - startup - reserve) * rate / total)
     overrides, images = [], 0
     for stage in stages:

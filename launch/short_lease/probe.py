@@ -89,10 +89,10 @@ def main() -> None:
     host = random_batch(config, images) | {"camera": np.full(images, -1, np.int32)}
     if config.data.fit == "pad":
         host["valid"] = np.ones((images, *map_shape(config)), bool)
-    state, batch = place.put_state(state), place.put_batch(host)
+    state, batch, numbers = place.put_state(state), place.put_batch(host), place.put_state(step.numbers(config))
     train_step = place.compile(step.make_step, config)
     began = time.monotonic()
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, numbers)
     metrics = jax.device_get(metrics)
     if not np.isfinite(metrics["loss"]):
         raise SystemExit(f"the loss of the first step is {metrics['loss']}")
@@ -104,7 +104,7 @@ def main() -> None:
         nonlocal state
         began = time.perf_counter()
         for _ in range(steps):
-            state, metrics = train_step(state, place.put_batch(host) if feed else batch)
+            state, metrics = train_step(state, place.put_batch(host) if feed else batch, numbers)
         dispatched = time.perf_counter() - began
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - began, dispatched
@@ -134,7 +134,7 @@ def main() -> None:
     if args.hlo:
         try:
             with gzip.open(args.hlo, "wt") as file:
-                file.write(train_step.lower(state, batch).compile().as_text())  # from the cache
+                file.write(train_step.lower(state, batch, numbers).compile().as_text())  # from the cache
         except Exception as error:
             keep(hlo_error=repr(error)[:300])
     keep(done=True)

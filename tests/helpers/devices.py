@@ -73,12 +73,13 @@ def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kinds: S
         mesh = parallel.data_mesh(BATCH, jax.devices()[:count])
         place = parallel.placement(kind, mesh)
         step, now = place.compile(step_lib.make_step, config), place.put_state(state)
+        numbers = place.put_state(step_lib.numbers(config))
         measured, mined = [], []
         for batch in batches:
             # A copy: looking at the state itself would keep its memory from being donated.
             mined.append(find(jax.device_get(jax.tree.map(jnp.copy, place.whole(now))), batch))
             with jax.transfer_guard("disallow"):
-                before, (now, metrics) = now, step(now, place.put_batch(batch))
+                before, (now, metrics) = now, step(now, place.put_batch(batch), numbers)
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
             measured.append(jax.device_get(place.whole(metrics)))
         return measured, mined, jax.device_get(place.whole(now))

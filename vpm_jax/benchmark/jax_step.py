@@ -23,12 +23,12 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is reported
     facts: dict[str, Any] = dict(describe())
     config = config_lib.from_json(config_json, "config")
-    state, on_device = step.init_state(config), jax.device_put(batch)
+    state, on_device, numbers = jax.device_put((step.init_state(config), batch, step.numbers(config)))
     train_step = jax.jit(step.make_step(config), donate_argnums=0)
     lowered: list[Any] = []
 
     def compile_step() -> Any:
-        lowered.append(train_step.lower(state, on_device))
+        lowered.append(train_step.lower(state, on_device, numbers))
         return lowered[0].compile()
 
     facts["compiled"], compiled = clocked(compile_step)
@@ -39,7 +39,7 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
     def steps(repetitions: int) -> None:
         nonlocal state
         for _ in range(repetitions):
-            state, metrics = compiled(state, on_device)
+            state, metrics = compiled(state, on_device, numbers)
         jax.block_until_ready((state, metrics))
 
     facts["limits"], work = limits(config.model.dtype)

@@ -85,13 +85,13 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
     place = parallel.placement(config.parallel, parallel.data_mesh(batch(config)))
     arrays = place.put_batch(random_batch(config, batch(config)))
-    state = place.put_state(step.init_state(config))
+    state, numbers = (place.put_state(tree) for tree in (step.init_state(config), step.numbers(config)))
     train_step = place.compile(step.make_step, config)
-    state, metrics = train_step(state, arrays)
+    state, metrics = train_step(state, arrays, numbers)
     jax.block_until_ready(metrics)
     started = time.monotonic()
     for _ in range(steps):
-        state, metrics = train_step(state, arrays)
+        state, metrics = train_step(state, arrays, numbers)
     jax.block_until_ready(metrics)
     return steps * batch(config) / (time.monotonic() - started)
 
