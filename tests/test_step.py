@@ -301,12 +301,25 @@ def test_sharded_batches_equal_one_device(one_device):
     batches = [parallel.shard(mesh, batch) for batch in one_device.batches]
     numbers = parallel.replicate(mesh, step_lib.numbers(config))
     assert len(batches[0]["image"].sharding.device_set) == jax.device_count()
-    compiled = jax.jit(step_lib.make_step(config), donate_argnums=0).lower(state, batches[0], numbers).compile(FAST)
+    step = parallel.placement("jit", mesh).compile(step_lib.make_step, config)
+    compiled = step.lower(state, batches[0], numbers).compile(FAST)
     for batch, metrics in zip(batches, one_device.metrics, strict=True):
         state, measured = compiled(state, batch, numbers)
         assert_close(measured, metrics)
     assert_close(state, one_device.states[-1])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))  # donated
+
+
+@two_devices
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_the_backbone_are_summed_in_the_dtype_of_its_key(no_backbone, dtype):
+    config, mesh = configure("market", reduce_dtype=dtype, data__height=8, data__width=4), parallel.data_mesh(BATCH)
+    state, batch = new_state(config), new_batch(config)
+    step = parallel.placement("jit", mesh).compile(step_lib.make_step, config)
+    assert ("xbf16>" in step.lower(state, batch).as_text()) == (dtype == "bfloat16")
+    _, metrics = jax.jit(step_lib.make_step(config), compiler_options=FAST)(state, batch)
+    _, measured = step.lower(state, batch).compile(FAST)(parallel.replicate(mesh, state), parallel.shard(mesh, batch))
+    assert_close(measured, metrics, 1e-10 if dtype == "float32" else 1e-2)
 
 
 @two_devices

@@ -125,6 +125,12 @@ KEYS = (
         one_of("none", "tensorboard", "wandb", "tensorboard,wandb"),
         RECORD,
     ),
+    Key(
+        "reduce_dtype",
+        "float32",
+        "dtype in which devices sum the gradients of the backbone; bfloat16 halves what they exchange",
+        one_of("float32", "bfloat16"),
+    ),
     Key("parallel", "jit", "jit: a mesh of all devices; pmap: the same step under pmap", one_of("jit", "pmap"), RECORD),
     # ---- Data ----
     Key(

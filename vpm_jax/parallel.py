@@ -1,7 +1,7 @@
 """Data parallelism: placement of state and batches on the devices, and compilation of the step.
 
-"jit" (the default) compiles the step for the global batch, which XLA partitions over a mesh of all devices. "pmap" maps
-the same step, which then reduces over the mapped axis itself. Both match a single device.
+Each device computes the step on its rows of the batch, and the step itself reduces over the devices: "jit" (the
+default) maps it over a mesh of all devices, "pmap" over those of one host. Both match a single device.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:  # loader processes use this module without JAX
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")
 
-# jaxlib on CPU can miscompute some jitted reductions (jax#39103). These versions accept the flag that avoids it; an
-# unknown flag would abort the process.
+# jaxlib 0.10.2 on CPU miscomputes some jitted reductions (jax#39103), and 0.11.0 can still crash in them (jax#39257).
+# These versions accept the flag that avoids both; an unknown flag would abort the process.
 _CPU_REDUCTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-_CPU_REDUCTION_VERSIONS = ("0.10.2", "0.12.0")
+_CPU_REDUCTION_VERSIONS = ("0.10.2", "0.11.", "0.12.0")
 
 
 def threads() -> int:
@@ -151,6 +151,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mapped(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step (state, batch, ...) of one device, mapped over the mesh; only the batch is divided."""
+    import jax
+    from jax.sharding import PartitionSpec
+
+    def of_mesh(state: Any, batch: Any, *numbers: Any) -> Any:
+        whole, rows = PartitionSpec(), PartitionSpec("data")
+        specs = (whole, rows, *(whole for _ in numbers))
+        # Not checked: the step follows pmap's rules for gradients through sums over devices.
+        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(state, batch, *numbers)
+
+    return of_mesh
+
+
 def peak_memory() -> float:
     """The peak memory in GiB of a device, or of this process if devices do not report it (CPU)."""
     import jax
@@ -165,9 +179,7 @@ def peak_memory() -> float:
 class Placement(NamedTuple):
     """How training runs on the devices."""
 
-    compile: Callable[
-        [Callable[..., Any], ConfigDict], Callable[..., Any]
-    ]  # (make_step, config) -> step, state donated
+    compile: Callable[[Callable[..., Any], ConfigDict], Any]  # (make_step, config) -> jitted step, state donated
     put_batch: Callable[[Mapping[str, Any]], dict[str, Array]]
     put_state: Callable[[Any], Any]
     whole: Callable[[Any], Any]  # undoes the mapping of (state, metrics)
@@ -183,8 +195,9 @@ def placement(kind: str, mesh: Mesh) -> Placement:
 
     if kind == "jit":
 
-        def compile_jit(make_step: Callable[..., Any], config: ConfigDict) -> Callable[..., Any]:
-            return jax.jit(make_step(config), donate_argnums=0, out_shardings=replicated(mesh))
+        def compile_jit(make_step: Callable[..., Any], config: ConfigDict) -> Any:
+            function = make_step(config) if mesh.size == 1 else mapped(mesh, make_step(config, "data"))
+            return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
 
         return Placement(compile_jit, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
 
@@ -192,7 +205,7 @@ def placement(kind: str, mesh: Mesh) -> Placement:
     if jax.process_count() > 1:
         raise UserError(f'parallel=pmap maps the devices of one host, found {jax.process_count()} hosts: use "jit".')
 
-    def compile_pmap(make_step: Callable[..., Any], config: ConfigDict) -> Callable[..., Any]:
+    def compile_pmap(make_step: Callable[..., Any], config: ConfigDict) -> Any:
         devices = list(mesh.devices.flat)
         return jax.pmap(make_step(config, "data"), axis_name="data", devices=devices, donate_argnums=0)
 

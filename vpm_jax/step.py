@@ -135,6 +135,14 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[...,
     def psum(x: Any) -> Any:
         return lax.psum(x, axis_name) if axis_name else x
 
+    def reduced(grads: Any) -> Any:
+        """The gradients, summed over devices."""
+        if not axis_name or config.reduce_dtype == "float32":
+            return psum(grads)
+        narrow = psum(jax.tree.map(lambda g: g.astype(config.reduce_dtype), grads["backbone"]))
+        rest = psum({key: value for key, value in grads.items() if key != "backbone"})
+        return rest | {"backbone": jax.tree.map(lambda g, like: g.astype(like.dtype), narrow, grads["backbone"])}
+
     def loss_fn(
         params: Any, state: State, batch: StepBatch, key: Array, triplet_weight: Array
     ) -> tuple[Array, tuple[Metrics, Any]]:
@@ -204,7 +212,7 @@ def make_step(config: ConfigDict, axis_name: str | None = None) -> Callable[...,
             key, by_step = jax.random.wrap_key_data(numbers.key), optim.look_up(numbers.schedules)
         key, triplet_weight = jax.random.fold_in(key, state.step), by_step.triplet_weight(state.step)
         grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, key, triplet_weight)
-        grads = psum(grads)
+        grads = reduced(grads)
         updates, opt_state = optim.optimizer(config, by_step).update(grads, state.opt_state, state.params)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": by_step.learning_rate(state.step)}
         params = optax.apply_updates(state.params, updates)
