@@ -164,9 +164,11 @@ class Describer(FeatureSource):
         ends = iter([*stops, len(split)])
         end = next(ends)
         arrays: dict[str, np.ndarray] = {}
-        for inputs in parallel.prefetch(batches, self._put_batch):
+        inputs = parallel.prefetch(batches, self._put_batch)
+        # One batch is computed while the one before it is fetched.
+        for outputs in parallel.prefetch(inputs, lambda batch: self.step(variables, *batch), depth=1):
             count = min(self.config.eval.batch, len(split) - first)
-            batch = fetch(self.step(variables, *inputs), count)._arrays()
+            batch = fetch(outputs, count)._arrays()
             arrays = arrays or {name: np.empty((end - begin, *x.shape[1:]), x.dtype) for name, x in batch.items()}
             for name, x in batch.items():
                 arrays[name][first - begin : first - begin + count] = x
