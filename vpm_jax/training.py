@@ -64,9 +64,11 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     workdir = Path(workdir)
     saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
     given = requested
-    if saved is not None and not given.data.root and Path(root := data_at_hand(saved, workdir).data.root).exists():
-        requested = given.copy_and_resolve_references()
-        requested.data.root = root
+    if saved is not None:
+        root = data_at_hand(saved, workdir).data.root
+        if not given.data.root and Path(root).exists():
+            requested = given.copy_and_resolve_references()
+            requested.data.root = root
 
     # ---- Data, and the config resolved with it ---------------------------------------------------------
     dataset = hosts.in_turn(lambda: load_dataset(requested.data))

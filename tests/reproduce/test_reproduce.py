@@ -504,6 +504,8 @@ def test_one_seed_has_no_spread_and_held_out_identities_no_paper(pretend, call, 
     assert "±" not in text and "| paper |" not in text and "variant x" in text
     assert "- On 100 held-out training identities of Market-1501. Protocol: single query, 3 queries cropped to" in text
     assert "Not comparable with the paper: the queries and the gallery are held-out training identities." in text
+    conditions = json.loads((tmp_path / "report" / "report.json").read_text())["conditions"]
+    assert conditions and all(f"- {line}" in text for line in conditions)
     assert "data.gamma = (0.4, 1.0)" in text and "stage2.epochs = 10" in text
     assert str(tmp_path) not in text
 

@@ -34,7 +34,12 @@ def write_report(
     first = runs[0]
     variant = f", variant {first.variant}" * bool(first.variant)
     heading = ", ".join(name[0].upper() + name[1:] for name in names)
-    data: dict[str, Any] = {"command": command, "spread": tables.SPREAD}
+    conditions = tables.conditions(runs, results)
+    data: dict[str, Any] = {
+        "command": command,
+        "conditions": [line.removeprefix("- ") for line in conditions],
+        "spread": tables.SPREAD,
+    }
     if EXHIBITS.keys() >= set(names):
         data["exhibits"], body = {}, []
         for name in names:
@@ -48,7 +53,7 @@ def write_report(
         f"    {command}",
         "",
         f"- Recipe {first.config.recipe}: `{experiments.config_file(first.scale, first.dataset)}`{changes(first)}.",
-        *tables.conditions(runs, results),
+        *conditions,
         *absent(unfinished),
         "",
         *body,

@@ -102,7 +102,9 @@ def _read_data(workdir: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        paths = {key: {name: str(path[name]) for name in ("given", "there")} for key, path in record["paths"].items()}
+        paths = {
+            key: {name: str(path[name]) for name in ("given", "there")} for key, path in record.get("paths", {}).items()
+        }
         return {"inventory": Inventory.from_json(record), "paths": paths}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
