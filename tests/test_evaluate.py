@@ -242,7 +242,7 @@ def test_multiple_query_needs_boxes_and_says_so(whole, trained, tmp_path, monkey
     with pytest.raises(UserError, match="synthetic has no further boxes of its queries"):
         evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), "--config.eval.multi_query=true"])
     dataset = replace(trained[2], multi_query=replace(trained[2].query, name="multi_query"))
-    monkeypatch.setattr(evaluation, "load_dataset", lambda config: dataset)
+    monkeypatch.setattr(evaluation, "load_test_set", lambda config: dataset)
     for value in ("true", "false"):
         key = f"--config.eval.multi_query={value}"
         assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), key, "--save", "features"]) == 0

@@ -75,6 +75,15 @@ def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
     assert distances == sorted(distances)
 
 
+def test_other_training_sets_are_not_loaded(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    text = (workdir / "config.json").read_text()
+    assert '"also_train": ""' in text
+    (workdir / "config.json").write_text(text.replace('"also_train": ""', '"also_train": "msmt17:nowhere"'))
+    run(workdir, "--figure", tmp_path / "a.png", "--top", "2")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_a_figure_explains_eq_4_alone(whole, tmp_path):
     with pytest.raises(UserError, match=r"leave match\.rerank"):
         run(whole, "--figure", tmp_path / "a.png", "--config.match.rerank=True")

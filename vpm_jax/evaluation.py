@@ -24,7 +24,7 @@ from vpm_jax import config as config_lib
 from vpm_jax.api import fingerprint
 from vpm_jax.data.datasets import DATASETS, TITLES
 from vpm_jax.data.inventory import digest_of_test_set
-from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.sources import load_test_set
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.description import CroppedSplit, Describer, FeatureSource, Pooled, Variables
 from vpm_jax.disk import make_folder, replacing, write_atomically
@@ -127,8 +127,7 @@ def open_run(
         data.name, data.holdout_identities = dataset_name, 0
     if root is not None:
         data.root = root
-    data.also_train = ""  # extra training sets are not needed here
-    dataset = _some_queries(hosts.in_turn(lambda: load_dataset(data)), queries)
+    dataset = _some_queries(hosts.in_turn(lambda: load_test_set(data)), queries)
     if dataset_name:
         print(*dataset.notes, sep="\n")
     check(config, dataset)

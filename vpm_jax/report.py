@@ -193,10 +193,10 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     from vpm_jax import distances, evaluation
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops
-    from vpm_jax.data.sources import load_dataset
+    from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer
 
-    dataset = load_dataset(config.data)
+    dataset = load_test_set(config.data)
     evaluation.check(config, dataset)
     mesh = parallel.data_mesh(config.eval.batch)
     source = evaluation.with_boxes(Describer(config, mesh), dataset)

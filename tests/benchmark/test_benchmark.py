@@ -182,6 +182,16 @@ def test_extraction_and_evaluation(capsys):
         assert row in out
 
 
+def test_distractors_in_pieces(monkeypatch, capsys):
+    monkeypatch.setattr("vpm_jax.distances.PIECE_BYTES", 1)  # a batch at a time
+    size = ["--queries=6", "--gallery=30", "--distractors=300", "--channels=8", "--config.eval.batch=64"]
+    main(["distractors", *size, "--config.eval.gammas=1.0"])
+    out = capsys.readouterr().out
+    (apart,) = re.findall(r"The metrics of 4 queries differ by (\S+) from", out)
+    assert float(apart) < 1e-12
+    assert "330 gallery images, 300 of them distractors" in out and "distractors: whole evaluation" in out
+
+
 def test_all_is_one_table(monkeypatch, capsys):
     def part(name):
         def run(args, config):

@@ -17,7 +17,7 @@ from paths import ROOT
 from vpm_jax.config import default
 from vpm_jax.data import arrayrecord, datasets
 from vpm_jax.data.datasets import DATASETS
-from vpm_jax.data.sources import load_dataset
+from vpm_jax.data.sources import load_dataset, load_test_set
 from vpm_jax.data.split import boxes
 from vpm_jax.errors import UserError
 from vpm_jax.prepare import main as prepare
@@ -365,6 +365,14 @@ def test_further_training_sets_keep_their_identities_apart(tmp_path):
     data.holdout_identities = 1  # of Market alone
     held = load_dataset(data)
     assert set(held.query.identity) <= set(one.train.identity) and len(held.train) > len(train) - first
+
+
+def test_an_evaluation_loads_no_further_training_sets(tmp_path):
+    data = config(make_folder(tmp_path / "market"))
+    data.also_train = "msmt17:nowhere"
+    fails(data, "nowhere does not exist")
+    assert content(load_test_set(data)) == content(load_dataset(config(tmp_path / "market")))
+    assert data.also_train == "msmt17:nowhere"
 
 
 def test_further_training_sets_that_cannot_be(tmp_path):

@@ -18,7 +18,18 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import convolutions, data, elsewhere, evaluation, extraction, matching, metrics, search, step
+from vpm_jax.benchmark import (
+    convolutions,
+    data,
+    distractors,
+    elsewhere,
+    evaluation,
+    extraction,
+    matching,
+    metrics,
+    search,
+    step,
+)
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.disk import write_atomically
@@ -38,6 +49,7 @@ SECTIONS = {
     "search": search,
     "metrics": metrics,
     "evaluation": evaluation,
+    "distractors": distractors,
     "elsewhere": elsewhere,
 }
 NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # default to the small recipe on CPU

@@ -29,14 +29,14 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     parallel.prepare_backend()
     from vpm_jax import evaluation
     from vpm_jax.benchmark.limits import describe
-    from vpm_jax.data.sources import load_dataset
+    from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import Describer
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
     if args.root:
         config.data.root = args.root
-        dataset = load_dataset(config.data)
+        dataset = load_test_set(config.data)
     else:
         dataset = generated.dataset(args.queries, args.gallery)
     variables, alone, limit, limit_is = network(config, args, mesh)

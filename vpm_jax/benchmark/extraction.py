@@ -64,14 +64,14 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         raise UserError(f"--images {args.images}: expected at least 1.")
     parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe
-    from vpm_jax.data.sources import load_dataset
+    from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
     if args.root:
         config.data.root = args.root
-        dataset = load_dataset(config.data)
+        dataset = load_test_set(config.data)
         splits, source = [dataset.query, dataset.gallery], dataset.name
     else:
         splits, source = [generated.split("query", args.images)], "generated"

@@ -63,6 +63,13 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
     return replace(dataset, notes=tuple(map(printable, dataset.notes)))
 
 
+def load_test_set(config_data: ConfigDict) -> Dataset:
+    """`load_dataset` without the training sets of config.data.also_train, for evaluations."""
+    config_data = config_data.copy_and_resolve_references()
+    config_data.also_train = ""
+    return load_dataset(config_data)
+
+
 def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict[str, Split], list[str]]:
     """The location of the dataset, its splits, and notes, of which the first is a summary."""
     name, root = config_data.name, data_root(config_data.root)

@@ -1,0 +1,108 @@
+"""An evaluation with many distractors: seconds and peak memory of matching and ranking generated features, compared
+with the matrix products alone."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import parallel
+from vpm_jax.benchmark import generated
+from vpm_jax.benchmark.extraction import prepared
+from vpm_jax.benchmark.metrics import plain
+from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.timing import best, clocked
+from vpm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vpm_jax.data.split import Dataset
+    from vpm_jax.description import FeatureSource
+    from vpm_jax.evaluation import Results
+
+HELP = "an evaluation with many distractors in bounded memory, compared with the matmul limit"
+CHECKED = 4  # queries whose metrics are compared with those of a plain evaluator
+CHUNK = 4096  # gallery images at a time, in that comparison
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", help="a dataset, for its labels (default: generated ones)")
+    parser.add_argument("--queries", type=int, default=200, help="generated queries (default: %(default)s)")
+    parser.add_argument("--gallery", type=int, default=1000, help="generated gallery images (default: %(default)s)")
+    parser.add_argument("--distractors", type=int, default=20_000, help="(default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=256, help="per region (default: %(default)s)")
+
+
+def check(source: FeatureSource, dataset: Dataset, results: Results) -> float:
+    """The largest difference from the metrics of all distances by Eq. 4 in float64, ranked by sorting."""
+    from vpm_jax.description import CroppedSplit
+    from vpm_jax.runs.logs import Progress
+
+    query, gallery = dataset.query, dataset.gallery
+    stops = range(CHUNK, len(gallery), CHUNK)
+    [here] = source.splits({}, [CroppedSplit(query)])
+    distances = []
+    for there in source.stream({}, CroppedSplit(gallery), stops, Progress("checking", len(gallery))):
+        weight = here.visibility[:, None].astype(np.float64) * there.visibility
+        local = [np.linalg.norm(there.features - features.astype(np.float64), axis=-1) for features in here.features]
+        distances.append((weight * local).sum(axis=-1) / weight.sum(axis=-1))
+    assert query.camera is not None and gallery.camera is not None
+    labels = query.identity, gallery.identity, query.camera, gallery.camera
+    cmc, precision = plain(np.concatenate(distances, axis=1), *labels)
+    return max(max(abs(r["mAP"] - precision), *np.abs(r["cmc"] - cmc)) for r in results.values())
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if min(args.queries, args.channels) < 1 or args.gallery < 2 * args.queries or args.distractors < 0:
+        raise UserError(
+            "--queries, --gallery, --distractors and --channels: expected at least 1 query, twice as many gallery "
+            "images, 0 distractors and 1 channel."
+        )
+    parallel.prepare_backend()
+    from vpm_jax import evaluation
+    from vpm_jax.benchmark.generated_features import GeneratedFeatures
+    from vpm_jax.benchmark.limits import describe, limits
+    from vpm_jax.data.sources import load_test_set
+    from vpm_jax.data.split import join
+
+    here, config = describe(), prepared(config)
+    config.data.root = args.root or ""
+    dataset = load_test_set(config.data) if args.root else generated.dataset(args.queries, args.gallery)
+    nobody = generated.split("gallery", args.distractors)
+    gallery = join(evaluation.ranked(dataset.gallery), replace(nobody, identity=np.zeros_like(nobody.identity)))
+    dataset = replace(dataset, gallery=gallery)
+    source = GeneratedFeatures(config, args.channels)
+    # The precision of `region_distance`.
+    amounts, work = limits("float32", "highest")
+    peak = amounts["matmul"] / best(partial(work["matmul"], 1), clock=args.clock)
+    before = parallel.peak_memory()
+    timed, results = clocked(lambda: evaluation.evaluate(source, {}, dataset))
+    after, seconds = parallel.peak_memory(), timed[args.clock]
+
+    few = replace(dataset, query=dataset.query.take(np.arange(min(CHECKED, len(dataset.query)))))
+    difference = check(source, few, evaluation.evaluate(source, {}, few))
+    regions, gammas = config.model.grid[0] * config.model.grid[1], len(config.eval.gammas)
+    pairs = gammas * len(dataset.query) * len(gallery)
+    bytes_of = {"features": 4 * len(gallery) * regions * args.channels, "distances": 4 * pairs}
+    sizes = " and ".join(f"{name} {count / 2**30:.3g} GiB" for name, count in bytes_of.items())
+    lines = [
+        f"{len(dataset.query):,} queries of {dataset.name} at {gammas} gammas, {len(gallery):,} gallery images, "
+        f"{args.distractors:,} of them distractors; generated features of {regions} x {args.channels} float32, on "
+        f"{here['device']}.",
+        f"The metrics of {len(few.query)} queries differ by {difference:.1e} from those of a plain evaluator.",
+        f"Peak memory: {before:.2f} GiB before, {after:.2f} GiB after. As a whole, the gallery's {sizes}.",
+        "Rank-1 / mAP, of generated features: "
+        + ", ".join(f"{100 * r['cmc'][0]:.1f} / {100 * r['mAP']:.1f}" for r in results.values())
+        + ".",
+    ]
+    limit_is = f"matmul at {peak / 1e9:,.0f} GFLOP/s"
+    limit = pairs * 2 * regions * args.channels / peak
+    rows = [
+        Row("distractors: whole evaluation", seconds, "s", limit, limit_is),
+        Row("distractors: pairs", pairs / seconds, "pairs/s", pairs / limit, limit_is),
+    ]
+    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())
