@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(source: FeatureSource, dataset: Dataset, results: Results) -> float:
     """The largest difference from the metrics of all distances by Eq. 4 in float64, ranked by sorting."""
     from vpm_jax.description import CroppedSplit
-    from vpm_jax.runs.logs import Progress
+    from vpm_jax.progress import Progress
 
     query, gallery = dataset.query, dataset.gallery
     stops = range(CHUNK, len(gallery), CHUNK)

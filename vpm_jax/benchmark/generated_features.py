@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vpm_jax.benchmark.matching import images
 from vpm_jax.data.split import Split
 from vpm_jax.description import CroppedSplit, Description, FeatureSource, Variables
-from vpm_jax.runs.logs import Progress
+from vpm_jax.progress import Progress
 
 DIFFERENT = 2048  # images, which are repeated with their channels shifted
 
