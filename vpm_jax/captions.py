@@ -162,7 +162,7 @@ def title(record: Record, seeds: str = "") -> str:
         ", ".join(words for words, holds in settings.items() if holds),
         *(text.removesuffix(".") for text in comparability(record.get("not_comparable", ()))),
     ]
-    return "\n".join(textwrap.fill(part, 105) for part in parts if part)
+    return "\n".join(textwrap.fill(part, 92) for part in parts if part)
 
 
 def _queries(record: Record) -> tuple[str, str]:

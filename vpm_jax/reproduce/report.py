@@ -107,8 +107,8 @@ def ingredients(output: Path, cells: Mapping[Cell, Run], results: Results) -> tu
     if len(gained) > 1:
         seeds = plots.count_seeds([len(row["seeds"]) for row in gained])
         done = tables.about(run, results[rows[0]["runs"][0]])
-        title = f"gains over {paper.title(paper.method_of(run.config))}, mean over gammas"
-        figures.gains(output / "parts.png", rows, f"{captions.title(done, seeds)}\n{title}")
+        title = f"Gains over {paper.title(paper.method_of(run.config))}, mean over gammas"
+        figures.gains(output / "parts.png", rows, f"{title}\n{captions.title(done, seeds)}")
         lines += ["![Gain of each ingredient](parts.png)", ""]
     return rows, lines
 
