@@ -28,6 +28,7 @@ LAZY = {
     "vpm_jax.reproduce": "plans and tables are printed without JAX",
     "vpm_jax.runs.logs": "trackers are optional",
     "vpm_jax.search": "the store is used without the command",
+    "vpm_jax.threshold": "loader processes import the main module again",
     "vpm_jax.train": "loader processes import the main module again",
 }
 WITHOUT_JAX = ("data", "regions", "geometry", "schedule", "keys")
@@ -37,6 +38,7 @@ COMMANDS = [
     for name in [
         "train",
         "evaluate",
+        "threshold",
         "report",
         "export",
         "convert",

@@ -13,6 +13,7 @@ from vpm_jax.errors import UserError
 COMMANDS = {
     "train": "train a model or resume a run, then evaluate it",
     "evaluate": "evaluate a run again, also on another dataset",
+    "threshold": "measure which distance means the same person, by gamma",
     "report": "write one HTML page about a run, or one ranked list as a figure",
     "search": "index a folder of images and rank it for a partial query",
     "reproduce": "train the models of the paper's tables and figures, and compare the numbers",

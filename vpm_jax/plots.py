@@ -224,6 +224,31 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
     save(figure, path, dpi=160)
 
 
+def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """ROC and DET curves, and the rates over the threshold, of what `thresholds.measure` returns; a line a gamma."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    roc, det, rates = figure.subplots(1, 3)
+    for number, (gamma, measured) in enumerate(gammas.items()):
+        color = colormaps["viridis"](number / max(1, len(gammas)))
+        curve = {name: np.array(values) for name, values in measured["curve"].items()}
+        true, false = curve["true_match_rate"], curve["false_match_rate"]
+        seen = false > 0
+        label = f"gamma {float(gamma):g}"
+        roc.plot(false[seen], true[seen], color=color, label=label)
+        det.plot(false[seen], np.maximum(1 - true[seen], 1e-4), color=color, label=label)
+        rates.plot(curve["distance"], 1 - true, color=color, label=label)
+        rates.plot(curve["distance"], false, color=color, linestyle=_DASHED["linestyle"])
+    roc.set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1), xlabel="false match rate", ylabel="true match rate", title="ROC")
+    det.set(xscale="log", yscale="log", xlim=(1e-4, 1), xlabel="false match rate", ylabel="false non-match rate")
+    det.set(title="DET")
+    rates.set(xlabel="threshold (distance)", ylim=(0, 1), title="false non-match (lines), false match (dashed)")
+    for axes in (roc, det, rates):
+        axes.grid(alpha=0.3)
+    roc.legend(**_LEGEND)
+    figure.suptitle(title, fontsize=9)
+    save(figure, path, 120)
+
+
 def _legend_below(figure: Figure, entries: Mapping[str, Any]) -> None:
     columns = min(len(entries), 4)
     figure.legend(

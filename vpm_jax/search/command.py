@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,15 @@ import numpy as np
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
-from vpm_jax.description import unfamiliar_parts
+from vpm_jax.description import Description, unfamiliar_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
 from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops, visible_heights
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES, describe, list_images
-from vpm_jax.search.ranking import Ranking, crop_folder, region_numbers, stored_crops
+from vpm_jax.search.ranking import Limits, Ranking, crop_folder, region_numbers, stored_crops
 from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
+from vpm_jax.thresholds import RATES, Thresholds
 
 _COMMIT_SECONDS = 5.0  # the most work that a kill loses
 
@@ -78,6 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cli.add_model(querying)
     querying.add_argument("--top", type=_positive, default=20, help="number of images to rank (default: %(default)s)")
+    limit = querying.add_mutually_exclusive_group()
+    limit.add_argument("--max-distance", type=float, metavar="D", help="show only images nearer than this")
+    limit.add_argument(
+        "--false-match-rate",
+        type=float,
+        choices=RATES,
+        metavar="RATE",
+        help="show only images nearer than the distance that python -m vpm_jax.threshold measured for this rate and "
+        f"for what the query shows: {', '.join(f'{rate:g}' for rate in RATES)}",
+    )
+    querying.add_argument(
+        "--thresholds",
+        type=cli.path,
+        metavar="FILE",
+        help="of --false-match-rate (default: the run's thresholds.json)",
+    )
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
     for argument in sys.argv[1:] if argv is None else argv:
@@ -90,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
-    return query(args.images, args.index, model, args.top, args.json, args.html)
+    limit_settings = args.max_distance, args.false_match_rate, args.thresholds
+    return query(args.images, args.index, model, args.top, args.json, args.html, *limit_settings)
 
 
 def _positive(text: str) -> int:
@@ -242,8 +261,14 @@ def query(
     top: int = 20,
     json_file: str | None = None,
     html_file: Path | None = None,
+    max_distance: float | None = None,
+    false_match_rate: float | None = None,
+    thresholds: Path | None = None,
 ) -> int:
     """Prints and writes the ranking of the store for each query image; returns the exit code.
+
+    Only images nearer than `max_distance` are results, or than the distance that `thresholds` (a file, by default that
+    in the run's workdir) holds for `false_match_rate` and the visible height of the query.
 
     Raises:
       UserError: for an image that cannot be read, or a store that is damaged, empty or of another model.
@@ -256,9 +281,15 @@ def query(
         raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
     with ThreadPoolExecutor(1) as pool:
         verification = pool.submit(store.verify)  # while the model loads
-        model = VPM.load(model_path or _model_of(store, store_folder))
+        model_path = model_path or _model_of(store, store_folder)
+        model = VPM.load(model_path)
         verification.result()
-    rankings = ranking_lib.search(model, store, images, top)
+    limits: Limits | None = None
+    if max_distance is not None:
+        limits = partial(_constant, max_distance)
+    elif false_match_rate is not None:
+        limits = _limits(model, store, thresholds or model_path / "thresholds.json", false_match_rate)
+    rankings = ranking_lib.search(model, store, images, top, limits)
     if json_file:
         text = json.dumps(ranking_lib.record(model, store, rankings), indent=1, allow_nan=False) + "\n"
         if json_file == "-":
@@ -282,8 +313,34 @@ def query(
                 )
     empty = [ranking for ranking in rankings if not ranking.results]
     for ranking in empty:
-        print(f"{ranking.path} shares no visible region with any image: there is nothing to rank.", file=sys.stderr)
+        print(f"{printable(ranking.path)} {ranking_lib.nothing(ranking)}.", file=sys.stderr)
     return cli.INCOMPLETE if empty else 0
+
+
+def _constant(limit: float, queries: Description) -> list[float]:
+    return [limit] * len(queries)
+
+
+def _limits(model: VPM, store: Store, path: Path, false_match_rate: float) -> Limits:
+    """The thresholds of queries for a false match rate, by how much of a person each shows."""
+    if stored_crops(store):
+        raise UserError(
+            f"{store.folder} has crops, and thresholds are measured with whole images: use --max-distance, or an index "
+            "without --crops."
+        )
+    measured = Thresholds.read(path, model.fingerprint, model.config.match)
+
+    def limits(queries: Description) -> list[float]:
+        top, bottom = visible_heights(queries.region_maps, model.grid).T
+        found = [measured.distance(gamma, false_match_rate) for gamma in bottom - top]
+        if None in found:
+            raise UserError(
+                f"{path} has too few pairs for a false match rate of {false_match_rate:g}: choose a larger rate, or "
+                "measure on more images."
+            )
+        return [distance for distance in found if distance is not None]
+
+    return limits
 
 
 def _print(rankings: list[Ranking], numbering: str) -> None:

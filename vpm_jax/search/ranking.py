@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from vpm_jax.search.store import Entry, Store
 # A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
 # scores of 0 are rare.
 _VISIBLE = 1 / 3
+
+
+Limits = Callable[[Description], Sequence[float]]  # of queries: the distance below which an image is a result
 
 
 class Result(NamedTuple):
@@ -43,8 +46,10 @@ class Ranking(NamedTuple):
 
     path: Path
     query: Description
-    results: list[Result]  # nearest first, without images that share no region
+    results: list[Result]  # nearest first, without images that share no region or are beyond the limit
     crop: GalleryCrop = UNCUT  # the gallery crop that the query was compared with
+    limit: float = np.inf  # the distance from which on an image does not show the same person
+    nearest: float = np.inf  # the distance of the nearest image, within the limit or not
 
     @property
     def visible(self) -> np.ndarray:
@@ -74,16 +79,24 @@ def crop_folder(store: Path, crop: GalleryCrop) -> Path:
     return store / str(crop).replace(" ", "-")
 
 
-def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[Ranking]:
+def search(
+    model: VPM,
+    store: Store,
+    images: Sequence[Path],
+    top: int,
+    limits: Limits | None = None,
+) -> list[Ranking]:
     """Ranks the `top` nearest images of the store for each query image, with per-region distances.
 
-    If the store has crops, each query is compared with the crop closest to it (`description.route`).
+    If the store has crops, each query is compared with the crop closest to it (`description.route`). `limits` gives the
+    distance, for each query, below which an image is a result.
 
     Raises:
       UserError: for an image that cannot be read, a store of another model, or a damaged store of a crop.
     """
     store.check_model(model.fingerprint, model.source)
     queries = model.features(list(images))
+    limit = [np.inf] * len(queries) if limits is None else limits(queries)
     crops = [UNCUT, *(crop for crop, complete in stored_crops(store).items() if complete)]
     root = store.path("folder") or Path()
     rankings: dict[int, Ranking] = {}
@@ -94,7 +107,9 @@ def search(model: VPM, store: Store, images: Sequence[Path], top: int) -> list[R
             gallery.check_model(model.fingerprint, model.source)
             gallery.verify()
         for row, results in zip(rows, _results(model, gallery, queries[rows], top, root), strict=True):
-            rankings[int(row)] = Ranking(images[row], queries[row], results, crop)
+            within = [result for result in results if result.distance < limit[row]]
+            nearest = min((result.distance for result in results), default=np.inf)
+            rankings[int(row)] = Ranking(images[row], queries[row], within, crop, limit[row], nearest)
     return [rankings[row] for row in range(len(images))]
 
 
@@ -144,6 +159,7 @@ def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
                 "visibility": rounded(ranking.query.visibility[0]),
                 "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
                 "compared_with": str(ranking.crop),
+                "max_distance": None if np.isinf(ranking.limit) else ranking.limit,
                 "results": [
                     {
                         "rank": rank,
@@ -167,6 +183,13 @@ def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
 def compared_with(ranking: Ranking) -> str:
     """The gallery crop of a ranking in words; "" for whole images."""
     return "" if ranking.crop == UNCUT else f"; compared with the {ranking.crop} of every image"
+
+
+def nothing(ranking: Ranking) -> str:
+    """Why a ranking has no results."""
+    if np.isinf(ranking.nearest):
+        return "shares no visible region with any image: there is nothing to rank"
+    return f"is nobody here: the nearest image is at {ranking.nearest:.3f}, and the threshold is {ranking.limit:.3f}"
 
 
 def numbering(grid: RegionGrid) -> str:
@@ -199,9 +222,10 @@ def _section(ranking: Ranking, columns: int) -> str:
     if ranking.results:
         longest = max(float(result.region_distance.max()) for result in ranking.results)
         cards = [_card(rank, result, longest, columns) for rank, result in enumerate(ranking.results, 1)]
-        body += f"<h3>{len(cards)} nearest</h3>\n" + html.row(cards, wide=True)
+        limit = "" if np.isinf(ranking.limit) else f" below a distance of {ranking.limit:.3f}"
+        body += f"<h3>{len(cards)} nearest{limit}</h3>\n" + html.row(cards, wide=True)
     else:
-        body += "<p>It shares no visible region with any image: there is nothing to rank.</p>"
+        body += f"<p>The query {nothing(ranking)}.</p>"
     return html.section(name, body)
 
 

@@ -1,0 +1,180 @@
+"""Error rates of thresholds against loops over all pairs, the command, and searches that use its file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from raising import raises
+from tiny_runs import rendered
+
+from vpm_jax import threshold
+from vpm_jax.errors import UserError
+from vpm_jax.search import command as search
+from vpm_jax.verification import BINS, Pairs
+
+Q, G = 40, 90
+
+
+@pytest.fixture
+def example():
+    """Distances on the grid of thresholds (so that counting is exact), labels, and some pairs without a region."""
+    random = np.random.default_rng(0)
+    ids, gallery_ids = random.integers(1, 8, Q), random.integers(0, 8, G)
+    cameras, gallery_cameras = random.integers(0, 3, Q), random.integers(0, 3, G)
+    near = (ids[:, None] == gallery_ids) * random.integers(0, BINS // 2, (Q, G))
+    distance = (random.integers(BINS // 2, BINS, (Q, G)) - near // 1) * (2 / BINS)
+    distance[random.random((Q, G)) < 0.02] = np.inf
+    return distance.astype(np.float32), ids, gallery_ids, cameras, gallery_cameras
+
+
+def pairs_of(example) -> tuple[list[float], list[float]]:
+    """(same, different) distances, one pair after the other."""
+    distance, ids, gallery_ids, cameras, gallery_cameras = example
+    same, different = [], []
+    for q in range(Q):
+        for g in range(G):
+            if ids[q] != gallery_ids[g]:
+                different.append(distance[q, g])
+            elif cameras[q] != gallery_cameras[g]:
+                same.append(distance[q, g])
+    return same, different
+
+
+def counted(example) -> Pairs:
+    distance, ids, gallery_ids, cameras, gallery_cameras = example
+    pairs = Pairs(ids, gallery_ids, cameras, gallery_cameras, 2.0)
+    for rows in (np.arange(0, Q, 2), np.arange(1, Q, 2)):  # in blocks
+        pairs.add(distance[rows, :50], rows, slice(0, 50))
+        pairs.add(distance[rows, 50:], rows, slice(50, G))
+    return pairs
+
+
+def test_rates_are_those_of_a_loop_over_pairs(example):
+    same, different = pairs_of(example)
+    pairs = counted(example)
+    assert pairs.count == {"same": len(same), "different": len(different)}
+    true, false = pairs.curve()
+    for at in range(0, BINS, 97):
+        assert true[at] == np.mean(np.array(same) < pairs.thresholds[at])
+        assert false[at] == np.mean(np.array(different) < pairs.thresholds[at])
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.1, 0.01])
+def test_a_threshold_keeps_its_false_match_rate(example, rate):
+    same, different = pairs_of(example)
+    distance, true = counted(example).true_match_rate(rate)
+    assert np.mean(np.array(different) < distance) <= rate
+    assert np.mean(np.array(different) < distance + 2 / BINS) > rate  # the next one would not
+    assert true.value == np.mean(np.array(same) < distance)
+    assert true.low <= true.value <= true.high and true.low < true.high
+
+
+def test_a_rate_that_no_pair_determines_is_unknown(example):
+    distance, true = counted(example).true_match_rate(1e-4)
+    assert np.isnan(distance) and np.isnan(true.value)
+
+
+def test_equal_error_rate(example):
+    same, different = pairs_of(example)
+    error = counted(example).equal_error_rate()
+    candidates = np.unique([*same, *different])
+    rejected = [np.mean(np.array(same) >= t) for t in candidates]
+    accepted = [np.mean(np.array(different) < t) for t in candidates]
+    at = np.argmin(np.abs(np.subtract(rejected, accepted)))
+    np.testing.assert_allclose(error.value, (rejected[at] + accepted[at]) / 2, atol=1e-3)
+
+
+def test_open_set_identification(example):
+    distance, ids, gallery_ids, cameras, gallery_cameras = example
+    threshold, found = counted(example).identification_rate(0.1)
+    alarms, right, total = 0, 0, 0
+    for q in range(Q):
+        mate = (gallery_ids == ids[q]) & (gallery_cameras != cameras[q])
+        if not mate.any():
+            continue
+        total += 1
+        others = distance[q][gallery_ids != ids[q]].min()
+        alarms += others < threshold
+        right += distance[q][mate].min() < min(others, threshold)
+    assert alarms / total <= 0.1
+    assert found.value == right / total
+
+
+def test_intervals_are_wider_by_identity_than_by_pair():
+    """Ten people, each either always or never recognized: a hundred pairs say no more than ten."""
+    ids = np.repeat(np.arange(1, 11), 10)
+    distance = np.where(ids[:, None] == ids, np.where(ids[:, None] <= 5, 0.1, 1.9), 1.0).astype(np.float32)
+    pairs = Pairs(ids, ids, None, None, 2.0)
+    pairs.add(distance)
+    _, true = pairs.true_match_rate(0.01)
+    assert true.value == 0.5
+    assert true.high - true.low > 0.4  # by pair: 0.06
+
+
+@pytest.fixture(scope="module")
+def measured(whole, pedestrians, tmp_path_factory):
+    """A copy of the tiny run with its thresholds."""
+    workdir = shutil.copytree(whole, tmp_path_factory.mktemp("thresholds") / "run")
+    assert threshold.main(["--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_the_command_says_what_its_thresholds_are_of(measured):
+    record = json.loads((measured / "thresholds.json").read_text())
+    assert list(record["gammas"]) == ["0.5", "1.0"]
+    assert record["gammas"]["0.5"]["pairs"]["same"] > 0
+    text = (measured / "thresholds.md").read_text()
+    assert text.startswith("Recipe synthetic, seed 0, 11 steps, trained and evaluated on")
+    assert "| gamma | equal error rate |" in text
+    assert (measured / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def store(measured, pedestrians, tmp_path_factory):
+    """An index of the gallery, and a query."""
+    folder = rendered(pedestrians)
+    store = tmp_path_factory.mktemp("store") / "store"
+    arguments = ["index", folder / "bounding_box_test", "--index", store, "--workdir", measured]
+    assert search.main(list(map(str, arguments))) == 0
+    return store, next((folder / "query").glob("*.jpg"))
+
+
+def results(store, query, tmp_path, *arguments) -> tuple[int, dict]:
+    file = tmp_path / "ranking.json"
+    code = search.main(["query", str(query), "--index", str(store), "--json", str(file), *arguments])
+    return code, json.loads(file.read_text())["queries"][0]
+
+
+def test_a_search_keeps_what_is_near_enough(measured, store, tmp_path, capsys):
+    _, everyone = results(*store, tmp_path)
+    limit = (everyone["results"][2]["distance"] + everyone["results"][3]["distance"]) / 2
+    code, near = results(*store, tmp_path, f"--max-distance={limit}")
+    assert code == 0 and near["max_distance"] == limit
+    assert near["results"] == everyone["results"][:3]
+    assert everyone["max_distance"] is None
+
+    code, nobody = results(*store, tmp_path, "--max-distance=0")
+    assert code == 3 and nobody["results"] == []
+    said = r"\.jpg is nobody here: the nearest image is at \d\.\d+, and the threshold is 0\.000"
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path):
+    record = json.loads((measured / "thresholds.json").read_text())
+    _, found = results(*store, tmp_path, "--false-match-rate=0.1")
+    distances = [measured["verification"]["0.1"]["distance"] for measured in record["gammas"].values()]
+    assert found["max_distance"] in distances
+
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(record | {"model": "0" * 16}))
+    with raises("other-model"):
+        results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
+    other.write_text("{}")
+    with pytest.raises(UserError, match="holds no thresholds"):
+        results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
+    with pytest.raises(UserError, match=r"too few pairs for a false match rate of 0\.0001"):
+        results(*store, tmp_path, "--false-match-rate=0.0001")
