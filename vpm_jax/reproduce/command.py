@@ -59,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ---- Plan --------------------------------------------------------------------------------------------
     count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
     print(f"{count} for {', '.join(exhibits)} on {dataset}, scale {scale}: {len(done)} already finished")
+    if args.plan and missing and dataset != "synthetic":  # synthetic pedestrians would be rendered
+        try:
+            without_data(missing[:1], training=True)
+        except UserError as error:
+            print(f"They cannot start yet: {error}")
     if missing and not args.report:
         print(estimate.describe(missing, args.results, args.workdirs))
     for reason in dict.fromkeys(unfinished.values()):
         print(f"{sum(r == reason for r in unfinished.values())} of them {reason.removeprefix('is ')}")
     if args.plan:
-        if missing and dataset != "synthetic":
-            try:
-                without_data(missing[:1], training=True)
-            except UserError as error:
-                print(f"They cannot start yet: {error}")
         return 0
     if args.report:
         unfinished |= {run.name: "has not finished" for run in missing}
