@@ -293,9 +293,9 @@ def test_real_market():
     assert set(data.train.camera) == set(data.query.camera) == {1, 2, 3, 4, 5, 6}
     if data.multi_query is not None:  # Market-1501-v15.09.15 has gt_bbox
         assert len(data.multi_query) == 12688
-        names = [name.partition("/")[2] for name in data.multi_query.names]
-        for name, group in zip(data.query.names, boxes(data.query, data.multi_query), strict=True):
-            assert name.partition("/")[2] in [names[i] for i in group]
+        images, groups, group_of_query = boxes(data.query, data.multi_query)
+        found = {(name.partition("/")[2], group) for name, group in zip(images.names, groups, strict=True)}
+        assert {(n.partition("/")[2], g) for n, g in zip(data.query.names, group_of_query, strict=True)} <= found
     held = load_dataset(config(root, holdout=100))
     assert held.train.num_identities == 651 and len(np.unique(held.query.identity)) == 100
     assert len(held.train) + len(held.query) + len(held.gallery) == 12936
