@@ -19,7 +19,7 @@ from jaxtyping import Float
 from vpm_jax.arrays import AnyArray
 from vpm_jax.geometry import STEMS
 from vpm_jax.models import cpu
-from vpm_jax.models.batch_norm import BatchNorm
+from vpm_jax.models.batch_norm import BatchNorm, add_relu
 
 STAGE_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK = {10: False, 18: False, 34: False, 50: True, 101: True}
@@ -169,13 +169,11 @@ class Block(nn.Module):
         y = x
         for i, (channels, size, stride) in enumerate(layers, 1):
             y = self.conv(channels, size, stride, name=f"conv{i}")(y)
-            y = self.norm(name=f"bn{i}")(y)
-            if i < len(layers):
-                y = nn.relu(y)
+            y = self.norm(name=f"bn{i}")(y, relu=i < len(layers))
         if x.shape != y.shape:
             x = self.conv(out, 1, self.stride, name="conv_shortcut")(x)
             x = self.norm(name="bn_shortcut")(x)
-        return nn.relu(x + y)
+        return add_relu(x, y)
 
 
 class ResNet(nn.Module):
@@ -213,7 +211,7 @@ class ResNet(nn.Module):
         x = jnp.asarray(x, self.dtype)
         size, stride = STEMS[self.stem]
         x = conv(self.width, size, stride, name="conv_stem")(x)
-        x = stages["stem"] = nn.relu(norm(name="bn_stem")(x))
+        x = stages["stem"] = norm(name="bn_stem")(x, relu=True)
         if self.stem == "7x7":
             x = max_pool(x)
         strides = (*self.strides, self.last_stride)
