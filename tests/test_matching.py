@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import Mesh
 from plain_matching import example, reference
 
-from vpm_jax import matching
+from vpm_jax import Description, matching
+from vpm_jax.config import default
 from vpm_jax.matching import match_visibility, region_distance, top_k
 
 
@@ -212,3 +213,49 @@ def test_match_visibility():
     assert match_visibility(scores, "soft").dtype == np.float32
     with pytest.raises(ValueError, match="'hard' is not one of soft"):
         match_visibility(scores, "hard")
+
+
+# ---- One vector per image ----
+
+
+def test_an_embedding_is_eq_4_where_images_show_the_same():
+    features, weight, others, _ = example()
+    same = np.broadcast_to(weight[:1], (len(others), weight.shape[1]))
+    inner = matching.embedding(features, same[: len(features)]) @ matching.embedding(others, same).T
+    expected = reference(features, same[: len(features)], others, same, squared=True)
+    np.testing.assert_allclose(2 - 2 * inner, expected, atol=1e-5)
+
+
+def test_an_embedding_ranks_whole_images_like_eq_4():
+    features, weight, others, _ = example()
+    whole = np.full((len(others), weight.shape[1]), 3.0, np.float32)
+    inner = matching.embedding(features, weight) @ matching.embedding(others, whole).T
+    expected = reference(features, weight, others, whole, squared=True)
+    np.testing.assert_array_equal(np.argsort(-inner, axis=1), np.argsort(expected, axis=1))
+
+
+def test_embeddings_are_unit_vectors_and_nothing_is_zero():
+    features, weight, _, _ = example()
+    weight[0] = 0
+    vectors = matching.embedding(features, weight)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(features), features[0].size)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0] + [1] * (len(features) - 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("visibility", ["soft", "saturated", "uniform"])
+def test_matching_by_vectors_is_their_distance(visibility):
+    features, weight, others, other_weight = example()
+    other_weight[2] = 0
+    match = default().match
+    match.vector, match.visibility = True, visibility
+    query, gallery = Description(features, weight), Description(others, other_weight)
+    distance = matching.pairwise_distance(match, query, gallery)
+    vectors = [
+        matching.embedding(x.features, matching.match_visibility(x.visibility, visibility)) for x in (query, gallery)
+    ]
+    expected = np.linalg.norm(vectors[0][:, None] - vectors[1], axis=-1)
+    expected[:, 2] = np.inf if visibility != "uniform" else expected[:, 2]
+    np.testing.assert_allclose(distance, expected, atol=1e-5)
+    nearest, index = matching.nearest(match, query, gallery, 3)
+    np.testing.assert_array_equal(index, np.argsort(expected, axis=1, kind="stable")[:, :3])
+    np.testing.assert_allclose(nearest, np.sort(expected, axis=1)[:, :3], atol=1e-5)

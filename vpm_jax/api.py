@@ -36,7 +36,7 @@ from vpm_jax.description import Describer, Description, Variables, check_finite,
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import covered
 from vpm_jax.keys import FEATURES, keys_with
-from vpm_jax.matching import pairwise_distance, pairwise_shares
+from vpm_jax.matching import embedding, match_visibility, pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
@@ -287,6 +287,18 @@ class VPM:
           UserError: as `match`.
         """
         return pairwise_shares(self.config.match, self._described(query), self._described(gallery))
+
+    def embedding(self, images: Description | Images) -> np.ndarray:
+        """One vector of unit length per image, float32 [N, P * C], for vector databases, trackers and FAISS.
+
+        An inner product of two is larger the more similar the images are; `matching.embedding` derives how it relates
+        to the distance of `match`, and when the two rank alike. Images are described first.
+
+        Raises:
+          UserError: as `match`.
+        """
+        described = self._described(images)
+        return embedding(described.features, match_visibility(described.visibility, self.config.match.visibility))
 
     def _described(self, images: Description | Images) -> Description:
         description = images if isinstance(images, Description) else self.features(images)

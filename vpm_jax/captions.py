@@ -54,6 +54,7 @@ def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]
         (config.eval.same_camera == "keep", "images of a query's own camera are ranked"),
         (config.eval.multi_query, "each query stands for several boxes"),
         (config.match.rerank, "distances are re-ranked"),
+        (config.match.vector, "images are compared as single vectors"),
         (config.match.gallery_gammas, "the gallery is also cropped"),
         (config.data.distractors, "the gallery has more distractors"),
     ]
@@ -137,7 +138,8 @@ def matching(match: Mapping[str, Any]) -> str:
     gammas = ", ".join(f"{gamma:g}" for gamma in match.get("gallery_gammas", ()))
     crops = f"; the gallery also cropped to {gammas}, each query compared with the closest crop" * bool(gammas)
     squared = "squared " * match["squared"]
-    return f"Eq. 4, {match['visibility']} visibility, {squared}distances{features}{reranked}{crops}"
+    equation = "one vector per image instead of Eq. 4" if match.get("vector") else "Eq. 4"
+    return f"{equation}, {match['visibility']} visibility, {squared}distances{features}{reranked}{crops}"
 
 
 def comparability(reasons: Any) -> list[str]:

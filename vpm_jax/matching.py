@@ -60,8 +60,9 @@ def pairwise_distance(match: ConfigDict, query: Described, gallery: Described) -
 def pairwise_shares(
     match: ConfigDict, query: Described, gallery: Described
 ) -> tuple[Float32[np.ndarray, "q g p"], Float32[np.ndarray, "q g p"]]:
-    """The per-region terms of `pairwise_distance`: see `local_distances`."""
-    return local_distances(*_weighted(match, query), *_weighted(match, gallery), match.squared)
+    """The per-region terms of `pairwise_distance` without match.vector: see `local_distances`."""
+    weights = (match_visibility(images.visibility, match.visibility) for images in (query, gallery))
+    return local_distances(query.features, next(weights), gallery.features, next(weights), match.squared)
 
 
 def nearest(
@@ -72,8 +73,56 @@ def nearest(
 
 
 def _weighted(match: ConfigDict, images: Described) -> tuple[Any, np.ndarray]:
-    """(features, the visibility weights that config.match asks for)."""
-    return images.features, match_visibility(images.visibility, match.visibility)
+    """(features, the visibility weights that config.match asks for); with match.vector, of a single region."""
+    weight = match_visibility(images.visibility, match.visibility)
+    if not match.vector:
+        return images.features, weight
+    return _Vectors(images.features, weight), np.asarray(weight.any(axis=1, keepdims=True), np.float32)
+
+
+def embedding(features: Float[Any, "n p c"], weight: Real[Any, "n p"]) -> Float32[np.ndarray, "n d"]:
+    """One unit vector per image, for tools that compare images by an inner product: (C[1] f[1], ..., C[P] f[P]) / |C|.
+
+    For unit features and the squared local distances of Eq. 4, D = 2 - 2 S with
+
+      S[k, l] = sum_i C[k, i] C[l, i] f[k, i].f[l, i]  /  sum_i C[k, i] C[l, i].
+
+    The numerator is the inner product of the vectors before they are divided by |C|. The denominator is C[k].C[l] =
+    |C[k]| |C[l]| cos(C[k], C[l]), of which only the lengths belong to one image each. Hence e[k].e[l] =
+    S[k, l] cos(C[k], C[l]): exact for images that show the same regions equally. Among gallery images with equal
+    visibility, such as whole ones, the cosine is the same for all, and the ranking is that of squared Eq. 4. Otherwise,
+    images that show other regions than the query rank lower.
+
+    Args:
+      features: region features of unit length.
+      weight: of each region, at least 0; see `match_visibility`.
+
+    Returns:
+      The vectors, d = P C; zero for an image that shows no region.
+    """
+    weight = np.asarray(weight, np.float32)
+    length = np.linalg.norm(weight, axis=1, keepdims=True)
+    share = np.divide(weight, length, out=np.zeros_like(weight), where=length > 0)
+    return (np.asarray(features, np.float32) * share[..., None]).reshape(len(weight), -1)
+
+
+class _Vectors:
+    """The embeddings of images as the features of one region, float32 [N, 1, D], computed a slice at a time."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, features: Any, weight: np.ndarray):
+        self._features, self._weight = features, weight
+        self.shape = len(weight), 1, int(np.prod(np.shape(features)[1:]))
+
+    def __len__(self) -> int:
+        return len(self._weight)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return embedding(self._features[rows], self._weight[rows])[:, None]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
 
 
 def match_visibility(

@@ -127,7 +127,7 @@ class Thresholds(NamedTuple):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found = cls(path, record["model"], record["gammas"])
-            measured = {key: record["match"][key] for key in ("squared", "visibility")}
+            measured = {key: record["match"][key] for key in ("squared", "visibility", "vector")}
             _ = [found.distance(gamma, rate) for gamma in map(float, found.gammas) for rate in RATES]
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {_AGAIN}.") from None
