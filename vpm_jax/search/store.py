@@ -228,10 +228,12 @@ def _read_about(folder: Path) -> About:
         if version == VERSION:
             about = About(**values)
             numbers = (about.regions, about.channels, about.count + 1, about.generation + 1, about.names_bytes + 1)
+            if not all(type(number) is int for number in (*numbers, *about.checksums.values())):
+                raise ValueError("numbers that are not whole")
             if min(numbers) < 1 or about.dtype not in DTYPES or not isinstance(about.extra, dict):
                 raise ValueError("values out of range")
             return about
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
     raise UserError(f"{folder} is a feature store of format {version}, this program reads format {VERSION}: {_AGAIN}")
 
