@@ -1,6 +1,6 @@
 """Throws damaged files, random values and random objects at every door of the package, and counts what comes of it.
 
-    python tests/hostile.py --cases 10000 --jobs 2 --table docs/results/survival.md
+    python tests/hostile.py --cases 10000 --jobs 2 --page docs/results/survival.md
     python tests/hostile.py --doors npz --case 123          # one case again, with its traceback
 
 A door reads an intact input once; that is the right answer. A case damages the input and reads it again:
@@ -733,7 +733,7 @@ def main() -> int:
     parser.add_argument("--case", help="only this case of each door")
     parser.add_argument("--seconds", type=float, default=30, help="for one case")
     parser.add_argument("--jobs", type=int, default=1, help="doors tried at once")
-    parser.add_argument("--table", type=Path, help="a Markdown file for the counts")
+    parser.add_argument("--page", type=Path, help="Markdown, whose lines after <!-- doors --> the counts replace")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
@@ -777,8 +777,10 @@ def main() -> int:
     for name, count in [*counts.items(), ("all", total)]:
         lines.append(f"| {name} | {count.total():,} | {' | '.join(f'{count[v]:,}' for v in VERDICTS)} |")
     print("\n" + "\n".join(lines))
-    if args.table:
-        args.table.write_text("\n".join(lines) + "\n")
+    if args.page:
+        before, _, rest = args.page.read_text().partition("<!-- doors -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        args.page.write_text("\n".join([before + "<!-- doors -->\n", *lines, "\n<!-- end -->" + after]))
     return int(any(total[verdict] for verdict in FAULTS))
 
 
