@@ -249,7 +249,7 @@ def test_a_finished_run_is_only_evaluated_again(whole, pedestrians, tmp_path):
     moved = shutil.copytree(rendered(pedestrians), tmp_path / "deep" / "moved")
     assert training.train(tiny_run(moved), workdir) == 0
     assert_same_run(workdir, whole)
-    assert (workdir / "data.json").read_text() == (whole / "data.json").read_text()
+    assert workdir_lib.read_data(workdir) == workdir_lib.read_data(whole)
     again, first = (json.loads((w / "evaluation.json").read_text()) for w in (workdir, whole))
     assert again["gammas"] == first["gammas"]
 
