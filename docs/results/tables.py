@@ -1,10 +1,11 @@
-"""Rewrites the tables of README.md and docs/results/README.md from the results committed beside this file.
+"""Rewrites the tables of README.md and of docs from the results committed beside this file.
 
     python docs/results/tables.py
 
-In both pages, the lines between <!-- table: NAME --> and <!-- end --> are the table NAME of TABLES. To add a row, add
+In these pages, the lines between <!-- table: NAME --> and <!-- end --> are the table NAME of TABLES. To add a row, add
 one entry: the name of its runs in `runs/` without their seed, or a folder here with the evaluation.json of a run.
-An entry without results is left out, so it may be listed before its run has finished.
+An entry without results is left out, so it may be listed before its run has finished. Programs compiled for other
+machines are in `elsewhere/`, each by `python -m vpm_jax.benchmark elsewhere ... --json FILE`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from vpm_jax import paper
+from vpm_jax.benchmark.report import number as benchmark_number
 from vpm_jax.comparison import measured, number, table
 
 RESULTS = Path(__file__).parent
-PAGES = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
+PAGES = (
+    RESULTS.parent.parent / "README.md",
+    RESULTS / "README.md",
+    RESULTS / "benchmark.md",
+    RESULTS.parent / "scaling.md",
+)
 # Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
 PARTIAL = {"partial_reid": "Partial-REID", "partial_ilids": "Partial-iLIDS"}
 PAPER = "the paper"
@@ -39,6 +46,28 @@ class Gains(NamedTuple):
     changes: str
 
 
+class Programs(NamedTuple):
+    """Compiled programs by title: files of `elsewhere/` without their suffix, and the figures that they show."""
+
+    files: Mapping[str, str]
+    figures: Mapping[str, str]  # {title: name in the file}
+
+
+_COUNTED = {
+    "memory, GiB": "memory of a device",
+    "GB moved": "bytes of a device",
+    "kernels": "kernels",
+    "collectives": "collectives",
+    "MB in them": "bytes of collectives",
+}
+_MODELLED = {
+    "moving bytes, ms": "  moving bytes",
+    "computing, ms": "  computing",
+    "launching, ms": "  launching kernels",
+    "collectives, ms": "  collectives",
+    "images/s": "rate, modelled",
+    "cores to load": "cores that load as fast",
+}
 _SMALL = "market1501-small"
 _ABLATIONS = (
     ("VPM", "vpm"),
@@ -49,7 +78,25 @@ _ABLATIONS = (
     ("MVPM-4: in neither", "mvpm-4"),
 )
 
-TABLES: Mapping[str, tuple[Row, ...] | Gains] = {
+TABLES: Mapping[str, tuple[Row, ...] | Gains | Programs] = {
+    "counted": Programs(
+        {
+            "H200, 64 images, before": "before-h200-64",
+            "H200, 64 images": "h200-64",
+            "H200, 256 images, before": "before-h200-256",
+            "H200, 256 images": "h200-256",
+            "8 x H200, 512 images": "h200x8-512",
+        },
+        _COUNTED,
+    ),
+    "modelled": Programs(
+        {
+            "H200, 64 images": "h200-64",
+            "H200, 256 images": "h200-256",
+            "8 x H200, 512 images": "h200x8-512",
+        },
+        _MODELLED,
+    ),
     "market": (
         Row("VPM, small network from scratch", f"{_SMALL}-vpm"),
         Row("same models, gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
@@ -173,12 +220,24 @@ def gains(tried: Gains) -> list[str]:
     return table([header, *(row for _, _, row in sorted(found))])
 
 
+def programs(asked: Programs) -> list[str]:
+    """Figures of compiled programs."""
+    body = []
+    for title, name in asked.files.items():
+        file = RESULTS / "elsewhere" / f"{name}.json"
+        if file.exists():
+            figures = {row["name"]: row["value"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+            body.append([title, *(benchmark_number(figures[figure]) for figure in asked.figures.values())])
+    return table([["", *asked.figures], *body])
+
+
 def rewrite(text: str) -> str:
     """A page with its tables as the results are now."""
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        lines = gains(asked) if isinstance(asked, Gains) else sweep(asked)
+        kinds = {Gains: gains, Programs: programs}
+        lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)

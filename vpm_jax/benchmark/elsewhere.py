@@ -1,10 +1,13 @@
-"""The training step compiled for another machine: whether it compiles, and its memory per device.
+"""The training step compiled for another machine: whether it compiles, its memory, and a model of its time.
 
     python -m vpm_jax.benchmark elsewhere --target v5e:4x4 --batch 1024 --config configs/market.py
     python -m vpm_jax.benchmark elsewhere --target h200 --devices 8 --config configs/market.py
 
 XLA can compile for a TPU slice or GPUs without having them, on Linux, with the library from `pip install '.[tpu]'` or
 '.[cuda]'. For GPUs, it chooses kernels and algorithms without autotuning.
+
+The model adds up what a device does one after another: moving the bytes of all kernels, computing, launching kernels
+and waiting for collectives. It assumes that a step reaches these fractions of the data sheet's numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from vpm_jax import cli
+from vpm_jax.benchmark import program
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed, random_batch
 from vpm_jax.benchmark.timing import clocked
@@ -36,24 +40,31 @@ class Chip:
     memory: float
     bfloat16: float
     float32: float
-    bandwidth: float = 0.0  # bytes/s; from here on only for GPUs
+    bandwidth: float  # of the memory, bytes/s
+    link: float  # to the other devices in each direction, bytes/s
+    launch: float = 0.0  # seconds of a kernel; from here on only for GPUs
     multiprocessors: int = 0
     capability: int = 0
     shared_memory: int = 0  # opt-in bytes per block
     cache: int = 0
 
 
+LAUNCH = 2.5e-6
 TPUS = {
-    "v4": Chip(32 * 2**30, 275e12, 275e12),
-    "v5e": Chip(16 * 2**30, 197e12, 197e12),
-    "v5p": Chip(95 * 2**30, 459e12, 459e12),
-    "v6e": Chip(32 * 2**30, 918e12, 918e12),
+    "v4": Chip(32 * 2**30, 275e12, 275e12, 1.2e12, 300e9),
+    "v5e": Chip(16 * 2**30, 197e12, 197e12, 0.819e12, 200e9),
+    "v5p": Chip(95 * 2**30, 459e12, 459e12, 2.765e12, 600e9),
+    "v6e": Chip(32 * 2**30, 918e12, 918e12, 1.6e12, 400e9),
 }
 GPUS = {
-    "a100": Chip(79 * 2**30, 312e12, 156e12, 2.04e12, 108, 8, 166_912, 40 * 2**20),
-    "h100": Chip(79 * 2**30, 989e12, 494e12, 3.35e12, 132, 9, 232_448, 50 * 2**20),
-    "h200": Chip(139 * 2**30, 989e12, 494e12, 4.8e12, 132, 9, 232_448, 50 * 2**20),
+    "a100": Chip(79 * 2**30, 312e12, 156e12, 2.04e12, 300e9, LAUNCH, 108, 8, 166_912, 40 * 2**20),
+    "h100": Chip(79 * 2**30, 989e12, 494e12, 3.35e12, 450e9, LAUNCH, 132, 9, 232_448, 50 * 2**20),
+    "h200": Chip(139 * 2**30, 989e12, 494e12, 4.8e12, 450e9, LAUNCH, 132, 9, 232_448, 50 * 2**20),
 }
+# Assumptions of the model.
+OF_BANDWIDTH, OF_PEAK, OF_LINK = 0.75, 0.5, 0.75
+LATENCY = 20e-6  # seconds of a collective, whatever its size
+LOADED = 5900  # images/s that a core decodes and resizes to 384x128; see docs/results/benchmark.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,12 +105,16 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     def shaped(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    state, function = step.state_shapes(config), step.make_step(config)
-    flops = (jax.jit(function).lower(state, batch).cost_analysis() or {})["flops"]
-    train_step = jax.jit(function, donate_argnums=0, out_shardings=replicated)
-    lowered = train_step.lower(shaped(state, replicated), shaped(batch, parallel.data_sharding(mesh)))
-    # Autotuning needs the device.
-    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if args.target in GPUS else {}
+    state, function, numbers = step.state_shapes(config), step.make_step(config), step.numbers(config)
+    flops = (jax.jit(function).lower(state, batch, numbers).cost_analysis() or {})["flops"]
+    lowered = (
+        parallel.placement("jit", mesh)
+        .compile(step.make_step, config)
+        .lower(shaped(state, replicated), shaped(batch, parallel.data_sharding(mesh)), shaped(numbers, replicated))
+    )
+    options: dict[str, str | bool] = {}
+    if args.target in GPUS:  # autotuning needs the device, and Triton's matrix products need autotuning
+        options = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
     seconds, compiled = clocked(lambda: lowered.compile(options))
 
     memory, gib = compiled.memory_analysis(), 2**30
@@ -107,6 +122,14 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed, peak = held + memory.temp_size_in_bytes, getattr(chip, dtype) * len(devices)
     m, height, width = config.model, config.data.height, config.data.width
+    amounts = program.read(compiled.as_text())
+    seconds_of = {
+        "moving bytes": amounts.moved / (OF_BANDWIDTH * chip.bandwidth),
+        "computing": flops / (OF_PEAK * peak),
+        "launching kernels": amounts.kernels * chip.launch,
+        "collectives": collective_seconds(amounts.collectives, len(devices), chip),
+    }
+    modelled = sum(seconds_of.values())
     lines = [
         f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch, "
         f"{dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}.",
@@ -114,15 +137,34 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         f"{memory.temp_size_in_bytes / gib:.3g} GiB of temporary buffers.",
         f"The step computes {flops / 1e9:,.4g} GFLOP: at most {images * peak / flops:,.0f} images/s on all devices at "
         f"the data sheet's {peak / 1e12:,.0f} TFLOP/s.",
+        f"Modelled: {OF_BANDWIDTH:.0%} of {chip.bandwidth / 1e12:.3g} TB/s, {OF_PEAK:.0%} of the peak, "
+        f"{OF_LINK:.0%} of {chip.link / 1e9:,.0f} GB/s between devices, {chip.launch * 1e6:g} us per kernel and "
+        f"{LATENCY * 1e6:g} us per collective; a core loads {LOADED:,} images/s.",
     ]
     return Report(
         [
+            Row("rate, modelled", images / modelled, "images/s", images * peak / flops, "FLOPs"),
+            Row("step, modelled", modelled * 1e3, "ms"),
+            *(Row(f"  {name}", value * 1e3, "ms") for name, value in seconds_of.items()),
+            Row("cores that load as fast", images / modelled / LOADED, ""),
+            Row("computation", flops / 1e9, "GFLOP"),
+            Row("bytes of a device", amounts.moved / 1e9, "GB"),
+            Row("kernels", amounts.kernels, ""),
+            Row("collectives", len(amounts.collectives), ""),
+            Row("bytes of collectives", sum(amounts.collectives) / 1e6, "MB"),
             Row("memory of a device", needed / gib, "GiB", chip.memory / gib, "its capacity"),
             Row("compiling, on this machine", seconds[args.clock], "s"),
         ],
         lines,
         config=config.to_dict(),
     )
+
+
+def collective_seconds(sizes: list[float], devices: int, chip: Chip) -> float:
+    """The time of ring all-reduces of these bytes."""
+    if devices == 1:
+        return 0.0
+    return sum(LATENCY + 2 * (devices - 1) / devices * size / (OF_LINK * chip.link) for size in sizes)
 
 
 def chip_of(target: str, count: int) -> Chip:
