@@ -41,7 +41,7 @@ def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]
       dataset: whose test set is evaluated.
       held_out: the number of training identities that replace the test set.
     """
-    if dataset not in {row.dataset for row in paper.PAPER}:
+    if dataset not in {row.dataset for row in paper.PUBLISHED}:
         return [f"it has no results on {TITLES.get(dataset, dataset)}"]
     expected = TITLES["market1501"] if partial.is_partial(dataset) else TITLES[dataset]
     reasons = [
@@ -64,7 +64,7 @@ def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]
 def not_comparable(config: ConfigDict, dataset: Dataset) -> list[str]:
     """`departures` of an evaluation, including those of the images at hand."""
     reasons = departures(config, dataset.name, dataset.held_out)
-    if dataset.name in {row.dataset for row in paper.PAPER}:
+    if dataset.name in {row.dataset for row in paper.PUBLISHED}:
         trained_here = config.data.name == dataset.name
         sets = [split for split in dataset.unofficial if split != "train" or trained_here]
         if dataset.all_queries:
