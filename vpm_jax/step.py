@@ -90,7 +90,8 @@ def init_state(config: ConfigDict) -> State:
     # It runs once: optimizing it would take far longer than it saves.
     init = jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
     with on_cpu():
-        return new_state(config, init(jax.random.key(config.seed)))
+        variables = init(jax.random.key(config.seed))
+    return new_state(config, variables)
 
 
 def state_shapes(config: ConfigDict) -> State:
@@ -104,12 +105,13 @@ def new_state(config: ConfigDict, variables: Mapping[str, Any]) -> State:
     # The backbone's statistics start in float32 even for float64 parameters. The first step would change their dtype,
     # and the step would compile twice.
     dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
-    batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
-    state = State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
-    if not config.optim.ema:
-        return state
-    # Copies: the step donates its state, and a donated buffer must not appear twice.
-    ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+    with on_cpu():
+        batch_stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables["batch_stats"])
+        state = State(jnp.zeros([], jnp.int32), params, batch_stats, optim.optimizer(config).init(params))
+        if not config.optim.ema:
+            return state
+        # Copies: the step donates its state, and a donated buffer must not appear twice.
+        ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
     return AveragedState(**vars(state), ema=ema)
 
 

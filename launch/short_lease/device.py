@@ -310,8 +310,6 @@ def train(lease: Lease, data: Path, flags: str) -> subprocess.Popen | None:
     shutil.rmtree(workdir, ignore_errors=True)
     command = [sys.executable, "-m", "vpm_jax.train", "--config", CONFIG, "--workdir", workdir]
     command += [f"--config.data.root={data}", f"--config.pretrained={lease.weights}"]
-    # A save or a record makes the device wait: one at the end, and one an epoch.
-    command += ["--config.checkpoint_every=100000", f"--config.log_every={planned['log_every']}"]
     command += [f"--config.data.threads={max(2, (os.cpu_count() or 1) // 2)}", "--config.eval.batch=512"]
     process, exporter = lease.start("train", [*command, *EXTRA, *planned["overrides"]], XLA_FLAGS=flags), None
     told, shown = "", lease.left()

@@ -36,7 +36,7 @@ def plan(
 
     Returns:
       "overrides" of the config, [] if all of it fits; "images" of training, "of" so many; "reserve", the seconds that
-      the evaluation needs; "log_every", an epoch's steps.
+      the evaluation needs.
     """
     stages = schedule(config, counts["train"], counts["identities"])
     total = sum(stage.steps * stage.batch for stage in stages)
@@ -65,7 +65,6 @@ def plan(
         "images": images,
         "of": total,
         "reserve": round(reserve, 1),
-        "log_every": stages[-1].steps_per_epoch,
     }
 
 
