@@ -4,8 +4,8 @@
 
 In these pages, the lines between <!-- table: NAME --> and <!-- end --> are the table NAME of TABLES. To add a row, add
 one entry: the name of its runs in `runs/` without their seed, or a folder here with the evaluation.json of a run.
-An entry without results is left out, so it may be listed before its run has finished. Programs compiled for other
-machines are in `elsewhere/`, each by `python -m vpm_jax.benchmark elsewhere ... --json FILE`.
+An entry without results is left out, so it may be listed before its run has finished. `elsewhere/` and `distractors/`
+have the figures of `python -m vpm_jax.benchmark elsewhere` and `distractors`, each by `--json FILE`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Gains(NamedTuple):
     changes: str
 
 
-class Programs(NamedTuple):
-    """Compiled programs by title: files of `elsewhere/` without their suffix, and the figures that they show."""
+class Benchmarks(NamedTuple):
+    """Figures of `python -m vpm_jax.benchmark ... --json FILE` by title: files here, without their suffix."""
 
     files: Mapping[str, str]
     figures: Mapping[str, str]  # {title: name in the file}
@@ -78,22 +78,35 @@ _ABLATIONS = (
     ("MVPM-4: in neither", "mvpm-4"),
 )
 
-TABLES: Mapping[str, tuple[Row, ...] | Gains | Programs] = {
-    "counted": Programs(
+TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks] = {
+    "counted": Benchmarks(
         {
-            "H200, 64 images, before": "before-h200-64",
-            "H200, 64 images": "h200-64",
-            "H200, 256 images, before": "before-h200-256",
-            "H200, 256 images": "h200-256",
-            "8 x H200, 512 images": "h200x8-512",
+            "H200, 64 images, before": "elsewhere/before-h200-64",
+            "H200, 64 images": "elsewhere/h200-64",
+            "H200, 256 images, before": "elsewhere/before-h200-256",
+            "H200, 256 images": "elsewhere/h200-256",
+            "8 x H200, 512 images": "elsewhere/h200x8-512",
         },
         _COUNTED,
     ),
-    "modelled": Programs(
+    "distractors": Benchmarks(
         {
-            "H200, 64 images": "h200-64",
-            "H200, 256 images": "h200-256",
-            "8 x H200, 512 images": "h200x8-512",
+            "3,368 queries at 2 gammas, 4 x 192": "distractors/small",
+            "500 queries, 6 x 2,048": "distractors/large",
+        },
+        {
+            "seconds of CPU": "distractors: whole evaluation",
+            "pairs/s": "distractors: pairs",
+            "peak memory, GiB": "distractors: peak memory",
+            "all features, GiB": "distractors: all features, never in memory",
+            "all distances, GiB": "distractors: all distances, never in memory",
+        },
+    ),
+    "modelled": Benchmarks(
+        {
+            "H200, 64 images": "elsewhere/h200-64",
+            "H200, 256 images": "elsewhere/h200-256",
+            "8 x H200, 512 images": "elsewhere/h200x8-512",
         },
         _MODELLED,
     ),
@@ -220,11 +233,11 @@ def gains(tried: Gains) -> list[str]:
     return table([header, *(row for _, _, row in sorted(found))])
 
 
-def programs(asked: Programs) -> list[str]:
-    """Figures of compiled programs."""
+def benchmarks(asked: Benchmarks) -> list[str]:
+    """Figures of benchmarks, a row for each file."""
     body = []
     for title, name in asked.files.items():
-        file = RESULTS / "elsewhere" / f"{name}.json"
+        file = RESULTS / f"{name}.json"
         if file.exists():
             figures = {row["name"]: row["value"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
             body.append([title, *(benchmark_number(figures[figure]) for figure in asked.figures.values())])
@@ -236,7 +249,7 @@ def rewrite(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        kinds = {Gains: gains, Programs: programs}
+        kinds = {Gains: gains, Benchmarks: benchmarks}
         lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 
