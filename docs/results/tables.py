@@ -85,6 +85,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks] = {
             "H200, 64 images": "elsewhere/h200-64",
             "H200, 256 images, before": "elsewhere/before-h200-256",
             "H200, 256 images": "elsewhere/h200-256",
+            "8 x H200, 512 images, before": "elsewhere/before-h200x8-512",
             "8 x H200, 512 images": "elsewhere/h200x8-512",
         },
         _COUNTED,
