@@ -227,6 +227,12 @@ def test_bad_zips(folder, tmp_path):
     for size in (0, 10, len(whole) // 2, len(whole) - 5):
         path.write_bytes(whole[:size])
         fails(config(path), "market.zip is not an intact zip", "download it again")
+    name = b"bounding_box_test/0001_c2s1_000001_00.jpg"
+    at = whole.rindex(name)  # in the zip's directory, at its end
+    path.write_bytes(whole[:at] + name.replace(b"c2", b"cx") + whole[at + len(name) :])
+    fails(config(path), "its directory and its headers name", "0001_cxs1_000001_00.jpg differently")
+    path.write_bytes(whole[: whole.rindex(b"PK\1\2") + 6] + b"\x63" + whole[whole.rindex(b"PK\1\2") + 7 :])
+    fails(config(path), "market.zip is not an intact zip (zip file version 9.9)")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("holiday.jpg", b"")
         archive.writestr("x/query/0001_c1.jpg", b"")

@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, printable
 
 LARGEST_INNER = 2**30  # bytes of an inner zip
 _UNPACK = "unpack it and set config.data.root to the folder inside"
@@ -138,8 +138,9 @@ class ZipTree:
 
 def _folders(path: Path, member: str) -> dict[str, Entries]:
     """The entries of every folder of a zip by its path; the top level is ""."""
-    folders = {"": Entries([], [], [])}
-    for name in open_zip(str(path), member, os.getpid()).entries:
+    folders, archive = {"": Entries([], [], [])}, open_zip(str(path), member, os.getpid())
+    _check_names(archive.zip, f"{path}/{member}" if member else str(path))
+    for name in archive.entries:
         *parents, file = name.split("/")  # file is "" for a folder
         if "__MACOSX" in parents:
             continue
@@ -151,6 +152,24 @@ def _folders(path: Path, member: str) -> dict[str, Entries]:
         if file:
             folders["/".join(parents)].files.append(file)
     return folders
+
+
+def _check_names(archive: zipfile.ZipFile, where: str) -> None:
+    """Raises UserError unless entries are named in the zip's directory as in their headers.
+
+    Otherwise, damage could turn the name of an image into one that is ignored.
+    """
+    file = archive.fp
+    assert file is not None
+    for entry in archive.infolist():
+        # Two bytes each: the lengths of the name and of extra data. A damaged offset may be negative.
+        file.seek(max(0, entry.header_offset + 26))
+        length = int.from_bytes(file.read(4)[:2], "little")
+        if file.read(length) != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace"):
+            raise UserError(
+                f"{where} is damaged (its directory and its headers name {printable(entry.filename)} differently): "
+                "download it again."
+            )
 
 
 Tree = FolderTree | ZipTree
@@ -184,7 +203,7 @@ def open_zip(path: str, member: str, process: int) -> Archive:
             archive = zipfile.ZipFile(BytesIO(outer.zip.read(outer.entries[member])))
         else:
             archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
         if kind := other_archive(Path(path)):
             raise UserError(f"{path} is {kind}, expected a zip: {_UNPACK}.") from None
         if not where.lower().endswith(".zip"):
