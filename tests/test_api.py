@@ -87,6 +87,7 @@ def test_no_images_have_no_features(model, described):
     assert len(nothing) == 0
     assert_equal(nothing, described[:0])
     assert model.match(nothing, described).shape == (0, 5)
+    assert model.embedding(nothing).shape == (0, model.embedding(described).shape[1])
 
 
 # ---- Images ----

@@ -103,7 +103,8 @@ def embedding(features: Float[Any, "n p c"], weight: Real[Any, "n p"]) -> Float3
     weight = np.asarray(weight, np.float32)
     length = np.linalg.norm(weight, axis=1, keepdims=True)
     share = np.divide(weight, length, out=np.zeros_like(weight), where=length > 0)
-    return (np.asarray(features, np.float32) * share[..., None]).reshape(len(weight), -1)
+    vectors = np.asarray(features, np.float32) * share[..., None]
+    return vectors.reshape(len(vectors), vectors.shape[1] * vectors.shape[2])  # -1 fails without images
 
 
 class _Vectors:
