@@ -44,6 +44,8 @@ from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 Image = str | os.PathLike[str] | bytes | BinaryIO | Pillow.Image | np.ndarray
 # One image, several, or uint8 [N, H, W, 3].
 Images = Image | Iterable[Image]
+Place = tuple[float, float]
+Places = Iterable[Place]
 Step = Callable[..., dict[str, jax.Array]]
 
 
@@ -165,11 +167,11 @@ class VPM:
 
     # ---- Features ----
 
-    def __call__(self, images: Images, batch: int = 64) -> Description:
+    def __call__(self, images: Images, batch: int = 64, places: Places | None = None) -> Description:
         """Same as `features`."""
-        return self.features(images, batch)
+        return self.features(images, batch, places)
 
-    def features(self, images: Images, batch: int = 64) -> Description:
+    def features(self, images: Images, batch: int = 64, places: Places | None = None) -> Description:
         """Describes an image (N = 1), an iterable of images, or an array uint8 [N, H, W, 3].
 
         An image is a path, a file open for reading, the bytes of an encoded file, a Pillow image, or a uint8 array: RGB
@@ -180,15 +182,18 @@ class VPM:
         Args:
           images: iterators are read one batch at a time.
           batch: images per batch; affects speed and memory only.
+          places: where each image lies on the input, if that is known and the model pads images (data.fit): the
+            fractions of the free height above it and of the free width to its left, (1, 0.5) for a lower body.
+            Default: data.place. A model trained on images at the top mistakes legs there for shoulders.
 
         Raises:
           UserError: for an invalid image, with its name or index.
         """
-        batches = list(self.stream(images, batch))
+        batches = list(self.stream(images, batch, places))
         return Description.concatenate(batches) if batches else self._nothing
 
-    def stream(self, images: Images, batch: int = 64) -> Iterator[Description]:
-        """Yields a Description of every `batch` images; the last one may be shorter.
+    def stream(self, images: Images, batch: int = 64, places: Places | None = None) -> Iterator[Description]:
+        """Yields a Description of every `batch` images; the last one may be shorter. Arguments as for `features`.
 
         Reads at most one batch ahead, so generators may be endless.
         """
@@ -196,10 +201,14 @@ class VPM:
             raise UserError(f"batch is {batch}, expected at least 1.")
         parallel.check_process()
 
-        numbered = enumerate(_each(images))
+        items: Iterable[tuple[Image, Place | None]] = (
+            ((image, None) for image in each(images)) if places is None else zip(each(images), places, strict=True)
+        )
+        numbered = enumerate(items)
 
-        def fill(out: np.ndarray, valid: np.ndarray, image: tuple[int, Image]) -> None:
-            valid[:] = self._fill(image[1], f"image {image[0]}", out)
+        def fill(out: np.ndarray, valid: np.ndarray, item: tuple[int, tuple[Image, Place | None]]) -> None:
+            number, (image, place) = item
+            valid[:] = self._fill(image, f"image {number}", out, place=place)
 
         def started() -> Iterator[tuple[dict[str, jax.Array], int]]:
             size = 0
@@ -243,16 +252,18 @@ class VPM:
         `features`.
         """
         pixels, valid = [], []
-        for number, image in enumerate(_each(images)):
+        for number, image in enumerate(each(images)):
             out = np.empty((*self.image_size, 3), np.uint8)
             valid.append(self._fill(image, f"image {number}", out))
             pixels.append(out)
         array = np.array(pixels, np.uint8).reshape(-1, *self.image_size, 3)
         return (array, np.array(valid, bool).reshape(-1, *self._map_shape)) if self._fit.pads else (array,)
 
-    def _fill(self, image: Image, name: str, out: np.ndarray, crop: Crop = WHOLE) -> np.ndarray:
+    def _fill(
+        self, image: Image, name: str, out: np.ndarray, crop: Crop = WHOLE, place: Place | None = None
+    ) -> np.ndarray:
         """Writes an image into `out`; returns the cells of T that it covers, bool [h, w]."""
-        return covered(self._fit(read(image, name, crop), out), self.image_size, self._map_shape)
+        return covered(self._fit(read(image, name, crop), out, place), self.image_size, self._map_shape)
 
     @cached_property
     def _nothing(self) -> Description:
@@ -372,7 +383,8 @@ def _contents(file: Any, name: str) -> bytes:
     return data
 
 
-def _each(images: Images) -> Iterator[Image]:
+def each(images: Images) -> Iterator[Image]:
+    """The images one by one."""
     single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Pillow.Image)
     single = single or hasattr(images, "read")
     if not single and hasattr(images, "__array__"):
