@@ -140,6 +140,9 @@ def test_marked_examples_run(page, whole, tmp_path, monkeypatch):
         pytest.skip("no examples to run")
     if "export" in page.read_text():
         pytest.importorskip("flatbuffers", reason="jax.export writes with it")
+    if "import onnxruntime" in page.read_text():
+        pytest.importorskip("onnx", reason="the extra onnx")
+        pytest.importorskip("onnxruntime", reason="the extra onnx")
     shutil.copytree(whole, tmp_path / "runs" / "synthetic")
     (tmp_path / "pictures").mkdir()
     random = np.random.default_rng(0)

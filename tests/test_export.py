@@ -179,15 +179,16 @@ def test_what_an_export_cannot_be(exported, tmp_path):
     run, file = exported
     (tmp_path / "folder.stablehlo").mkdir()
     for workdir, output, more, sentence in [
-        (run, tmp_path / "a.pth", (), "ends in .stablehlo or .safetensors"),
-        (run, tmp_path / "a.onnx", (), "why there is no ONNX: docs/search.md"),
+        (run, tmp_path / "a.pth", (), "ends in .stablehlo or .onnx or .safetensors"),
         (run, tmp_path / "a", ("--format", "stablehlo"), "ends in .stablehlo"),
         (run, tmp_path / "a.stablehlo", ("--format", "safetensors"), "ends in .safetensors"),
+        (run, tmp_path / "a.onnx", ("--dtype", "bfloat16"), "only a .stablehlo"),
         (run, tmp_path / "none" / "a.stablehlo", (), "there is no folder"),
         (run, tmp_path / "folder.stablehlo", (), "that is a folder"),
         (tmp_path, tmp_path / "a.stablehlo", (), "holds no run"),
         (tmp_path / "nowhere", tmp_path / "a.safetensors", (), "does not exist"),
         (file, tmp_path / "a.stablehlo", (), "is an export already"),
+        (file, tmp_path / "a.onnx", (), "is an export already"),
     ]:
         with pytest.raises(UserError) as error:
             run_main(workdir, output, *more)

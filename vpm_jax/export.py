@@ -2,9 +2,11 @@
 
   stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
                TPU. It needs only JAX, not this package; FILE.json beside it documents inputs and outputs.
+  onnx         the same network for ONNX Runtime, in float32, with one vector per image as the first output; needs the
+               packages onnx and onnxruntime
   safetensors  the parameters for PyTorch, as written by python -m vpm_jax.convert
 
-vpm_jax.VPM.load reads both. A file is kept only if its outputs match the live model's.
+vpm_jax.VPM.load reads StableHLO and safetensors. A file is kept only if its outputs match the live model's.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpm_jax import cli, models, parallel, pretrained, step
+from vpm_jax import cli, models, onnx_export, parallel, pretrained, step
 from vpm_jax.api import VPM, sidecar
+from vpm_jax.description import Variables
 from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
+from vpm_jax.matching import embedding, match_visibility
 from vpm_jax.pretrained import own
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
-FORMATS = {"stablehlo": ".stablehlo", "safetensors": ".safetensors"}
+FORMATS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16")
 # The largest accepted difference from the live model, in multiples of the model's own sensitivity to rounding (see
 # `rounding`). Correct exports are within 1; swapped channels give 20 in bfloat16 and 500,000 in float32.
@@ -41,25 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workdir", type=cli.path, required=True, help="a training run, or a .safetensors written by vpm_jax"
     )
     parser.add_argument(
-        "--output", type=cli.path, required=True, metavar="FILE", help="ends in .stablehlo or .safetensors"
+        "--output", type=cli.path, required=True, metavar="FILE", help="ends in .stablehlo, .onnx or .safetensors"
     )
     parser.add_argument("--format", choices=tuple(FORMATS), help="default: from the extension of --output")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="the compute dtype of a .stablehlo; its parameters and outputs are float32 (default: float32)",
+        help="the compute dtype of a .stablehlo; parameters and outputs are float32 in all formats (default: float32)",
     )
     args = parser.parse_args(argv)
     kind = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
     if kind is None or args.format not in (None, kind):
         expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
-        onnx = " (why there is no ONNX: docs/search.md)" * (args.output.suffix.lower() == ".onnx")
-        raise UserError(f"--output {args.output}: expected a file name that ends in {expected}{onnx}.")
+        raise UserError(f"--output {args.output}: expected a file name that ends in {expected}.")
+    if kind != "stablehlo" and args.dtype != "float32":
+        raise UserError(f"--dtype {args.dtype}: only a .stablehlo can have another dtype than float32; leave it out.")
     cli.check_output("--output", args.output)
     parallel.prepare_backend()
     if kind == "stablehlo":
         write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
+    elif kind == "onnx":
+        write_onnx(args.output, VPM.load(args.workdir, args.dtype))
     else:
         write_safetensors(args.output, args.workdir)
     return 0
@@ -82,8 +89,9 @@ def write_stablehlo(path: Path, model: VPM) -> float:
         temporary.write_bytes(exported.serialize())
         data = temporary.read_bytes()
         error = compare(model, jax.jit(export.deserialize(bytearray(data)).call))
-    more = {"sha256": hashlib.sha256(data).hexdigest(), "platforms": PLATFORMS, "jax": jax.__version__}
-    write_atomically(sidecar(path), json.dumps(_about(model, "stablehlo", error) | more, indent=1) + "\n")
+    about = _about(model, "stablehlo") | {"max_difference": error, "sha256": hashlib.sha256(data).hexdigest()}
+    about |= {"platforms": PLATFORMS, "jax": jax.__version__}
+    write_atomically(sidecar(path), json.dumps(about, indent=1) + "\n")
     height, width = model.image_size
     print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_summary(error)}.")
     print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")
@@ -97,15 +105,62 @@ def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeD
     """(the network as a function of its inputs, their shapes and dtypes for any batch size b)."""
     from jax import export
 
-    if model.variables is None:
-        raise UserError(f"{model.source} is an export already: give the workdir that it was exported from.")
+    variables = _variables(model)
     (b,) = export.symbolic_shape("b")
-    network = functools.partial(step.make_feature_step(model.config, region_maps=True), model.variables)
+    network = functools.partial(step.make_feature_step(model.config, region_maps=True), variables)
     return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
 
 
-def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
-    """The JSON beside a program: its source, inputs and outputs."""
+def _variables(model: VPM) -> Variables:
+    if model.variables is None:
+        raise UserError(f"{model.source} is an export already: give the workdir that it was exported from.")
+    return model.variables
+
+
+def write_onnx(path: Path, model: VPM) -> float:
+    """Writes `model` as ONNX, for ONNX Runtime; returns the largest difference from the model.
+
+    It takes `VPM.inputs` as "images" and, for a model of padded images, "valid", for any batch size. It returns
+    "embedding", float32 [b, P * C] (`VPM.embedding`), and the arrays of a `Description`. The metadata holds what is
+    in the JSON beside a .stablehlo, each entry as JSON.
+
+    Raises:
+      UserError: as `write_stablehlo`, and without the packages onnx and onnxruntime.
+    """
+    _variables(model)
+    about = _about(model, "onnx")
+    image = dict(about["input"])
+    inputs = [image, image.pop("valid")] if "valid" in image else [image]
+    regions, channels = about["output"]["features"]["shape"][1:]
+    about["output"] = {"embedding": {"dtype": "float32", "shape": ["b", regions * channels]}} | about["output"]
+    about["meaning"]["embedding"] = "[image, region * channel], of unit length; an inner product is a similarity"
+    named = dict(zip(onnx_export.INPUTS, inputs, strict=False))
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(onnx_export.serialize(model, named, about["output"], text))
+        size = temporary.stat().st_size
+        error = compare(model, _checked_embedding(model, onnx_export.runtime_step(temporary.read_bytes())))
+    print(f"Wrote {path} ({size / 2**20:.1f} MiB): {_summary(error)}.")
+    print(f"Inputs {', '.join(named)}; outputs {', '.join(about['output'])}; metadata {', '.join(text)}.")
+    return error
+
+
+def _checked_embedding(model: VPM, step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`step`, which raises UserError if the embedding is not that of its features and visibility."""
+
+    def checked(*inputs: np.ndarray) -> dict[str, Any]:
+        out = step(*inputs)
+        weight = match_visibility(out["visibility"], model.config.match.visibility)
+        difference = np.abs(out["embedding"] - embedding(out["features"], weight)).max()
+        if not difference <= 1e-5:
+            raise _wrong(f"embedding differs from that of its features by {difference:.1e}, expected at most 1e-5")
+        return out
+
+    return checked
+
+
+def _about(model: VPM, kind: str) -> dict[str, Any]:
+    """What is written with a program: its source, inputs and outputs."""
     height, width = model.image_size
     inputs = model.inputs(_test_images(model)[:1])
     outputs = model.step(*inputs)
@@ -128,7 +183,6 @@ def _about(model: VPM, kind: str, error: float) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         "source": model.source,
         "dtype": model.config.model.dtype,
-        "max_difference": error,
         "input": image,
         "output": {name: {"dtype": "float32", "shape": ["b", *outputs[name].shape[1:]]} for name in OUTPUTS},
         "meaning": {
@@ -174,14 +228,19 @@ def compare(model: VPM, step: Callable[..., dict[str, Any]]) -> float:
             allowed = MOST * moved[name][:count]
             wrong = np.flatnonzero(~(difference <= allowed))  # true for NaN
             if len(wrong):
-                raise UserError(
-                    f"The export's {name} differ from the model's by {difference[wrong[0]]:.1e}, expected at most "
-                    f"{allowed[wrong[0]]:.1e} from rounding: it was not kept; try another version of JAX, and please "
-                    "report this.",
-                    code="wrong-export",
+                raise _wrong(
+                    f"{name} differ from the model's by {difference[wrong[0]]:.1e}, expected at most "
+                    f"{allowed[wrong[0]]:.1e} from rounding"
                 )
             worst = max(worst, float(difference.max()))
     return worst
+
+
+def _wrong(found: str) -> UserError:
+    return UserError(
+        f"The export's {found}: it was not kept; try another version of JAX or ONNX Runtime, and please report this.",
+        code="wrong-export",
+    )
 
 
 def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
