@@ -382,7 +382,7 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:  # cut short by a kill
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) < 2**53:
             lines[line["step"]] = line
     if not lines:
         raise ValueError(f"{path} holds no line with a step: expected the metrics that training writes")

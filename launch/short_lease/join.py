@@ -128,6 +128,10 @@ def find_run(config: Any, file: str, method: str, variant: str) -> Run:
     own_changes = METHODS[method].changes
     changed = {k: v for k, v in changes(experiments.base_config(scale, dataset)).items() if own_changes.get(k) != v}
     seed = changed.pop("seed", 0)
+    flat = config_lib.flatten(config)
+    for key in [key for key in changed if key.endswith(".epochs")]:  # what follows the epochs is given too
+        stage = key.removesuffix("epochs")
+        changed |= {f"{stage}{name}": flat[f"{stage}{name}"] for name in ("triplet_start", "warmup_epochs")}
     overrides = [f"--config.{key}={value}" for key, value in changed.items()]
     run = experiments.make_run(dataset, scale, method, seed, "", variant, overrides)
     if other := changes(run.config):

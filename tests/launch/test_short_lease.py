@@ -70,7 +70,7 @@ def make_data(folder: Path, pedestrians: Path) -> Path:
     """Market-1501 as it would be with a dozen synthetic people, and weights of a tiny ResNet."""
     small = synthetic.ensure(pedestrians, 0, 8, 4, 2, 2)
     shutil.copytree(small, folder / "Market-1501-v15.09.15")
-    network, random = Network(18, 4, "3x3", (1, 2, 2)), np.random.default_rng(0)
+    network, random = Network(10, 4, "3x3", (1, 2, 2)), np.random.default_rng(0)
     flat = {name: random.uniform(0.1, 0.3, shape).astype(np.float32) for name, shape in network.shapes().items()}
     weights = Pretrained(
         **nested(flat),

@@ -14,6 +14,7 @@ from tiny import Given, fill, recipe, shrunk
 
 from vpm_jax import losses, models
 from vpm_jax.geometry import feature_shape
+from vpm_jax.models.batch_norm import BatchNorm
 from vpm_jax.models.resnet import Block, Conv, ResNet
 from vpm_jax.models.vpm import VPM, ExampleDropout, IdentityHeads, MaskedBatchNorm
 from vpm_jax.regions import Crop, RegionGrid, project_regions
@@ -147,7 +148,7 @@ def test_stride_on_says_which_convolution_skips_pixels():
     odd[:, :, 1::2] += random.normal(size=(1, 6, 3, 4))
     outputs = {}
     for stride_on in ("1x1", "3x3"):
-        norm = partial(nn.BatchNorm, use_running_average=True)
+        norm = partial(BatchNorm, train=False)
         block = Block(2, 2, bottleneck=True, stride_on=stride_on, conv=Conv, norm=norm)
         variables = fill(jax.eval_shape(block.init, jax.random.key(0), x))
         outputs[stride_on] = [jax.jit(block.apply)(variables, image) for image in (x, odd)]
