@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import jaxtyping
 import pytest
-from paths import REAL_DATA
+from paths import FUSION_EMITTERS, REAL_DATA
 from session import made_once
 
 from vpm_jax.parallel import prepare_backend, threads
@@ -31,8 +30,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nothing in the home of
 # What matters is that programs compute the right thing: they compile in a sixth of the time without optimizations
 # (tiny.optimized is for the others).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")
-if version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):  # an unknown flag would end the process
-    _append_xla_flag("--xla_cpu_use_fusion_emitters", "false")
+if FUSION_EMITTERS:  # an unknown flag would end the process
+    _append_xla_flag(f"--{FUSION_EMITTERS}", "false")
 _append_xla_flag("--xla_force_host_platform_device_count", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker
     for variable in ("NPROC", "OMP_NUM_THREADS"):  # of XLA, of PyTorch

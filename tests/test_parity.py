@@ -18,7 +18,7 @@ import numpy as np
 import parity_cases as cases
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from paths import CONFIGS
+from paths import CONFIGS, FUSION_EMITTERS
 
 from vpm_jax import losses, models
 from vpm_jax import step as step_lib
@@ -35,7 +35,8 @@ FILES = {"paper": CONFIGS / "market.py", "released": CONFIGS / "market_released.
 
 def fast(dtype: str) -> dict:
     """Compiler options: compiling is what these tests would spend their time on. In float32 XLA fuses as for users."""
-    return {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": dtype == "float32"}
+    options = {"xla_backend_optimization_level": 0}
+    return options | {FUSION_EMITTERS: dtype == "float32"} if FUSION_EMITTERS else options
 
 
 # --- the two sides ----------------------------------------------------------------------------------------

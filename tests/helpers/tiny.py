@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from paths import CONFIGS
+from paths import CONFIGS, FUSION_EMITTERS
 
 from vpm_jax import Description
 from vpm_jax.config import flatten, set_key
@@ -47,11 +47,8 @@ def shrunk(file: str, **changes) -> ConfigDict:
 
 def optimized(function):
     """jax.jit as users have it: XLA has miscompiled reductions that it optimizes (jax#39103)."""
-    options = {
-        "xla_backend_optimization_level": 3,
-        "xla_llvm_disable_expensive_passes": False,
-        "xla_cpu_use_fusion_emitters": True,
-    }
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    options |= {FUSION_EMITTERS: True} if FUSION_EMITTERS else {}
     return jax.jit(function, compiler_options=options)
 
 
