@@ -135,6 +135,11 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks] = {
         Row("ResNet-50 from ImageNet weights, 800 steps", "market1501-pretrained"),
         Row("small network from scratch, 3,720 steps", f"{_SMALL}-vpm", "0"),
     ),
+    "fast": (
+        Row("`configs/market.py:pretrained`, 51,200 images", "market1501-pretrained"),
+        Row("`configs/market_fast.py`, 92,160 images", "market1501-fast"),
+        Row("VPM in the paper (ResNet-50, 384x128)", PAPER),
+    ),
     "tricks": Gains(
         "market1501-screen-vpm",
         "soft_hinge whole region_smoothing any neck_reduced pad smoothing deeper_crops locator_hidden soft_pairs "
