@@ -161,8 +161,8 @@ def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
     stream = VPM.stream
     monkeypatch.setattr(search, "_COMMIT_SECONDS", 0)
 
-    def stopping(self, images, batch):
-        for number, part in enumerate(stream(self, images, batch)):
+    def stopping(self, images, batch, *more):
+        for number, part in enumerate(stream(self, images, batch, *more)):
             if number == 2:
                 raise KeyboardInterrupt
             yield part
@@ -367,11 +367,11 @@ def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypat
 def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypatch, tmp_path, capsys):
     stream = VPM.stream
 
-    def stopping(self, images, batch):
+    def stopping(self, images, batch, *more):
         stopping.calls += 1
         if stopping.calls == 4:  # nothing, whole, top 0.5, top 0.8
             raise KeyboardInterrupt
-        return stream(self, images, batch)
+        return stream(self, images, batch, *more)
 
     def compared():
         ranking = str(tmp_path / "r.json")
