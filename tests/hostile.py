@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def digest(*values: Any) -> str:
 # ---- Doors ----
 
 
-class Door:
+class Door(ABC):
     """One way in: an intact input in `folder`, and what the package makes of it."""
 
     checksum = True  # damage that changes the answer can be told
@@ -136,9 +137,9 @@ class Door:
     def make(self, folder: Path) -> None:
         """Writes the intact input into the empty folder."""
 
+    @abstractmethod
     def read(self) -> Any:
         """What the package reads there."""
-        raise NotImplementedError
 
     def files(self) -> list[Path]:
         """The files that a case may damage."""

@@ -5,6 +5,7 @@ Shapes: N images, B of a batch, H W pixels, h w cells of the feature map, P regi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ class CroppedSplit(NamedTuple):
     crop: str = ""  # one of regions.CROPS; "": config.eval.crop
 
 
-class FeatureSource:
+class FeatureSource(ABC):
     """Describes the images of dataset splits as `config` says."""
 
     config: ConfigDict
@@ -102,6 +103,7 @@ class FeatureSource:
         progress = Progress(title, sum(len(images.split) for images in cropped))
         return [piece for images in cropped for piece in self.stream(variables, images, [], progress, check)]
 
+    @abstractmethod
     def stream(
         self,
         variables: Variables,
@@ -116,7 +118,6 @@ class FeatureSource:
           stops: increasing multiples of eval.batch, smaller than the split.
           variables, progress, check: as for `splits`.
         """
-        raise NotImplementedError
 
 
 class Describer(FeatureSource):

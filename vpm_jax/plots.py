@@ -241,7 +241,8 @@ def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, 
     roc.set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1), xlabel="false match rate", ylabel="true match rate", title="ROC")
     det.set(xscale="log", yscale="log", xlim=(1e-4, 1), xlabel="false match rate", ylabel="false non-match rate")
     det.set(title="DET")
-    rates.set(xlabel="threshold (distance)", ylim=(0, 1), title="false non-match (lines), false match (dashed)")
+    rates.set(xlabel="threshold (distance)", ylim=(0, 1), title="rates over the threshold")
+    rates.set_ylabel("false non-match (solid), false match (dashed)")
     for axes in (roc, det, rates):
         axes.grid(alpha=0.3)
     roc.legend(**_LEGEND)
