@@ -134,6 +134,7 @@ class Door(ABC):
         self.intact = {path: path.read_bytes() for path in self.files()}
         self.entries = set(folder.rglob("*"))
 
+    @abstractmethod
     def make(self, folder: Path) -> None:
         """Writes the intact input into the empty folder."""
 
@@ -495,6 +496,9 @@ class Flags(Door):
     """--config.KEY=VALUE with random values; what is accepted must describe a network."""
 
     checksum, share = False, 2.0
+
+    def make(self, folder):
+        """Nothing: the input is the command line."""
 
     def read(self, arguments=()):
         import jax
