@@ -204,3 +204,13 @@ def test_titles_name_the_network_and_the_seeds():
     title = "VPM trained on Market-1501; recipe paper, seed 3; ResNet-18 of width 24, 128x64 input"
     assert plots.run_title("VPM", config) == title
     assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]
+
+
+def test_a_damaged_log_is_drawn_without_what_is_no_number(tmp_path):
+    lines = [{"step": 1, "loss": 2.0, "images_per_second": 3.0}, {"step": 10**20, "loss": 1.0}]
+    lines += [{"step": 2, "loss": 1.5, "images_per_second": [4.0, 4.0]}]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(plots.read_steps(log)) == [1, 2]
+    plots.training_curves(tmp_path / "training.png", log)
+    assert plots.median_speed(plots.read_steps(log)) == 3.5
