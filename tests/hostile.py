@@ -1,6 +1,7 @@
 """Throws damaged files, random values and random objects at every door of the package, and counts what comes of it.
 
     python tests/hostile.py --cases 10000 --jobs 2 --page docs/results/survival.md
+    python tests/hostile.py --cases 10000 --doors zip csv --page docs/results/survival.md  # of the same series, these
     python tests/hostile.py --doors npz --case 123          # one case again, with its traceback
 
 A door reads an intact input once; that is the right answer. A case damages the input and reads it again:
@@ -25,6 +26,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -32,11 +34,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent)]
@@ -732,13 +736,13 @@ def outcomes(name: str, seed: int, cases: int, seconds: float) -> Iterator[tuple
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="over all doors")
+    parser.add_argument("--cases", type=int, default=1000, help="over all doors, each its share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS))
     parser.add_argument("--case", help="only this case of each door")
     parser.add_argument("--seconds", type=float, default=30, help="for one case")
     parser.add_argument("--jobs", type=int, default=1, help="doors tried at once")
-    parser.add_argument("--page", type=Path, help="Markdown, whose lines after <!-- doors --> the counts replace")
+    parser.add_argument("--page", type=Path, help="Markdown; its table gets a row as each door ends")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
@@ -753,40 +757,70 @@ def main() -> int:
             print(f"{name} {args.case}: {verdict}: {what}\n{more}")
         return 0
 
-    shares = {name: DOORS[name].share for name in args.doors}
-    counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in args.doors}
-    lock, queue = threading.Lock(), list(args.doors)
+    from vpm_jax.benchmark.report import hardware, versions
+    from vpm_jax.reproduce.results import commit
 
-    def run_doors() -> None:
-        while True:
-            with lock:
-                if not queue:
-                    return
-                name = queue.pop(0)
-            cases = -(-int(args.cases * shares[name]) // int(sum(shares.values()) or 1))
-            for number, what, verdict, more in outcomes(name, args.seed, cases, args.seconds):
-                with lock:
-                    counts[name][verdict] += 1
-                    if verdict in FAULTS:
-                        print(f"{name} {number}: {verdict}: {what}\n{more}", flush=True)
-            with lock:
-                print(f"{name}: {dict(counts[name])}", flush=True)
+    version, shares, lock = commit() or "?", sum(door.share for door in DOORS.values()), threading.Lock()
 
-    threads = [threading.Thread(target=run_doors) for _ in range(args.jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    lines = [f"| door | cases | {' | '.join(VERDICTS)} |", "|---|" + "---:|" * (len(VERDICTS) + 1)]
-    total: collections.Counter[str] = sum(counts.values(), collections.Counter())
-    for name, count in [*counts.items(), ("all", total)]:
-        lines.append(f"| {name} | {count.total():,} | {' | '.join(f'{count[v]:,}' for v in VERDICTS)} |")
-    print("\n" + "\n".join(lines))
-    if args.page:
-        before, _, rest = args.page.read_text().partition("<!-- doors -->\n")
-        after = rest.partition("<!-- end -->")[2]
-        args.page.write_text("\n".join([before + "<!-- doors -->\n", *lines, "\n<!-- end -->" + after]))
-    return int(any(total[verdict] for verdict in FAULTS))
+    def run_door(name: str) -> Row:
+        begun, count = time.monotonic(), collections.Counter[str]()
+        cases = math.ceil(args.cases * DOORS[name].share / shares)
+        for number, what, verdict, more in outcomes(name, args.seed, cases, args.seconds):
+            count[verdict] += 1
+            if verdict in FAULTS:
+                print(f"{name} {number}: {verdict}: {what}\n{more}", flush=True)
+        row = Row(name, version, args.seed, time.monotonic() - begun, count)
+        print(f"{name}: {dict(count)} in {row.seconds:.0f} s", flush=True)
+        if args.page:
+            with lock:
+                update(args.page, row, f"On {hardware()}; {versions()}.")
+        return row
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(run_door, args.doors))
+    print(f"\n{table(rows)}")
+    return int(any(row.count[verdict] for row in rows for verdict in FAULTS))
+
+
+# ---- The page ----
+
+
+class Row(NamedTuple):
+    door: str
+    commit: str
+    seed: int
+    seconds: float
+    count: collections.Counter[str]
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        f"| door | commit | seed | seconds | cases | {' | '.join(VERDICTS)} |",
+        "|---|---|" + "---:|" * (len(VERDICTS) + 3),
+    ]
+    total = sum((row.count for row in rows), collections.Counter[str]())
+    for row in rows:
+        numbers = [row.seconds, row.count.total(), *(row.count[verdict] for verdict in VERDICTS)]
+        lines.append(f"| {row.door} | {row.commit} | {row.seed} | {' | '.join(f'{n:,.0f}' for n in numbers)} |")
+    numbers = [sum(row.seconds for row in rows), total.total(), *(total[verdict] for verdict in VERDICTS)]
+    lines.append(f"| all | | | {' | '.join(f'{n:,.0f}' for n in numbers)} |")
+    return "\n".join(lines)
+
+
+def update(page: Path, row: Row, where: str) -> None:
+    """Writes a row, and where it was measured, between the markers of a page; the rows of other doors stay."""
+    before, _, rest = page.read_text().partition("<!-- doors -->\n")
+    old, _, after = rest.partition("<!-- end -->")
+    rows = {}
+    for line in old.splitlines():
+        door, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if door in DOORS:
+            seed, seconds, _, *counts = (int(cell.replace(",", "")) for cell in cells[1:])
+            count = collections.Counter(dict(zip(VERDICTS, counts, strict=True)))
+            rows[door] = Row(door, cells[0], seed, seconds, count)
+    rows[row.door] = row
+    ordered = [rows[door] for door in DOORS if door in rows]
+    page.write_text(f"{before}<!-- doors -->\n\n{table(ordered)}\n\n{where}\n\n<!-- end -->{after}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hostile
 import pytest
 
@@ -23,3 +25,14 @@ def test_an_undetected_change_would_be_found(name, tmp_path, monkeypatch):
     door.read = lambda: "another answer"
     verdicts = {hostile.try_case(door, name, 1, number)[1] for number in range(3)}
     assert verdicts == {"wrong"}
+
+
+def test_the_page_keeps_the_doors_that_were_not_tried_again(tmp_path):
+    page, counts = tmp_path / "page.md", Counter({"reported": 1_200, "unchanged": 3})
+    page.write_text("before\n<!-- doors -->\n<!-- end -->\nafter\n")
+    for door in ("png", "csv"):
+        hostile.update(page, hostile.Row(door, "abc1234", 0, 61, counts), "On 1 core.")
+    hostile.update(page, again := hostile.Row("png", "def5678", 1, 5, Counter({"unchanged": 7})), "On 2 cores.")
+    table = hostile.table([again, hostile.Row("csv", "abc1234", 0, 61, counts)])
+    assert page.read_text() == f"before\n<!-- doors -->\n\n{table}\n\nOn 2 cores.\n\n<!-- end -->\nafter\n"
+    assert "| all | | | 66 | 1,210 | 1,200 | 10 | 0 |" in table
