@@ -134,16 +134,20 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         for split in SPLITS:
             if split == "multi_query" and split not in index:
                 continue
-            listed, reader = index[split], Reader(folder, split)
+            listed = index[split]
             identity = np.array(listed["identity"], np.int32)
             camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
+            reader = Reader(folder, split, identity, camera)
             splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=DATASETS[name].own)
             lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
             if listed["names"]:  # TFDS leaves out empty splits
                 lengths.add(len(_open(str(folder), split, os.getpid())))
             if len(lengths) > 1:
                 raise ValueError(f"{INDEX} and the records of {split} differ in length")
-        dataset_name = tfds.builder_from_directory(folder).info.name
+        info = tfds.builder_from_directory(folder).info
+        if missing := info.splits.keys() - splits.keys():
+            raise ValueError(f"{INDEX} lacks {', '.join(sorted(missing))}")
+        dataset_name, notes = info.name, [str(note) for note in index["notes"]]
     except Exception as error:  # TFDS and its formats raise many types
         raise UserError(
             f"The prepared folder {folder} is damaged ({_line(error)}): "
@@ -155,15 +159,17 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         )
     for images in filter(len, splits.values()):
         images.read(len(images) - 1)  # opening a truncated file succeeds, but reading fails
-    return splits, index["notes"]
+    return splits, notes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reader:
     """Reads images of a prepared split. Keeps no open file, so that it pickles; each process opens its own."""
 
     folder: Path
     split: str
+    identity: np.ndarray  # int32 [N], by the index; each record has its own
+    camera: np.ndarray | None  # int32 [N]
 
     def read(self, name: str, position: int) -> bytes:
         try:
@@ -173,6 +179,10 @@ class Reader:
             record_name = features["name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
             if record_name != name:
                 raise ValueError(f"the record is that of {record_name}")
+            indexed = self.identity[position], -1 if self.camera is None else self.camera[position]
+            labels = tuple(features[key].int64_list.value[0] for key in ("identity", "camera"))
+            if labels != indexed:
+                raise ValueError("identity {}, camera {} by its record, {}, {} by the index".format(*labels, *indexed))
             return features["image"].bytes_list.value[0]
         except Exception as error:
             raise UserError(
