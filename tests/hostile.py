@@ -692,12 +692,14 @@ def try_case(door: Door, name: str, seed: int, number: int) -> tuple[str, str, s
 
 
 def work(name: str, seed: int, first: int, last: int) -> None:
-    """Runs the cases first..last - 1 of a door, a line of JSON for each."""
+    """Runs the cases first..last - 1 of a door: an empty line when it is set up, then a line of JSON for each."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print too
     with tempfile.TemporaryDirectory() as folder:
         door = DOORS[name](Path(folder))
-        print(flush=True)
+        print(file=out, flush=True)
         for number in range(first, last):
-            print(json.dumps([number, *try_case(door, name, seed, number)]), flush=True)
+            print(json.dumps([number, *try_case(door, name, seed, number)]), file=out, flush=True)
 
 
 def outcomes(name: str, seed: int, cases: int, seconds: float) -> Iterator[tuple[int, str, str, str]]:
