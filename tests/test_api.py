@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def test_the_model_says_what_its_network_computes(run, model, described):
     np.testing.assert_allclose(described.visibility, out["visibility"], rtol=1e-4)
     np.testing.assert_allclose(described.region_maps, out["probability"], atol=1e-6)
     np.testing.assert_allclose(described.region_maps.sum(axis=(1, 2)), described.visibility, rtol=1e-5)
-    assert {x.dtype for x in vars(described).values()} == {np.dtype(np.float32)}
+    assert {getattr(described, name).dtype for name in ("features", "visibility", "region_maps")} == {np.dtype("f4")}
     assert model.grid == vpm_jax.RegionGrid(3, 1) and model.image_size == (64, 32)
 
 
@@ -313,6 +314,34 @@ def test_a_model_pickles(model, described):
     again = pickle.loads(pickle.dumps(model))
     assert repr(again) == repr(model)
     assert_equal(again(PICTURES, batch=2), described)
+
+
+def test_a_description_is_saved_for_its_model(model, described, tmp_path):
+    path = tmp_path / "gallery.npz"
+    described.save(path)
+    loaded = Description.load(path)
+    assert_equal(loaded, described)
+    np.testing.assert_array_equal(model.match(loaded, loaded[1:]), model.match(described, described[1:]))
+    described[:0].save(path)
+    assert len(Description.load(path)) == 0
+    for other in (replace(loaded, model="0123456789abcdef"), replace(loaded, model="0123456789abcdef")[1:]):
+        with pytest.raises(UserError, match=r"are another model's \(fingerprint 0123456789abcdef") as refused:
+            model.match(described, other)
+        assert refused.value.code == "other-model"
+
+
+def test_a_damaged_description_is_refused(described, tmp_path):
+    path = tmp_path / "gallery.npz"
+    described.save(path)
+    data = path.read_bytes()
+    np.savez(tmp_path / "shapes.npz", features=np.zeros((2, 3, 4)), visibility=np.zeros((2, 2)), model="a")
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "short").write_bytes(data[: len(data) // 2])
+    (tmp_path / "flipped").write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    for name in ("shapes.npz", "arrays.npz", "array.npy", "short", "flipped", "none", "."):
+        with pytest.raises(UserError, match="is no saved Description"):
+            Description.load(tmp_path / name)
 
 
 def test_descriptions_are_shown_by_their_shapes(described):

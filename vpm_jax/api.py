@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -225,7 +226,7 @@ class VPM:
             for outputs, count in parallel.prefetch(started(), lambda pair: pair, depth=1):
                 description = fetch(outputs, count)
                 check_finite(description.features, "images")
-                yield description
+                yield replace(description, model=self.fingerprint)
 
     def prepare(
         self, image: Image, name: str = "the image", out: np.ndarray | None = None, crop: Crop = WHOLE
@@ -269,7 +270,8 @@ class VPM:
     def _nothing(self) -> Description:
         inputs = self.inputs([np.zeros((1, 1, 3), np.uint8)])
         shapes = jax.eval_shape(self.step, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
-        return Description(**{key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()})
+        arrays = {key: np.zeros((0, *x.shape[1:]), np.float32) for key, x in shapes.items()}
+        return Description(**arrays, model=self.fingerprint)
 
     # ---- Matching ----
 
@@ -280,7 +282,7 @@ class VPM:
         that a distance depends on its pair only. Images are described first.
 
         Raises:
-          UserError: as `features`, and for a Description by a model of other shapes.
+          UserError: as `features`, and for a Description by another model.
           ValueError: for a Description whose arrays do not fit, or whose visibility is negative or not finite.
         """
         return pairwise_distance(self.config.match, self._described(query), self._described(gallery))
@@ -313,6 +315,12 @@ class VPM:
 
     def _described(self, images: Description | Images) -> Description:
         description = images if isinstance(images, Description) else self.features(images)
+        if description.model not in ("", self.fingerprint):
+            raise UserError(
+                f"These features are another model's (fingerprint {description.model}, that of {self.source} is "
+                f"{self.fingerprint}) and not comparable: describe the images again, or use the model that made them.",
+                code="other-model",
+            )
         shape, expected = description.features.shape[1:], self._nothing.features.shape[1:]
         if shape != expected:
             raise UserError(

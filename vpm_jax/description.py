@@ -5,9 +5,12 @@ Shapes: N images, B of a batch, H W pixels, h w cells of the feature map, P regi
 
 from __future__ import annotations
 
+import os
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.data.pipeline import EvalBatch, eval_batches
 from vpm_jax.data.split import Split, boxes
+from vpm_jax.disk import replacing
 from vpm_jax.errors import UserError
 from vpm_jax.progress import Progress
 from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
@@ -39,6 +43,8 @@ class Description:
     region_maps: np.ndarray = None  # type: ignore[assignment]  # `VPM` always sets them
     """float32 [N, h, w, P]: region probabilities of each cell (Eq. 1); w is 1 for a row locator. None if the
     `Describer` was built without region maps."""
+    model: str = ""
+    """The fingerprint of the model; "" if unknown. `VPM` sets it, and refuses descriptions by another model."""
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in self._arrays().items())
@@ -49,20 +55,44 @@ class Description:
 
     def __getitem__(self, index: int | slice | np.ndarray | list[int]) -> Description:
         rows: Any = [index] if isinstance(index, int | np.integer) else index
-        return Description(**{name: x[rows] for name, x in self._arrays().items()})
+        return Description(**{name: x[rows] for name, x in self._arrays().items()}, model=self.model)
 
     def __iter__(self) -> Iterator[Description]:
         return (self[i] for i in range(len(self)))
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def _arrays(self) -> dict[str, Any]:
         """The arrays by name, without missing region maps."""
-        return {name: x for name, x in vars(self).items() if x is not None}
+        return {name: x for name, x in vars(self).items() if x is not None and name != "model"}
 
     @classmethod
     def concatenate(cls, batches: Iterable[Description]) -> Description:
-        """Joins one or more batches, in order."""
+        """Joins one or more batches of one model, in order."""
+        batches = list(batches)
         arrays = [batch._arrays() for batch in batches]
-        return cls(**{name: np.concatenate([batch[name] for batch in arrays]) for name in arrays[0]})
+        joined = {name: np.concatenate([batch[name] for batch in arrays]) for name in arrays[0]}
+        return cls(**joined, model=batches[0].model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a .npz of these arrays and the model's fingerprint. Raises UserError if it cannot be written."""
+        path = Path(os.path.expanduser(path))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **self._arrays(), model=np.array(self.model))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Description:
+        """Reads what `save` wrote. Raises UserError if it is missing or damaged."""
+        path = Path(os.path.expanduser(path))
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                loaded = cls(**{key: arrays[key] for key in arrays.files if key != "model"}, model=str(arrays["model"]))
+            n, p, _ = loaded.features.shape
+            shapes = [x.shape for x in loaded._arrays().values()]
+            if shapes[1] != (n, p) or any((s[0], s[-1]) != (n, p) or len(s) != 4 for s in shapes[2:]):
+                raise ValueError(f"arrays of shapes {shapes}")
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} is no saved Description ({reason}): describe the images again.") from None
+        return loaded
 
 
 class CroppedSplit(NamedTuple):
@@ -164,7 +194,7 @@ class Describer(FeatureSource):
         begin = first = 0
         ends = iter([*stops, len(split)])
         end = next(ends)
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         inputs = parallel.prefetch(batches, self._put_batch)
         # One batch is computed while the one before it is fetched.
         for outputs in parallel.prefetch(inputs, lambda batch: self.step(variables, *batch), depth=1):
@@ -231,7 +261,8 @@ class Pooled(FeatureSource):
 
 def fetch(outputs: dict[str, jax.Array], count: int) -> Description:
     """The first `count` images of a feature step's outputs, on the host."""
-    return Description(**{name: np.asarray(x)[:count] for name, x in jax.device_get(outputs).items()})
+    arrays: dict[str, Any] = {name: np.asarray(x)[:count] for name, x in jax.device_get(outputs).items()}
+    return Description(**arrays)
 
 
 def check_finite(features: np.ndarray, name: str) -> None:

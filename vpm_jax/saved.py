@@ -150,7 +150,7 @@ class Saved(FeatureSource):
                     for begin, end in zip([0, *stops], [*stops, len(split)], strict=True):
                         size = (end - begin, *shape[1:])
                         features = np.frombuffer(file.read(4 * int(np.prod(size))), np.float32).reshape(size)
-                        rows = {name: x[begin:end] for name, x in small.items() if x is not None}
+                        rows: dict[str, Any] = {name: x[begin:end] for name, x in small.items() if x is not None}
                         progress.add(len(features))
                         yield Description(features, **rows)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
