@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from vpm_jax.regions import Crop as Crop
     from vpm_jax.regions import RegionGrid as RegionGrid
     from vpm_jax.regions import project_regions as project_regions
+    from vpm_jax.search.gallery import Gallery as Gallery
 
 __version__ = "0.2.0"  # pyproject.toml reads it
 
@@ -33,6 +34,7 @@ _HOME = {
     "UserError": "errors",
     "VPM": "api",
     "Description": "description",
+    "Gallery": "search.gallery",
 }
 
 __all__ = sorted(_HOME)

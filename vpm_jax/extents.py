@@ -25,6 +25,7 @@ from vpm_jax.api import VPM
 from vpm_jax.description import unfamiliar_parts, visible_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
+from vpm_jax.progress import Progress
 from vpm_jax.regions import visible_heights
 from vpm_jax.search.folder import describe, list_images
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "which cannot locate regions: use a model with several rows and a pixel or row locator."
         )
     names, batches = [], []
-    for batch_entries, description in describe(model, args.folder, entries):
+    progress = Progress("images", len(entries))
+    for batch_entries, description in describe(model, entries, args.folder.joinpath, progress=progress):
         names += [entry.name for entry in batch_entries]
         batches.append(visible_heights(description.region_maps, model.grid))
     if not names:

@@ -25,7 +25,8 @@ from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, GalleryCrop
 from vpm_jax.search import command as search
-from vpm_jax.search import ranking
+from vpm_jax.search.folder import list_images
+from vpm_jax.search.gallery import crop_folder, stored_crops
 from vpm_jax.search.store import Store
 
 RANDOM = np.random.default_rng(7)
@@ -159,7 +160,7 @@ def test_odd_pictures_are_taken_and_broken_ones_named(folder, run, model, capsys
 
 def test_an_interrupted_index_goes_on(folder, run, model, monkeypatch, capsys):
     stream = VPM.stream
-    monkeypatch.setattr(search, "_COMMIT_SECONDS", 0)
+    monkeypatch.setattr("vpm_jax.search.gallery._COMMIT_SECONDS", 0)
 
     def stopping(self, images, batch, *more):
         for number, part in enumerate(stream(self, images, batch, *more)):
@@ -186,7 +187,8 @@ def test_sigkill_at_any_moment(tmp_path, run, model):
     for i in range(300):
         picture().save(folder / f"{i}.png")
     store = tmp_path / "store"
-    code = "import sys; from vpm_jax import search; search._COMMIT_SECONDS = 0; sys.exit(search.main(sys.argv[1:]))"
+    imports = "import sys; from vpm_jax.search import command, gallery"
+    code = f"{imports}; gallery._COMMIT_SECONDS = 0; sys.exit(command.main(sys.argv[1:]))"
     arguments = ["index", str(folder), "--workdir", str(run), "--index", str(store), "--batch", "8"]
     draw, kills = np.random.default_rng(0), 0
     for _ in range(6):
@@ -250,7 +252,7 @@ def test_what_is_no_folder_of_images(folder, run, name, sentence):
 
 def test_links_are_followed_once(folder, run):
     (folder / "deep" / "round").symlink_to(folder)
-    assert len(search.list_images(folder)[0]) == 9
+    assert len(list_images(folder)[0]) == 9
 
 
 def test_a_store_without_a_model_or_images(folder, run, tmp_path):
@@ -309,7 +311,7 @@ CROPPED = {"whole": (0.0, 1.0), "top 0.5": (0.0, 0.5), "top 0.8": (0.0, 0.8)}
 
 def cropped_rows(folder, model, kept):
     """What the model says of the top of every image, by its path."""
-    names = [e.name for e in search.list_images(folder)[0]]
+    names = [e.name for e in list_images(folder)[0]]
     pixels = [decode((folder / name).read_bytes(), name, upright=True) for name in names]
     return names, model.features([x[: max(1, round(len(x) * kept))] for x in pixels])
 
@@ -346,22 +348,22 @@ def test_crops_follow_the_folder_and_what_is_asked(folder, run, model, monkeypat
     picture().save(folder / "new.png")
     assert index(folder, run) == 0  # crops as before
     store = Store(tmp_path / "store")
-    assert ranking.stored_crops(store) == {GalleryCrop("top", 0.5): True, GalleryCrop("top", 0.8): True}
-    for part in ranking.stored_crops(store):
+    assert stored_crops(store) == {GalleryCrop("top", 0.5): True, GalleryCrop("top", 0.8): True}
+    for part in stored_crops(store):
         names, expected = cropped_rows(folder, model, part.gamma)
-        there = rows(Store(ranking.crop_folder(tmp_path / "store", part)))
+        there = rows(Store(crop_folder(tmp_path / "store", part)))
         assert sorted(there) == sorted(names)
         np.testing.assert_allclose([there[n][0] for n in names], expected.features, atol=2e-3)
     assert index(folder, run, "--crops", "0.5") == 0
     assert sorted(p.name for p in (tmp_path / "store").iterdir() if p.is_dir()) == ["top-0.5"]
     assert index(folder, run, "--crops", "none") == 0
-    assert not ranking.stored_crops(Store(tmp_path / "store"))
+    assert not stored_crops(Store(tmp_path / "store"))
     assert not [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
     monkeypatch.setitem(model.config.match, "gallery_gammas", (0.6,))
     assert index(folder, run) == 0  # a store without is not asked again
-    assert not ranking.stored_crops(Store(tmp_path / "store"))
+    assert not stored_crops(Store(tmp_path / "store"))
     search.main(["index", str(folder), "--workdir", str(run), "--index", str(tmp_path / "fresh")])
-    assert ranking.stored_crops(Store(tmp_path / "fresh")) == {GalleryCrop("top", 0.6): True}
+    assert stored_crops(Store(tmp_path / "fresh")) == {GalleryCrop("top", 0.6): True}
 
 
 def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypatch, tmp_path, capsys):
@@ -382,7 +384,7 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
     monkeypatch.setattr(VPM, "stream", stopping)
     with pytest.raises(KeyboardInterrupt):
         index(folder, run, "--crops", "0.5,0.8")
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {
+    assert stored_crops(Store(tmp_path / "store")) == {
         GalleryCrop("top", 0.5): True,
         GalleryCrop("top", 0.8): False,
     }
@@ -408,9 +410,9 @@ def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, 
     assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
     assert "a.jpg cannot be read" in said.err and "1 of 9 images disappeared during indexing: index again." in said.err
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): False}
+    assert stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): False}
     assert index(folder, run) == 0
-    assert ranking.stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): True}
+    assert stored_crops(Store(tmp_path / "store")) == {GalleryCrop("top", 0.5): True}
 
 
 @pytest.mark.parametrize(

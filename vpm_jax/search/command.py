@@ -13,35 +13,23 @@ improves partial queries (docs/results), at a multiple of the time and disk spac
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from vpm_jax import cli
-from vpm_jax import config as config_lib
-from vpm_jax.api import VPM
-from vpm_jax.description import Description, unfamiliar_parts
+from vpm_jax.description import unfamiliar_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
-from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops, visible_heights
+from vpm_jax.regions import visible_heights
 from vpm_jax.search import ranking as ranking_lib
-from vpm_jax.search.folder import IMAGES, describe, list_images
-from vpm_jax.search.ranking import Limits, Ranking, crop_folder, region_numbers, stored_crops
-from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
-from vpm_jax.thresholds import RATES, Thresholds
-
-_COMMIT_SECONDS = 5.0  # the most work that a kill loses
+from vpm_jax.search.folder import IMAGES
+from vpm_jax.search.gallery import Gallery, stored_crops
+from vpm_jax.search.ranking import Ranking, region_numbers
+from vpm_jax.search.store import DTYPES
+from vpm_jax.thresholds import RATES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,107 +136,25 @@ def index(
         support, or a full disk.
     """
     cli.check_folder("--index", store_folder)
-    images, others = list_images(folder)
-    store = Store(store_folder) if (store_folder / "store.json").exists() else None
-    if store is not None:
-        _check_root(store, folder)
-    model_path = model_path or _model_of(store, store_folder)
-    model = VPM.load(model_path)
-    root = str(folder.resolve())
-    _, regions, channels = model.features([]).features.shape
-    old_crops = stored_crops(store) if store is not None else {}
-    crops = _crops(model, store, gammas)
-
-    def extra(complete: Collection[GalleryCrop] = ()) -> dict[str, Any]:
-        saved = [[crop.side, crop.gamma, crop in complete] for crop in crops]
-        return {"folder": root, "model": str(model_path.resolve()), "parts": saved}
-
-    about = About(
-        model=model.fingerprint,
-        config=config_digest(model),
-        regions=regions,
-        channels=channels,
-        dtype=store.about.dtype if store is not None else dtype,
-        extra=extra(),
-    )
-    with Writer(store_folder, about) as writer:
-        for crop in old_crops.keys() - set(crops):
-            shutil.rmtree(crop_folder(store_folder, crop), ignore_errors=True)
-        counts = _update(writer, model, folder, images, batch)
-        complete, most_lost = [], 0
-        for crop in crops:
-            with Writer(crop_folder(store_folder, crop), about) as crop_writer:
-                lost = _update(crop_writer, model, folder, Store(store_folder).entries, batch, crop)["unreadable"]
-            if not lost:
-                complete.append(crop)
-            most_lost = max(most_lost, lost)
-            writer.about = dataclasses.replace(writer.about, extra=extra(complete))
-            writer.commit()
-    unreadable = counts["unreadable"]
-    summary = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "nothing changed"
-    cropped = f" Crops: {', '.join(map(str, complete))}." if complete else ""
-    total = len(Store(store_folder))
-    print(f"{store_folder}: {total} images of {printable(root)} ({summary}; {others} other files skipped).{cropped}")
-    if unreadable:
-        print(f"{unreadable} of {len(images)} images could not be read and were skipped.", file=sys.stderr)
-    if most_lost:
-        print(f"{most_lost} of {total} images disappeared during indexing: index again.", file=sys.stderr)
-    return cli.INCOMPLETE if unreadable or most_lost else 0
-
-
-def _crops(model: VPM, store: Store | None, gammas: tuple[float, ...] | None) -> list[GalleryCrop]:
-    """The crops to describe beside whole images."""
-    config = model.config.copy_and_resolve_references()
-    if gammas is not None:
-        config.match.gallery_gammas = gammas
-    elif store is not None and "parts" in store.about.extra:
-        return list(stored_crops(store))
-    config.match.rerank, config.eval.crop = False, "none"  # not used by a search
-    config_lib.check_gallery_gammas(config)
-    return gallery_crops(config_lib.sides(config), config.match.gallery_gammas)[1:]
-
-
-def _update(
-    writer: Writer, model: VPM, folder: Path, images: list[Entry], batch: int, crop: GalleryCrop = UNCUT
-) -> dict[str, int]:
-    """Makes a store hold exactly these images of the folder; counts what is new, changed, deleted and unreadable."""
-    stored = {entry.name: entry for entry in Store(writer.folder).entries}
-    current = {entry.name: entry for entry in images}
-    fresh = [entry for entry in images if stored.get(entry.name) != entry]
-    writer.keep(np.array([current.get(name) == entry for name, entry in stored.items()], bool))
-    unreadable, committed = {entry.name for entry in fresh}, time.monotonic()
-    for entries, description in describe(model, folder, fresh, batch, crop):
-        writer.append(entries, description.features, description.visibility)
-        unreadable.difference_update(entry.name for entry in entries)
-        if time.monotonic() - committed > _COMMIT_SECONDS:
-            writer.commit()
-            committed = time.monotonic()
-    writer.commit()
-    written = [entry.name for entry in fresh if entry.name not in unreadable]
-    changed = sum(name in stored for name in written)
-    deleted = len(stored.keys() - current.keys())
-    return {"new": len(written) - changed, "changed": changed, "deleted": deleted, "unreadable": len(unreadable)}
-
-
-def _check_root(store: Store, folder: Path) -> None:
-    """Raises UserError for a store of another folder that still exists; a moved folder is fine."""
-    root = store.path("folder")
-    if root and root.is_dir() and not root.samefile(folder):
-        raise UserError(f"{store.folder} is the index of {root}: give that folder, or another --index.")
-
-
-def _model_of(store: Store | None, folder: Path) -> Path:
-    path = store.path("model") if store is not None else None
-    if path is None:
+    if model_path is None and not (store_folder / "store.json").exists():
         raise UserError(
-            f"{folder} records no model: give --workdir RUN, the folder of a training run, or --model FILE."
+            f"{store_folder} records no model: give --workdir RUN, the folder of a training run, or --model FILE."
         )
-    return path
-
-
-def config_digest(model: VPM) -> str:
-    """16 hexadecimal digits of the model's whole config."""
-    return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
+    gallery = Gallery.open(store_folder, model_path, gammas, dtype)
+    update = gallery.index(folder, gammas, batch)
+    assert gallery.store is not None
+    total, unreadable, lost = len(gallery), update.unreadable, update.lost
+    counts = {word: getattr(update, word) for word in ("new", "changed", "deleted", "unreadable")}
+    summary = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "nothing changed"
+    complete = [str(crop) for crop, done in stored_crops(gallery.store).items() if done]
+    cropped = f" Crops: {', '.join(complete)}." if complete else ""
+    root = printable(folder.resolve())
+    print(f"{store_folder}: {total} images of {root} ({summary}; {update.others} other files skipped).{cropped}")
+    if unreadable:
+        print(f"{unreadable} of {total + unreadable} images could not be read and were skipped.", file=sys.stderr)
+    if lost:
+        print(f"{lost} of {total} images disappeared during indexing: index again.", file=sys.stderr)
+    return cli.INCOMPLETE if unreadable or lost else 0
 
 
 # ---- Query ----
@@ -276,20 +182,10 @@ def query(
     for flag, file in (("--json", json_file if json_file != "-" else None), ("--html", html_file)):
         if file:
             cli.check_output(flag, Path(file))
-    store = Store(store_folder)
-    if not len(store):
-        raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
-    with ThreadPoolExecutor(1) as pool:
-        verification = pool.submit(store.verify)  # while the model loads
-        model_path = model_path or _model_of(store, store_folder)
-        model = VPM.load(model_path)
-        verification.result()
-    limits: Limits | None = None
-    if max_distance is not None:
-        limits = partial(_constant, max_distance)
-    elif false_match_rate is not None:
-        limits = _limits(model, store, thresholds or model_path / "thresholds.json", false_match_rate)
-    rankings = ranking_lib.search(model, store, images, top, limits)
+    gallery = Gallery.open(store_folder, model_path)
+    rankings = gallery.query(images, top, max_distance, false_match_rate, thresholds)
+    model, store = gallery.model, gallery.store
+    assert store is not None
     if json_file:
         text = json.dumps(ranking_lib.record(model, store, rankings), indent=1, allow_nan=False) + "\n"
         if json_file == "-":
@@ -307,47 +203,21 @@ def query(
         for ranking in rankings:
             for part in unfamiliar_parts(model.config, visible_heights(ranking.query.region_maps, model.grid)):
                 print(
-                    f"warning: {printable(ranking.path)} seems to show {part}, which no training crop of this model "
+                    f"warning: {printable(ranking.name)} seems to show {part}, which no training crop of this model "
                     "did: its ranking may be poor; use a model trained with data.crop=any.",
                     file=sys.stderr,
                 )
     empty = [ranking for ranking in rankings if not ranking.results]
     for ranking in empty:
-        print(f"{printable(ranking.path)} {ranking_lib.nothing(ranking)}.", file=sys.stderr)
+        print(f"{printable(ranking.name)} {ranking_lib.nothing(ranking)}.", file=sys.stderr)
     return cli.INCOMPLETE if empty else 0
-
-
-def _constant(limit: float, queries: Description) -> list[float]:
-    return [limit] * len(queries)
-
-
-def _limits(model: VPM, store: Store, path: Path, false_match_rate: float) -> Limits:
-    """The thresholds of queries for a false match rate, by how much of a person each shows."""
-    if stored_crops(store):
-        raise UserError(
-            f"{store.folder} has crops, and thresholds are measured with whole images: use --max-distance, or an index "
-            "without --crops."
-        )
-    measured = Thresholds.read(path, model.fingerprint, model.config.match)
-
-    def limits(queries: Description) -> list[float]:
-        top, bottom = visible_heights(queries.region_maps, model.grid).T
-        found = [measured.distance(gamma, false_match_rate) for gamma in bottom - top]
-        if None in found:
-            raise UserError(
-                f"{path} has too few pairs for a false match rate of {false_match_rate:g}: choose a larger rate, or "
-                "measure on more images."
-            )
-        return [distance for distance in found if distance is not None]
-
-    return limits
 
 
 def _print(rankings: list[Ranking], numbering: str) -> None:
     for ranking in rankings:
         count, visible = ranking.query.visibility.shape[1], region_numbers(ranking.visible)
         crop = ranking_lib.compared_with(ranking)
-        print(f"\n{printable(ranking.path)} shows regions {visible} of 0 to {count - 1} ({numbering}){crop}.")
+        print(f"\n{printable(ranking.name)} shows regions {visible} of 0 to {count - 1} ({numbering}){crop}.")
         if not ranking.results:
             continue
         width = max(4 * count, len("weight of each region, %"))

@@ -6,14 +6,14 @@ import itertools
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from vpm_jax import api, parallel
-from vpm_jax.api import VPM
+from vpm_jax.api import VPM, Image
 from vpm_jax.data import decode
 from vpm_jax.description import Description
 from vpm_jax.errors import UserError
@@ -22,6 +22,7 @@ from vpm_jax.regions import UNCUT, GalleryCrop
 from vpm_jax.search.store import Entry
 
 IMAGES = decode.SUFFIXES
+Skip = Callable[[UserError], object]  # what to do about an image that cannot be read
 
 
 def list_images(folder: Path) -> tuple[list[Entry], int]:
@@ -64,15 +65,31 @@ def list_images(folder: Path) -> tuple[list[Entry], int]:
     return sorted(entries), others
 
 
+def report(error: UserError) -> None:
+    print(f"skipped: {error}", file=sys.stderr)
+
+
 def describe(
-    model: VPM, folder: Path, entries: list[Entry], batch: int = 64, kept: GalleryCrop = UNCUT
+    model: VPM,
+    entries: list[Entry],
+    image_of: Callable[[str], Image],
+    batch: int = 64,
+    kept: GalleryCrop = UNCUT,
+    skip: Skip = report,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[list[Entry], Description]]:
-    """Describes a folder's images, cropped to `kept`, in batches; unreadable ones are reported and skipped."""
+    """Describes images, cropped to `kept`, in batches.
+
+    Args:
+      image_of: the image of an entry's name.
+      skip: called with the error of each image that cannot be read.
+      progress: of all entries.
+    """
     ready: deque[Entry] = deque()
 
     def read(entry: Entry) -> np.ndarray | UserError:
         try:
-            return api.read(folder / entry.name, crop=kept.crop)
+            return api.read(image_of(entry.name), entry.name, kept.crop)
         except UserError as error:
             return error
 
@@ -82,14 +99,14 @@ def describe(
             while chunk := list(itertools.islice(images, batch)):
                 for entry, image in zip(chunk, pool.map(read, chunk), strict=True):
                     if isinstance(image, UserError):
-                        progress.total -= 1
-                        print(f"skipped: {image}", file=sys.stderr)
+                        if progress is not None:
+                            progress.total -= 1
+                        skip(image)
                     else:
                         ready.append(entry)
                         yield image
 
-    cropped = "" if kept == UNCUT else f" ({kept})"
-    progress = Progress(f"images{cropped}", len(entries))
     for description in model.stream(pixels(), batch):
         yield [ready.popleft() for _ in range(len(description))], description
-        progress.add(len(description))
+        if progress is not None:
+            progress.add(len(description))

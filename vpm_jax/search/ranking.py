@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vpm_jax import api, html
-from vpm_jax.api import VPM
-from vpm_jax.description import Description, route
+from vpm_jax.api import VPM, Image
+from vpm_jax.description import Description
 from vpm_jax.errors import UserError, printable
-from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.overlay import LOW_WEIGHT
 from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid
-from vpm_jax.search.store import Entry, Store
+from vpm_jax.search.store import Store
 
 # A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
 # scores of 0 are rare.
 _VISIBLE = 1 / 3
-
-
-Limits = Callable[[Description], Sequence[float]]  # of queries: the distance below which an image is a result
 
 
 class Result(NamedTuple):
@@ -44,7 +40,8 @@ class Result(NamedTuple):
 class Ranking(NamedTuple):
     """The ranking of one query image."""
 
-    path: Path
+    name: str  # the query's path, or "image N" for one that is not a file
+    image: Image  # as given
     query: Description
     results: list[Result]  # nearest first, without images that share no region or are beyond the limit
     crop: GalleryCrop = UNCUT  # the gallery crop that the query was compared with
@@ -57,84 +54,10 @@ class Ranking(NamedTuple):
         visibility = self.query.visibility[0]
         return visibility > _VISIBLE * visibility.max()
 
-
-def stored_crops(store: Store) -> dict[GalleryCrop, bool]:
-    """The crops of a store beside whole images, and whether each is complete.
-
-    Each crop has its own store in `crop_folder`. Raises UserError if store.json is damaged.
-    """
-    saved = store.about.extra.get("parts", [])
-    try:
-        crops = {GalleryCrop(str(side), float(gamma)): bool(complete) for side, gamma, complete in saved}
-        _ = [crop.crop for crop in crops]  # raises for an unknown side
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{store.folder / 'store.json'} is damaged (parts are {saved!r}): create the store again in another folder."
-        ) from None
-    return crops
-
-
-def crop_folder(store: Path, crop: GalleryCrop) -> Path:
-    """The folder of a crop's store."""
-    return store / str(crop).replace(" ", "-")
-
-
-def search(
-    model: VPM,
-    store: Store,
-    images: Sequence[Path],
-    top: int,
-    limits: Limits | None = None,
-) -> list[Ranking]:
-    """Ranks the `top` nearest images of the store for each query image, with per-region distances.
-
-    If the store has crops, each query is compared with the crop closest to it (`description.route`). `limits` gives the
-    distance, for each query, below which an image is a result.
-
-    Raises:
-      UserError: for an image that cannot be read, a store of another model, or a damaged store of a crop.
-    """
-    store.check_model(model.fingerprint, model.source)
-    queries = model.features(list(images))
-    limit = [np.inf] * len(queries) if limits is None else limits(queries)
-    crops = [UNCUT, *(crop for crop, complete in stored_crops(store).items() if complete)]
-    root = store.path("folder") or Path()
-    rankings: dict[int, Ranking] = {}
-    for crop, rows in route(queries, crops, model.grid).items():
-        gallery = store
-        if crop != UNCUT:
-            gallery = Store(crop_folder(store.folder, crop))
-            gallery.check_model(model.fingerprint, model.source)
-            gallery.verify()
-        for row, results in zip(rows, _results(model, gallery, queries[rows], top, root), strict=True):
-            within = [result for result in results if result.distance < limit[row]]
-            nearest = min((result.distance for result in results), default=np.inf)
-            rankings[int(row)] = Ranking(images[row], queries[row], within, crop, limit[row], nearest)
-    return [rankings[row] for row in range(len(images))]
-
-
-def _results(model: VPM, store: Store, queries: Description, top: int, root: Path) -> list[list[Result]]:
-    match, entries, rankings = model.config.match, store.entries, []
-    for query, distances, indices in zip(queries, *nearest(match, queries, store, top), strict=True):
-        index = indices[np.isfinite(distances)]
-        gallery = Description(store.features[index], store.visibility[index])
-        local, weight = pairwise_shares(match, query, gallery)
-        results = []
-        for rank, (i, visibility) in enumerate(zip(index, gallery.visibility, strict=True)):
-            path = root / entries[i].name
-            numbers = float(distances[rank]), local[0, rank], weight[0, rank], visibility
-            results.append(Result(entries[i].name, path, *numbers, _has_changed(path, entries[i])))
-        rankings.append(results)
-    return rankings
-
-
-def _has_changed(path: Path, entry: Entry) -> bool:
-    """Whether the file differs from the indexed one in size or time; False for one that is missing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    return entry.size > 0 and (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime_ns)
+    @property
+    def nobody(self) -> bool:
+        """Whether the gallery has nobody near enough: there are images that share a region, all beyond the limit."""
+        return not self.results and bool(np.isfinite(self.nearest))
 
 
 def region_numbers(mask: np.ndarray) -> str:
@@ -155,7 +78,7 @@ def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
         "match": model.config.match.to_dict(),
         "queries": [
             {
-                "image": str(ranking.path),
+                "image": ranking.name,
                 "visibility": rounded(ranking.query.visibility[0]),
                 "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
                 "compared_with": str(ranking.crop),
@@ -187,7 +110,7 @@ def compared_with(ranking: Ranking) -> str:
 
 def nothing(ranking: Ranking) -> str:
     """Why a ranking has no results."""
-    if np.isinf(ranking.nearest):
+    if not ranking.nobody:
         return "shares no visible region with any image: there is nothing to rank"
     return f"is nobody here: the nearest image is at {ranking.nearest:.3f}, and the threshold is {ranking.limit:.3f}"
 
@@ -214,9 +137,9 @@ def page(model: VPM, store: Store, rankings: list[Ranking]) -> str:
 
 
 def _section(ranking: Ranking, columns: int) -> str:
-    name = printable(ranking.path.name)
+    name = printable(os.path.basename(ranking.name))
     region_map, visibility = ranking.query.region_maps[0], ranking.query.visibility[0]
-    regions = html.regions(api.read(ranking.path), region_map, visibility, f"query {name}", columns)
+    regions = html.regions(api.read(ranking.image), region_map, visibility, f"query {name}", columns)
     caption = f"shows regions {region_numbers(ranking.visible)}{compared_with(ranking)}"
     body = html.row([html.card(regions, caption, "query", "Query")], wide=True)
     if ranking.results:

@@ -1,0 +1,158 @@
+"""Search from Python: a gallery that images are added to and queried, beside what the commands make of it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from images import encode
+from PIL import Image
+from tiny_runs import make_run
+
+from vpm_jax import VPM, Gallery
+from vpm_jax.errors import UserError
+from vpm_jax.search import command
+from vpm_jax.search.store import Store
+
+RANDOM = np.random.default_rng(3)
+
+
+def picture() -> np.ndarray:
+    small = Image.fromarray(RANDOM.integers(0, 256, (6, 3, 3), dtype=np.uint8))
+    return np.asarray(small.resize((30, 80)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    make_run(folder := tmp_path_factory.mktemp("gallery") / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return VPM.load(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Files, 1.png to 5.png."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / f"{i}.png" for i in range(1, 6)]
+    for path in paths:
+        Image.fromarray(picture()).save(path)
+    return paths
+
+
+def assert_ranks_as_matching(gallery, model, query, images):
+    """`images` are by the gallery's names."""
+    assert set(gallery.store.names) == set(images)
+    distance = model.match(query, list(images.values()))[0]
+    (ranking,) = gallery.query(query, k=3)
+    order = np.argsort(distance, kind="stable")[:3]
+    assert [result.name for result in ranking.results] == [list(images)[i] for i in order]
+    np.testing.assert_allclose([result.distance for result in ranking.results], distance[order], atol=2e-3)
+    local, weight = model.match_regions(query, [images[result.name] for result in ranking.results])
+    np.testing.assert_allclose([result.region_distance for result in ranking.results], local[0], atol=5e-3)
+    np.testing.assert_allclose([result.weight for result in ranking.results], weight[0], atol=5e-3)
+    assert not ranking.nobody and ranking.query.region_maps.shape[0] == 1
+
+
+def test_images_of_any_kind_are_added_and_found(tmp_path, model, pictures, capsys):
+    gallery = Gallery.open(tmp_path / "store", model)
+    assert len(gallery) == 0 and not (tmp_path / "store").exists()  # opening writes nothing
+    kinds = [picture(), encode(Image.fromarray(picture()), "PNG"), Image.fromarray(picture())]
+    assert gallery.add(pictures[:2]).new == 2
+    assert gallery.add(kinds, names=["array", "bytes", "pillow"]).new == 3
+    images = dict(zip([*map(str, pictures[:2]), "array", "bytes", "pillow"], [*pictures[:2], *kinds], strict=True))
+    for query in (picture(), pictures[0], io.BytesIO(encode(Image.fromarray(picture()), "PNG"))):
+        assert_ranks_as_matching(gallery, model, query, images)
+    assert capsys.readouterr().out == ""
+    again = Gallery.open(tmp_path / "store", model)  # on disk
+    assert_ranks_as_matching(again, model, pictures[3], images)
+
+
+def test_an_image_of_the_same_name_takes_its_place(tmp_path, model, pictures):
+    gallery = Gallery.open(tmp_path / "store", model)
+    gallery.add([picture(), picture()], names=["a", "b"])
+    gallery.add([*pictures[:1]])
+    images = {"a": picture(), "b": picture()}
+    update = gallery.add(images.values(), names=images)
+    assert (update.new, update.changed, len(gallery)) == (0, 2, 3)
+    assert gallery.add(pictures[:1]).changed == 0  # the same file
+    assert_ranks_as_matching(gallery, model, picture(), {str(pictures[0]): pictures[0]} | images)
+
+
+def test_added_images_outlive_another_index_of_the_folder(tmp_path, run, model, pictures):
+    folder, store = pictures[0].parent, tmp_path / "store"
+    assert command.main(["index", str(folder), "--workdir", str(run), "--index", str(store)]) == 0
+    elsewhere = tmp_path / "x.png"
+    Image.fromarray(picture()).save(elsewhere)
+    gallery = Gallery.open(store)  # the recorded model
+    assert gallery.model.fingerprint == model.fingerprint
+    added = picture()
+    gallery.add([elsewhere, pictures[0]])
+    gallery.add([added], ["added"])
+    assert command.main(["index", str(folder), "--index", str(store)]) == 0
+    images = {path.name: path for path in pictures} | {str(elsewhere): elsewhere, "added": added}
+    assert_ranks_as_matching(Gallery.open(store, model), model, added, images)
+    file = tmp_path / "ranking.json"
+    assert command.main(["query", str(pictures[2]), "--index", str(store), "--top", "3", "--json", str(file)]) == 0
+    (ranking,) = Gallery.open(store, model).query([pictures[2]], k=3)
+    assert [r["image"] for r in json.loads(file.read_text())["queries"][0]["results"]] == [
+        result.name for result in ranking.results
+    ]
+
+
+def test_crops_of_added_images_are_searched(tmp_path, model, monkeypatch):
+    gallery = Gallery.open(tmp_path / "store", model, crops=[0.5])
+    images = {name: picture() for name in "abcd"}
+    gallery.add(images.values(), names=images)
+    halves = {name: image[:40] for name, image in images.items()}
+    monkeypatch.setattr("vpm_jax.description.visible_heights", lambda maps, grid: np.array([[0.0, 0.5]] * len(maps)))
+    for opened in (gallery, Gallery.open(tmp_path / "store", model)):
+        assert_ranks_as_matching(opened, model, picture()[:40], halves)
+
+
+def test_nobody_is_near_enough(tmp_path, model, pictures):
+    gallery = Gallery.open(tmp_path / "store", model)
+    gallery.add(pictures)
+    nearest = gallery.query(pictures[0])[0].results
+    one, nobody = (gallery.query(pictures[0], max_distance=limit)[0] for limit in (nearest[1].distance, 0.0))
+    assert [result.name for result in one.results] == [str(pictures[0])] and not one.nobody
+    assert nobody.nobody and nobody.results == [] and nobody.nearest == nearest[0].distance
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda gallery, path: gallery.add([picture()]), "image 0 is ndarray, not a path: give names"),
+        (lambda gallery, path: gallery.add([path], ["a", "b"]), "2 names for 1 images"),
+        (lambda gallery, path: gallery.add([path, path]), "2 images have 1 different names"),
+        (lambda gallery, path: gallery.query(path, k=0), "k is 0, expected at least 1"),
+        (lambda gallery, path: gallery.query(path), "holds no images yet"),
+    ],
+)
+def test_what_cannot_be_done_changes_nothing(tmp_path, model, pictures, call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call(Gallery.open(tmp_path / "store", model), pictures[0])
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_unreadable_image_is_reported_after_the_others_are_added(tmp_path, model, pictures):
+    gallery = Gallery.open(tmp_path / "store", model)
+    with pytest.raises(UserError, match=r"1 of 2 images could not be added: .*none\.png cannot be read"):
+        gallery.add([tmp_path / "none.png", pictures[0]])
+    assert len(gallery) == 1 and Store(tmp_path / "store").names == [str(pictures[0])]
+
+
+def test_stores_without_a_model_and_of_another(tmp_path, run, model, pictures):
+    with pytest.raises(UserError, match="holds no feature store"):
+        Gallery.open(tmp_path / "store")
+    Gallery.open(tmp_path / "store", model).add(pictures)
+    with pytest.raises(UserError, match="records no model"):  # it came from another program
+        Gallery.open(tmp_path / "store")
+    make_run(tmp_path / "other", model__grid=(2, 1))
+    with pytest.raises(UserError, match="made by another model"):
+        Gallery.open(tmp_path / "store", tmp_path / "other")
