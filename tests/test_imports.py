@@ -33,7 +33,7 @@ LAZY = {
     "vpm_jax.train": "loader processes import the main module again",
 }
 WITHOUT_JAX = ("data", "regions", "geometry", "schedule", "keys")
-WITHOUT_DISK = ("models", "losses", "matching", "reranking", "metrics")
+WITHOUT_DISK = ("models", "losses", "matching", "topk", "chunks", "reranking", "metrics")
 COMMANDS = [
     f"vpm_jax.{name}"
     for name in [

@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import Mesh
 from plain_matching import example, reference
 
-from vpm_jax import Description, matching
+from vpm_jax import Description, chunks, matching, topk
 from vpm_jax.config import default
-from vpm_jax.matching import match_visibility, region_distance, top_k
+from vpm_jax.matching import match_visibility, region_distance
+from vpm_jax.topk import top_k
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -133,10 +134,10 @@ def test_streams_the_gallery_once_through_one_program(monkeypatch):
     g[50] = q[1]  # a pair that is computed again reads nothing again
     store = Store(g)
     monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * 10 * q[0].size)
-    programs = matching._block._cache_size()
+    programs = chunks.block_distance._cache_size()
     found = region_distance(q, q_weight, store, g_weight)
     assert sum(store.read) < 103 + len(store.read) and max(store.read) <= 10  # but for the last chunk's overlap
-    assert matching._block._cache_size() == programs + 1
+    assert chunks.block_distance._cache_size() == programs + 1
     np.testing.assert_allclose(found, reference(q, q_weight, g, g_weight), atol=3e-6)
 
 
@@ -145,13 +146,13 @@ def test_few_sizes_compile(monkeypatch, images_per_chunk):
     """Neither a query more nor a gallery image more compiles anything."""
     q, q_weight, g, g_weight = example(queries=16, gallery=160, regions=3, channels=20)
     monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * images_per_chunk * q[0].size)
-    before = matching._prepare._cache_size() + matching._block._cache_size()
+    before = chunks.prepare._cache_size() + chunks.block_distance._cache_size()
     for queries, galleries in [(9, 145), (16, 146), (12, 160), (11, 153)]:
         sides = q[:queries], q_weight[:queries], g[:galleries], g_weight[:galleries]
         np.testing.assert_allclose(region_distance(*sides), reference(*sides), atol=3e-6)
-    assert matching._prepare._cache_size() + matching._block._cache_size() <= before + 3
+    assert chunks.prepare._cache_size() + chunks.block_distance._cache_size() <= before + 3
     monkeypatch.undo()
-    scan = matching._scanner(Mesh(np.array(jax.local_devices()), ("gallery",)), False)
+    scan = topk._scanner(Mesh(np.array(jax.local_devices()), ("gallery",)), False)
     before = scan._cache_size()
     for queries, galleries in [(9, 145), (16, 146), (12, 160), (11, 153)]:
         top_k(q[:queries], q_weight[:queries], (g[:galleries], g_weight[:galleries]), 3)
@@ -163,7 +164,7 @@ def test_memory_does_not_grow_with_the_regions():
 
     def temporary_bytes(regions):
         side = jnp.zeros((regions, 256, 8)), jnp.zeros((regions, 256)), jnp.zeros((regions, 256))
-        return matching._block.lower(side, side, squared=False).compile().memory_analysis().temp_size_in_bytes
+        return chunks.block_distance.lower(side, side, squared=False).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(32) - temporary_bytes(4) < 8 * 4 * 256 * 256
 

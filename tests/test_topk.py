@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from plain_matching import example, reference
 
-from vpm_jax import matching
-from vpm_jax.matching import top_k
+from vpm_jax import topk
 from vpm_jax.search.store import About, Store, write
+from vpm_jax.topk import top_k
 
 Q, G, P, C, K = 6, 90, 3, 16, 5
 
@@ -24,7 +24,7 @@ def devices(request):
 @pytest.fixture(params=[2**27, 2**12], ids=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
     """Chunks of all images, or of 10 of them and 5 queries."""
-    monkeypatch.setattr(matching, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(topk, "CHUNK_BYTES", request.param)
 
 
 def nearest(data, k, squared=False):
@@ -43,13 +43,13 @@ def assert_nearest(found, data, squared=False):
 
 def counted(monkeypatch):
     """The numbers of candidates that the gallery was read for."""
-    kept, scan = [], matching._scan
+    kept, scan = [], topk._scan
 
     def counting(*args):
         kept.append(args[2])
         return scan(*args)
 
-    monkeypatch.setattr(matching, "_scan", counting)
+    monkeypatch.setattr(topk, "_scan", counting)
     return kept
 
 
@@ -76,7 +76,7 @@ def test_any_k(chunks, k):
 def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
     """More equals than SPARE: one reading cannot tell, the next one does."""
     data = example(Q, G, P, C)
-    same = np.random.default_rng(1).permutation(G)[: matching.SPARE + 20]
+    same = np.random.default_rng(1).permutation(G)[: topk.SPARE + 20]
     data[2][same], data[3][same] = data[0][1], 1.0  # the second query's own picture, many times
     data[1][1] = 1.0
     kept = counted(monkeypatch)
@@ -84,13 +84,13 @@ def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
     np.testing.assert_array_equal(index[1], np.sort(same)[:K])
     assert not distance[1].any()
     assert_nearest((distance, index), data)
-    assert max(kept) > K + matching.SPARE
+    assert max(kept) > K + topk.SPARE
 
 
 def test_one_reading_is_enough_for_usual_galleries(monkeypatch):
     data, kept = example(Q, G, P, C), counted(monkeypatch)
     top_k(*data[:2], data[2:], K)
-    assert kept == [K + matching.SPARE]
+    assert kept == [K + topk.SPARE]
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
@@ -102,8 +102,8 @@ def test_bounds_are_below_and_answers_right_where_float32_cannot_tell(monkeypatc
     q = (q[0] + spread * q + offset * (np.arange(C) == 3)).astype(np.float32)
     data = (q, q_weight, g, g_weight)
     bounds = []
-    scan = matching._scan
-    monkeypatch.setattr(matching, "_scan", lambda *args: bounds.append(scan(*args)) or bounds[-1])
+    scan = topk._scan
+    monkeypatch.setattr(topk, "_scan", lambda *args: bounds.append(scan(*args)) or bounds[-1])
     found = top_k(q, q_weight, (g, g_weight), G)
     assert_nearest(found, data)
     lowest, index = bounds[0]
@@ -130,7 +130,7 @@ class Counting:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_store_is_streamed(tmp_path, monkeypatch, dtype, devices):
-    monkeypatch.setattr(matching, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(topk, "CHUNK_BYTES", 2**12)
     q, q_weight, g, g_weight = example(Q, G, P, C)
     write(tmp_path, About("model", "config", P, C, dtype), map(str, range(G)), g, g_weight)
     store = Store(tmp_path)
@@ -142,7 +142,7 @@ def test_a_store_is_streamed(tmp_path, monkeypatch, dtype, devices):
     for x, y in zip(found, again, strict=True):
         np.testing.assert_array_equal(x, y)
     # 10 images at a time in each reading; and a query's candidates.
-    assert counting.most <= max(10, K + matching.SPARE) and counting.slices % 9 == 0
+    assert counting.most <= max(10, K + topk.SPARE) and counting.slices % 9 == 0
 
 
 def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):
@@ -150,7 +150,7 @@ def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):
     found = []
     for devices in (jax.devices()[:1], jax.devices()):
         for chunk in (2**27, 2**12):
-            monkeypatch.setattr(matching, "CHUNK_BYTES", chunk)
+            monkeypatch.setattr(topk, "CHUNK_BYTES", chunk)
             found.append(top_k(*data[:2], data[2:], K, devices=devices))
     for distance, index in found[1:]:
         np.testing.assert_array_equal(distance, found[0][0])
@@ -165,7 +165,7 @@ def test_nothing_asked_or_nothing_there():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_what_is_refused(monkeypatch):
-    monkeypatch.setattr(matching, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(topk, "CHUNK_BYTES", 2**12)
     q, q_weight, g, g_weight = example(Q, G, P, C)
     with pytest.raises(ValueError, match="k is 0, expected at least 1"):
         top_k(q, q_weight, (g, g_weight), 0)

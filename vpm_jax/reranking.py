@@ -21,7 +21,7 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int32, Real
 
 from vpm_jax.arrays import AnyArray
-from vpm_jax.matching import CHUNK_BYTES
+from vpm_jax.chunks import CHUNK_BYTES
 
 
 def rerank(

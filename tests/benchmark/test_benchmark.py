@@ -152,13 +152,13 @@ def test_search_notices_wrong_answers(monkeypatch):
     random = np.random.default_rng(0)
     query, gallery = (matching.images(n, 2, 8, random) for n in (3, 60))
     search.check(query, gallery, 5)
-    from vpm_jax.matching import top_k
+    from vpm_jax.topk import top_k
 
     def off_by_one(*arguments):
         distance, index = top_k(*arguments)
         return distance, (index + 1) % 60
 
-    monkeypatch.setattr("vpm_jax.matching.top_k", off_by_one)
+    monkeypatch.setattr("vpm_jax.topk.top_k", off_by_one)
     with pytest.raises(RuntimeError, match="whole distance matrix"):
         search.check(query, gallery, 5)
 

@@ -1,4 +1,4 @@
-"""Search in a large gallery on disk: seconds of `vpm_jax.matching.top_k` for a batch of queries, compared with reading
+"""Search in a large gallery on disk: seconds of `vpm_jax.topk.top_k` for a batch of queries, compared with reading
 the gallery and with the matrix products alone."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make_gallery(folder: Path, args: argparse.Namespace) -> Store:
 
 def check(query: tuple[np.ndarray, np.ndarray], gallery: tuple[np.ndarray, np.ndarray], k: int) -> None:
     """Raises RuntimeError unless `top_k` agrees with sorting all distances of Eq. 4 in float64."""
-    from vpm_jax.matching import top_k
+    from vpm_jax.topk import top_k
 
     distances, index = top_k(*query, gallery, k)
     features, visibility = (x.astype(np.float64) for x in gallery)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
     parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe, limits
-    from vpm_jax.matching import top_k
+    from vpm_jax.topk import top_k
 
     machine = describe()
     query = images(args.queries, args.regions, args.channels, np.random.default_rng(0))
