@@ -15,12 +15,13 @@ PACKAGE = Path(vpm_jax.__file__).parent
 
 # Modules and packages with imports inside functions, and why.
 LAZY = {
-    "vpm_jax.api": "jax.export needs flatbuffers",
+    "vpm_jax.api": "jax.export needs flatbuffers; the Hub is optional",
     "vpm_jax.benchmark": "each section imports only what it measures",
     "vpm_jax.convert": "--help starts without JAX",
     "vpm_jax.data.sources": "TFDS takes a second to import",
     "vpm_jax.evaluate": "loader processes import the main module again",
     "vpm_jax.export": "jax.export needs flatbuffers",
+    "vpm_jax.hub": "huggingface_hub is optional",
     "vpm_jax.onnx_export": "onnx is optional",
     "vpm_jax.parallel": "used without JAX to count cores and before JAX starts",
     "vpm_jax.prepare": "TFDS takes a second to import",

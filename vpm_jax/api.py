@@ -78,6 +78,7 @@ class VPM:
         """16 hexadecimal digits that are equal for models with equal features."""
         self.grid = RegionGrid(*config.model.grid)
         self.image_size = (int(config.data.height), int(config.data.width))
+        self._folder: Path | None = None  # that it was loaded from
         self._fit = Fit(config.data)
         self._map_shape = models.feature_map_shape(config)
 
@@ -91,10 +92,11 @@ class VPM:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: str | None = None) -> VPM:
-        """Loads a training run's newest checkpoint, or a file that `vpm_jax.export` wrote.
+        """Loads a training run's newest checkpoint, or a model that was exported, saved or pushed.
 
         Args:
-          path: a workdir, .stablehlo (with its .json beside it) or .safetensors.
+          path: a workdir, a folder of `save_pretrained`, hf://user/name on the Hugging Face Hub (hf://user/name@REVISION
+            for a branch, tag or commit), a .stablehlo (with its .json beside it) or .safetensors.
           dtype: "float32" or "bfloat16" to compute in; default: the run's, usually "auto", which is bfloat16 on GPU
             and TPU. Has no effect on an exported program.
 
@@ -102,6 +104,10 @@ class VPM:
           UserError: if the model is missing or damaged.
         """
         parallel.prepare_backend()
+        if str(path).startswith("hf://"):
+            from vpm_jax import hub
+
+            path = hub.fetch(str(path))
         path = Path(os.path.expanduser(path))
         if not path.exists():
             similar = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # with the name of a network variant
@@ -116,7 +122,7 @@ class VPM:
                 f"{path} is not a model: expected the workdir of a training run, or a .stablehlo or .safetensors that "
                 "python -m vpm_jax.export wrote."
             )
-        weights = own.read_workdir(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
+        weights = own.read_folder(path) if path.is_dir() else pretrained.load(f"vpm:{path}")
         if weights.heads is None or weights.config is None:
             raise UserError(
                 f"{path} holds {weights.source} without VPM's locator: give the workdir of a training run, or a "
@@ -126,13 +132,58 @@ class VPM:
         config.model.dtype = dtype or config.model.dtype
         config_lib.check(config)
         variables_dtype = jnp.promote_types(models.compute_dtype(config.model.dtype), jnp.float32)
-        variables = {
-            "params": {"backbone": weights.params, **weights.heads["params"]},
-            "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
-        }
-        digest = fingerprint(config, variables)
-        variables = jax.tree.map(lambda x: np.asarray(x, variables_dtype), variables)
-        return cls(config, _step(config, variables), digest, weights.source, variables)
+        digest = fingerprint(config, weights.variables())
+        variables = jax.tree.map(lambda x: np.asarray(x, variables_dtype), weights.variables())
+        model = cls(config, _step(config, variables), digest, weights.source, variables)
+        model._folder = path if path.is_dir() else None
+        return model
+
+    from_pretrained = load
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], results: str | os.PathLike[str] | None = None, name: str = ""
+    ) -> None:
+        """Saves the model for others: weights, config, results and a model card (README.md), in a new folder.
+
+        `from_pretrained` and `load` read it, with the same fingerprint. It names no path of this machine.
+
+        Args:
+          folder: a name that does not exist, or an empty folder.
+          results: a folder with evaluation*.md and .json to include; default: that of the run.
+          name: the model's name in the card; default: that of the folder.
+
+        Raises:
+          UserError: if the folder is in use or cannot be written, or the model is an exported program.
+        """
+        from vpm_jax import hub
+
+        path = Path(os.path.expanduser(folder))
+        hub.save(self, path, name or path.resolve().name, self._results(results))
+
+    def push(self, name: str, private: bool = True, results: str | os.PathLike[str] | None = None) -> str:
+        """Uploads what `save_pretrained` saves to the Hugging Face Hub; returns the address of its page.
+
+        Args:
+          name: user/name. A new repository is created; in an existing one, this is a new commit.
+          private: whether a new repository is private.
+          results: as for `save_pretrained`.
+
+        Raises:
+          UserError: as `save_pretrained`, and if the Hub cannot be reached or refuses.
+        """
+        from vpm_jax import hub
+
+        return hub.push(self, name, private, self._results(results))
+
+    def _results(self, folder: str | os.PathLike[str] | None) -> Path | None:
+        return self._folder if folder is None else Path(os.path.expanduser(folder))
+
+    @property
+    def trained_variables(self) -> Variables:
+        """`variables`. Raises UserError for an exported program, which has none."""
+        if self.variables is None:
+            raise UserError(f"{self.source} is an export already: give the workdir that it was exported from.")
+        return self.variables
 
     @classmethod
     def _load_stablehlo(cls, path: Path) -> VPM:

@@ -27,10 +27,16 @@ def test_set(dataset: str, held_out: int = 0) -> str:
 
 def training_set(config: ConfigDict) -> str:
     """What a config trains on."""
-    names = [item.strip().partition(":")[0] for item in config.data.also_train.split(",") if item.strip()]
     held_out = config.data.holdout_identities
-    first = TITLES.get(config.data.name, config.data.name) + f" without {held_out} identities" * bool(held_out)
-    return " and ".join([first, *(TITLES.get(name, name) for name in names)])
+    titles = [TITLES.get(name, name) for name in training_names(config)]
+    titles[0] += f" without {held_out} identities" * bool(held_out)
+    return " and ".join(titles)
+
+
+def training_names(config: ConfigDict) -> list[str]:
+    """The names of the datasets that a config trains on."""
+    more = [item.strip().partition(":")[0] for item in config.data.also_train.split(",")]
+    return [config.data.name, *filter(None, more)]
 
 
 def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]:

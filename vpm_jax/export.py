@@ -24,7 +24,6 @@ import numpy as np
 
 from vpm_jax import cli, models, onnx_export, parallel, pretrained, step
 from vpm_jax.api import VPM, sidecar
-from vpm_jax.description import Variables
 from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.matching import embedding, match_visibility
@@ -105,16 +104,10 @@ def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeD
     """(the network as a function of its inputs, their shapes and dtypes for any batch size b)."""
     from jax import export
 
-    variables = _variables(model)
+    variables = model.trained_variables
     (b,) = export.symbolic_shape("b")
     network = functools.partial(step.make_feature_step(model.config, region_maps=True), variables)
     return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
-
-
-def _variables(model: VPM) -> Variables:
-    if model.variables is None:
-        raise UserError(f"{model.source} is an export already: give the workdir that it was exported from.")
-    return model.variables
 
 
 def write_onnx(path: Path, model: VPM) -> float:
@@ -127,7 +120,6 @@ def write_onnx(path: Path, model: VPM) -> float:
     Raises:
       UserError: as `write_stablehlo`, and without the packages onnx and onnxruntime.
     """
-    _variables(model)
     about = _about(model, "onnx")
     image = dict(about["input"])
     inputs = [image, image.pop("valid")] if "valid" in image else [image]

@@ -161,8 +161,7 @@ def _match_visibility(g: _Graph, visibility: str, mode: str) -> str:
 
 def _network(g: _Graph, model: VPM, images: str, valid: str | None) -> tuple[str, str, str]:
     """`models.VPM`: features before normalization [b, P, C], visibility [b, P], probability [b, P, h, w or 1]."""
-    assert model.variables is not None
-    config, params, stats = model.config, model.variables["params"], model.variables["batch_stats"]
+    config, params, stats = model.config, model.trained_variables["params"], model.trained_variables["batch_stats"]
     regions = model.grid.count
     float_ = g.onnx.TensorProto.FLOAT
     mean, std = np.array(config.data.mean, np.float64), np.array(config.data.std, np.float64)
@@ -238,7 +237,7 @@ def _backbone(g: _Graph, x: str, config: ConfigDict, params: Any, stats: Any) ->
 
 def _locator(g: _Graph, model: VPM, x: str, images: str, covered: str | None) -> str:
     """`models.VPM.locate`: the logits [b, P, h, w or 1]."""
-    m, params = model.config.model, (model.variables or {})["params"]
+    m, params = model.config.model, model.trained_variables["params"]
     if m.locator == "stripes":
         h, w = feature_map_shape(model.config)
         rows, cols = model.grid.rows, model.grid.cols

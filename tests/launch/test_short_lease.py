@@ -172,7 +172,7 @@ def test_what_came_back_is_a_workdir_and_a_result(rehearsal, tmp_path, monkeypat
     assert saved_steps(workdir) == [0]
     assert (workdir / "evaluation.json").exists() and (workdir / "lease" / "facts" / "step.json").exists()
     assert config_lib.read(workdir).data.root == ""  # nothing of the machine
-    trained, back = own.read_workdir(rehearsal.home / "vpm-gpu" / "run"), own.read_workdir(workdir)
+    trained, back = own.read_folder(rehearsal.home / "vpm-gpu" / "run"), own.read_folder(workdir)
     for a, b in zip(jax.tree.leaves(trained.heads), jax.tree.leaves(back.heads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
     for name, x in trained.flat().items():

@@ -53,7 +53,7 @@ def load(
     if not name or (path.is_dir() and kind in ("", "keras") and not (path / "config.json").is_file()):
         return keras.read_folder(name, data_root, partial)
     if path.is_dir() and kind in ("", "vpm"):
-        return own.read_workdir(path)
+        return own.read_folder(path)
     if kind == "keras" and not path.is_file():
         return keras.read_folder(name, data_root, partial)  # raises, with advice
     if not path.is_file():

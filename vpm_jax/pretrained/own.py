@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
-from vpm_jax.pretrained import heads, torchvision
+from vpm_jax.pretrained import files, heads, torchvision
 from vpm_jax.pretrained.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -35,27 +35,43 @@ from vpm_jax.pretrained.weights import (
     take,
 )
 
+SAVED, CONFIG = "model.safetensors", "config.json"  # the files of a folder that VPM.save_pretrained wrote
 FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format version
 TORCH_EPSILON = 1e-5  # nn.BatchNorm2d's
 ADVICE = "write it again with python -m vpm_jax.convert, or load what matches with partial:PATH"
 
 
-# ---- Workdirs ----
+# ---- Folders ----
 
 
-def read_workdir(path: Path) -> Pretrained:
-    """Reads the newest checkpoint of a training run: a whole VPM.
+def read_folder(path: Path) -> Pretrained:
+    """Reads a whole VPM: the newest checkpoint of a training run, or what VPM.save_pretrained wrote.
 
     Raises:
-      UserError: if the folder holds no run, no checkpoint, or an unreadable one.
+      UserError: if the folder holds neither, no checkpoint, or unreadable files.
     """
     from vpm_jax import step
     from vpm_jax.runs.checkpoints import Checkpoints
 
-    config = config_lib.read(path)
+    config, saved = config_lib.read(path), path / SAVED
+    if config is not None and saved.is_file():
+        file = files.read(saved)
+        weights = read_file(file) if is_ours(file) else None
+        if (
+            weights is None
+            or weights.config is None
+            or config_lib.to_json(weights.config) != config_lib.to_json(config)
+        ):
+            raise UserError(
+                f"{saved} is not the model of the {CONFIG} beside it: copy both from where they came.",
+                code="wrong-weights",
+            )
+        return replace(weights, source=file.metadata["source"])
     if config is None or not (path / "checkpoints").is_dir():
         raise UserError(
-            f"{path} holds no run (config.json and checkpoints): give the --workdir of a training run.", code="no-run"
+            f"{path} holds no run ({CONFIG} and checkpoints) and no saved model ({CONFIG} and {SAVED}): give the "
+            "--workdir of a training run.",
+            code="no-run",
         )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = step.state_shapes(config)
@@ -64,20 +80,30 @@ def read_workdir(path: Path) -> Pretrained:
         state, _ = checkpoints.restore(target)
     flat = {name: np.asarray(x) for name, x in flatten_dict(step.evaluated(state), sep="/").items()}
     flat = as_floats(flat, str(path), "train again or choose another checkpoint")
+    source = f"{_network(config)} and its heads (step {int(state.step)} of the run {path.resolve().name})"
+    return whole(config, unflatten_dict(flat, sep="/"), source)
+
+
+def whole(config: ConfigDict, variables: Mapping[str, Any], source: str) -> Pretrained:
+    """A whole VPM from its config and its variables, {"params", "batch_stats"}."""
+    flat = flatten_dict(dict(variables), sep="/")
     in_backbone = {name.replace("/backbone/", "/"): x for name, x in flat.items() if "/backbone/" in name}
-    m = config.model
-    network = Network(m.depth, m.width, m.stem, tuple(m.strides))
     return Pretrained(
         **nested(in_backbone),
-        stride_on=m.stride_on,
-        bn_epsilon=m.bn_epsilon,
+        stride_on=config.model.stride_on,
+        bn_epsilon=config.model.bn_epsilon,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        source=f"{network} and its heads (step {int(state.step)} of the run {path.resolve().name})",
-        network=network,
+        source=source,
+        network=_network(config),
         heads=nested({name: x for name, x in flat.items() if "/backbone/" not in name}),
         config=config,
     )
+
+
+def _network(config: ConfigDict) -> Network:
+    m = config.model
+    return Network(m.depth, m.width, m.stem, tuple(m.strides))
 
 
 def write_workdir(path: Path, weights: Pretrained) -> None:
@@ -100,16 +126,12 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
     for stage in (config.stage1, config.stage2):  # normally derived from the training set
         stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
-    variables = {
-        "params": {"backbone": weights.params, **weights.heads["params"]},
-        "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
-    }
-    variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), variables)
+    variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), weights.variables())
     state = step.new_state(config, variables)
     make_folder(path)
     with Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(0, state, {"seconds": 0.0, "pending": [], "best": None})
-    write_atomically(path / "config.json", config_lib.to_json(config))
+    write_atomically(path / CONFIG, config_lib.to_json(config))
 
 
 # ---- Files ----
@@ -148,6 +170,7 @@ def without_paths(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     kind, colon, path = config.pretrained.rpartition(":")
     config.data.root = config.data.distractors = ""
+    config.data.also_train = ",".join(item.partition(":")[0] for item in config.data.also_train.split(","))
     config.pretrained = kind + colon + Path(path).name
     return config
 

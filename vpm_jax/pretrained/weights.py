@@ -69,6 +69,14 @@ class Pretrained:
     config: ConfigDict | None = None
     skipped: str = ""  # the differences that partial loading ignored, in words
 
+    def variables(self) -> dict[str, Any]:
+        """{"params", "batch_stats"} of a whole VPM."""
+        assert self.heads is not None
+        return {
+            "params": {"backbone": self.params, **self.heads["params"]},
+            "batch_stats": {"backbone": self.batch_stats, **self.heads["batch_stats"]},
+        }
+
     def flat(self) -> dict[str, np.ndarray]:
         """The backbone by the names of `Network.shapes`."""
         return flatten_dict({"params": self.params, "batch_stats": self.batch_stats}, sep="/")
