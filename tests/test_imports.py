@@ -29,7 +29,7 @@ LAZY = {
     "vpm_jax.report": "loader processes import the main module again",
     "vpm_jax.reproduce": "plans and tables are printed without JAX",
     "vpm_jax.runs.logs": "trackers are optional",
-    "vpm_jax.search": "the store is used without the command",
+    "vpm_jax.search": "the store is used without the command; Starlette is optional",
     "vpm_jax.threshold": "loader processes import the main module again",
     "vpm_jax.train": "loader processes import the main module again",
 }

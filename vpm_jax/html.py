@@ -19,7 +19,7 @@ import simplejpeg
 
 from vpm_jax.overlay import overlay, region_colors
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
   --right: #1a7f37; --wrong: #b3261e; --junk: #8a929b; --accent: #0a5cad; --shadow: #0003; --thumb: 4.75rem; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adb8; --paper: #14171a; --card: #1f2428;
@@ -82,7 +82,7 @@ def page(title: str, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
-<style>{_CSS}</style>
+<style>{CSS}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>
@@ -160,7 +160,7 @@ def card(body: str, caption: str = "", kind: str = "", mark: str = "") -> str:
 def picture(pixels: np.ndarray, alt: str, height: int = 256) -> str:
     """An <img> of uint8 [H, W, 3], at most `height` pixels high, with an alternative text."""
     data = jpeg(pixels, height)
-    return f'<img src="{_uri(data, "image/jpeg")}" alt="{escape(alt)}">'
+    return f'<img src="{data_uri(data, "image/jpeg")}" alt="{escape(alt)}">'
 
 
 def jpeg(pixels: np.ndarray, height: int = 256) -> bytes:
@@ -175,10 +175,10 @@ def plot(draw: Callable[[Any], None], alt: str) -> str:
     """The plot that `draw` writes into a file object, as an <img> that scrolls sideways."""
     file = io.BytesIO()
     draw(file)
-    return _scrolling(f'<img class="plot" src="{_uri(file.getvalue(), "image/png")}" alt="{escape(alt)}">')
+    return _scrolling(f'<img class="plot" src="{data_uri(file.getvalue(), "image/png")}" alt="{escape(alt)}">')
 
 
-def _uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 

@@ -97,6 +97,14 @@ def test_bombs_are_refused_before_memory_is_taken(form, height, width, warnings_
     assert not heard
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_lower_limit_of_pixels(form):
+    data = encode(Image.fromarray(PICTURE), form)
+    assert decode(data, "a", most=128 * 64).shape == (128, 64, 3)
+    with pytest.raises(UserError, match=r"^a has 128 x 64 pixels, expected at most 8,191: make"):
+        decode(data, "a", most=128 * 64 - 1)
+
+
 def test_filler_before_the_frame_of_a_jpeg_is_passed_over():
     data = encode(Image.fromarray(PICTURE), "JPEG")
     at = data.index(b"\xff\xc0")
@@ -128,7 +136,18 @@ def test_a_truncated_png_is_an_error():
         decode(data[: len(data) // 2], "a.png")
 
 
-@pytest.mark.parametrize(("data", "found"), [(b"", "an empty file"), (b"hello world\n", "12 bytes .* b'hello wo'")])
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"  # Pillow would start Ghostscript
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "an empty file"),
+        (b"hello world\n", "12 bytes .* b'hello wo'"),
+        (EPS, "70 bytes .* b'%!PS-Ado'"),
+        (encode(Image.fromarray(PICTURE), "ICO"), r"\d+ bytes"),
+    ],
+)
 def test_what_is_no_image(data, found):
     with pytest.raises(UserError, match=rf"a\.jpg is not an image: found {found}"):
         decode(data, "a.jpg")

@@ -20,6 +20,9 @@ FILTERS = (*_OPENCV, *_PILLOW)
 SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 UNSUPPORTED = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw")
 
+# Pillow's names of these formats. It reads many more, for some of which it starts other programs (EPS).
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 _WHAT_TO_DO = "replace it with an intact copy or remove it."
 _DEEP_MODES = ("I", "F")  # Pillow's modes with 32 bits per channel, whose value range is undefined
 _DAMAGED = (OSError, ValueError, SyntaxError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
@@ -42,7 +45,7 @@ _TURNS = {  # what makes an image with this orientation upright
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
+def decode(data: bytes, name: str, upright: bool = False, most: int | None = None) -> np.ndarray:
     """Decodes an image, the first frame of an animation, to uint8 [H, W, 3] RGB.
 
     libjpeg-turbo decodes JPEG (also gray and CMYK), Pillow all other formats. A JPEG may lack its end marker. Of 16
@@ -53,14 +56,15 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
       data: the bytes of the file.
       name: the image's name in error messages.
       upright: decode as an image viewer does: rotated by the EXIF orientation, transparency on white.
+      most: the number of pixels allowed; None: Pillow's Image.MAX_IMAGE_PIXELS (89 million unless changed).
 
     Raises:
-      UserError: if the data are not an image, truncated or damaged, have more than 16 bits per channel, or more pixels
-        than Pillow's Image.MAX_IMAGE_PIXELS (89 million unless changed).
+      UserError: if the data are not an image, truncated or damaged, or have more than 16 bits per channel or `most`
+        pixels.
     """
     if data[:2] == b"\xff\xd8":  # JPEG
         try:
-            _check_size(_jpeg_size(data), name)
+            _check_size(_jpeg_size(data), name, most)
             pixels = _decode_jpeg(data)
         except ValueError as error:
             raise UserError(
@@ -71,8 +75,8 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
             return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return pixels
     try:
-        Image.open(io.BytesIO(data)).verify()  # a PNG's checksums, which loading does not check
-        picture = Image.open(io.BytesIO(data))
+        Image.open(io.BytesIO(data), formats=_FORMATS).verify()  # a PNG's checksums, which loading does not check
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
             raise UserError(f"{name} is a HEIC image, which cannot be read: convert it to JPEG or PNG.") from None
@@ -80,10 +84,10 @@ def decode(data: bytes, name: str, upright: bool = False) -> np.ndarray:
         expected = f"expected one of {', '.join(SUFFIXES)}"
         raise UserError(f"{name} is not an image: found {content}, {expected}; {_WHAT_TO_DO}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(_too_large("too many", name)) from None
+        raise UserError(_too_large("too many", name, most), code="too-many-pixels") from None
     except _DAMAGED as error:
         raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}", code="damaged-image") from None
-    return from_pillow(picture, name, upright)
+    return from_pillow(picture, name, upright, most)
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
@@ -97,9 +101,9 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(data + _JPEG_END, colorspace="RGB", strict=True)
 
 
-def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.ndarray:
+def from_pillow(picture: Image.Image, name: str, upright: bool = True, most: int | None = None) -> np.ndarray:
     """A Pillow image of any mode as uint8 [H, W, 3] RGB. Arguments and errors are those of `decode`."""
-    _check_size(picture.size[::-1], name)
+    _check_size(picture.size[::-1], name, most)
     if 0 in picture.size:
         raise UserError(f"{name} has {picture.height} x {picture.width} pixels, expected at least one: {_WHAT_TO_DO}")
     try:
@@ -118,15 +122,16 @@ def from_pillow(picture: Image.Image, name: str, upright: bool = True) -> np.nda
         raise UserError(f"{name} is a damaged image ({error}): {_WHAT_TO_DO}", code="damaged-image") from None
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
-    """Raises UserError where Pillow warns of a decompression bomb; size is (height, width)."""
-    if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-        raise UserError(_too_large(f"{size[0]} x {size[1]}", name))
+def _check_size(size: tuple[int, int], name: str, most: int | None) -> None:
+    """Raises UserError for more than `most` pixels (see `decode`); size is (height, width)."""
+    limit = most or Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise UserError(_too_large(f"{size[0]} x {size[1]}", name, most), code="too-many-pixels")
 
 
-def _too_large(pixels: str, name: str) -> str:
-    limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
-    return f"{name} has {pixels} pixels, expected at most {limit} (Pillow's limit for safety): make it smaller."
+def _too_large(pixels: str, name: str, most: int | None) -> str:
+    limit, whose = most or Image.MAX_IMAGE_PIXELS or 0, "" if most else " (Pillow's limit for safety)"
+    return f"{name} has {pixels} pixels, expected at most {limit:,}{whose}: make it smaller."
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
     python -m vpm_jax.search index FOLDER --workdir runs/synthetic --index STORE
     python -m vpm_jax.search query IMAGE... --index STORE --top 20
+    python -m vpm_jax.search serve --index STORE
 
 `index` extracts the features of every image under a folder into a feature store. Run it again to process new and
-changed files and to drop deleted ones, or to continue after an interruption. `query` ranks the store by Eq. 4.
+changed files and to drop deleted ones, or to continue after an interruption. `query` ranks the store by Eq. 4. `serve`
+does so on a page in the browser.
 
 With --crops, `index` also stores crops of every image, and each query is compared with the crop closest to it. This
 improves partial queries (docs/results), at a multiple of the time and disk space.
@@ -15,21 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vpm_jax import cli
-from vpm_jax.description import unfamiliar_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
-from vpm_jax.regions import visible_heights
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES
 from vpm_jax.search.gallery import Gallery, stored_crops
 from vpm_jax.search.ranking import Ranking, region_numbers
 from vpm_jax.search.store import DTYPES
-from vpm_jax.thresholds import RATES
+from vpm_jax.thresholds import RATES, Thresholds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit codes: 0 success; 1 an error; 3 success, except for images that cannot be read (index) or\n"
         "queries that share no region with any image (query), which are listed on stderr.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="index | query")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="index | query | serve")
     indexing = commands.add_parser(
         "index", help="index the images of a folder", description="Index the images of a folder."
     )
@@ -86,6 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
+    serving = commands.add_parser(
+        "serve",
+        help="a page to search with",
+        description="Serve a page to search with, and the same as JSON (/openapi.json), until Ctrl-C.",
+    )
+    serving.add_argument(
+        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
+    )
+    cli.add_model(serving)
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="a name or address of this machine, 0.0.0.0 for all (default: %(default)s)"
+    )
+    serving.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: %(default)s)")
+    serving.add_argument(
+        "--token",
+        help="that requests must carry (default: none on the loopback; elsewhere one is made up and printed)",
+    )
+    serving.add_argument(
+        "--thresholds", type=cli.path, metavar="FILE", help="of false match rates (default: the run's thresholds.json)"
+    )
     for argument in sys.argv[1:] if argv is None else argv:
         if argument.startswith("-") and os.path.isfile(argument):  # such as Market-1501's junk, -1_c1s1_...
             raise UserError(f"{argument} is a file whose name starts like an option: write ./{argument}.")
@@ -96,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
+    if args.command == "serve":
+        return serve(args.index, model, args.host, args.port, args.token, args.thresholds)
     limit_settings = args.max_distance, args.false_match_rate, args.thresholds
     return query(args.images, args.index, model, args.top, args.json, args.html, *limit_settings)
 
@@ -103,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a positive whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a port: a number from 0 to 65535")
     return int(text)
 
 
@@ -199,14 +228,13 @@ def query(
     if changed := {result.name for ranking in rankings for result in ranking.results if result.changed}:
         names = printable(", ".join(sorted(changed)[:3]) + ", ..." * (len(changed) > 3))
         print(f"Images that have changed since they were indexed: {names}: index again.", file=sys.stderr)
-    if model.config.model.locator != "stripes" and model.grid.rows > 1:
-        for ranking in rankings:
-            for part in unfamiliar_parts(model.config, visible_heights(ranking.query.region_maps, model.grid)):
-                print(
-                    f"warning: {printable(ranking.name)} seems to show {part}, which no training crop of this model "
-                    "did: its ranking may be poor; use a model trained with data.crop=any.",
-                    file=sys.stderr,
-                )
+    for ranking in rankings:
+        for part in ranking_lib.unfamiliar(model, ranking):
+            print(
+                f"warning: {printable(ranking.name)} seems to show {part}, which no training crop of this model did: "
+                "its ranking may be poor; use a model trained with data.crop=any.",
+                file=sys.stderr,
+            )
     empty = [ranking for ranking in rankings if not ranking.results]
     for ranking in empty:
         print(f"{printable(ranking.name)} {ranking_lib.nothing(ranking)}.", file=sys.stderr)
@@ -225,3 +253,48 @@ def _print(rankings: list[Ranking], numbering: str) -> None:
         for rank, result in enumerate(ranking.results, 1):
             weights = "".join(f"{100 * weight:4.0f}" for weight in result.weight)
             print(f"{rank:4}  {result.distance:8.4f}  {weights:{width}}  {printable(result.name)}")
+
+
+# ---- Serve ----
+
+
+def serve(
+    store_folder: Path,
+    model_path: Path | None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    thresholds: Path | None = None,
+) -> int:
+    """Serves a page to search with until it is interrupted (see `search.serve`); returns the exit code.
+
+    Raises:
+      UserError: without Starlette and uvicorn, for a short token, thresholds that do not apply, an address that cannot
+        be used, and as `Gallery.query`.
+    """
+    try:
+        from vpm_jax.search import serve as serving
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'vpm_jax[serve]'.", code="not-installed") from None
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
+    gallery = Gallery.open(store_folder, model_path)
+    if not len(gallery):
+        raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
+    serving.serve(gallery, host, port, token, _thresholds(gallery, model_path, thresholds))
+    return 0
+
+
+def _thresholds(gallery: Gallery, model_path: Path | None, given: Path | None) -> Thresholds | None:
+    """The thresholds in the `given` file, or those beside the model if there are any that apply."""
+    assert gallery.store is not None
+    path = given or (model_path or gallery.store.path("model") or Path()) / "thresholds.json"
+    if given is None and (stored_crops(gallery.store) or not path.exists()):  # they hold for whole images
+        return None
+    try:
+        return Thresholds.read(path, gallery.model.fingerprint, gallery.model.config.match)
+    except UserError as error:
+        if given is not None:
+            raise
+        print(f"No false match rates: {error}", file=sys.stderr)
+        return None

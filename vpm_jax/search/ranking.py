@@ -10,10 +10,10 @@ import numpy as np
 
 from vpm_jax import api, html
 from vpm_jax.api import VPM, Image
-from vpm_jax.description import Description
+from vpm_jax.description import Description, unfamiliar_parts
 from vpm_jax.errors import UserError, printable
 from vpm_jax.overlay import LOW_WEIGHT
-from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid
+from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid, visible_heights
 from vpm_jax.search.store import Store
 
 # A region counts as visible above this fraction of the highest score: probabilities leak into neighboring regions, so
@@ -66,39 +66,41 @@ def region_numbers(mask: np.ndarray) -> str:
 
 
 def record(model: VPM, store: Store, rankings: list[Ranking]) -> dict[str, Any]:
-    """The rankings as JSON; visibility is in cells of the feature map; weights sum to 1."""
-
-    def rounded(values: np.ndarray) -> list[float]:
-        return [float(f"{value:.6g}") for value in values]
-
+    """The rankings as JSON."""
     return {
         "index": str(store.folder),
         "images": len(store),
         "model": {"fingerprint": model.fingerprint, "grid": [model.grid.rows, model.grid.cols]},
         "match": model.config.match.to_dict(),
-        "queries": [
+        "queries": [query_record(ranking) for ranking in rankings],
+    }
+
+
+def query_record(ranking: Ranking) -> dict[str, Any]:
+    """One ranking as JSON; visibility is in cells of the feature map; weights sum to 1."""
+
+    def rounded(values: np.ndarray) -> list[float]:
+        return [float(f"{value:.6g}") for value in values]
+
+    return {
+        "image": ranking.name,
+        "visibility": rounded(ranking.query.visibility[0]),
+        "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
+        "compared_with": str(ranking.crop),
+        "max_distance": None if np.isinf(ranking.limit) else ranking.limit,
+        "results": [
             {
-                "image": ranking.name,
-                "visibility": rounded(ranking.query.visibility[0]),
-                "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
-                "compared_with": str(ranking.crop),
-                "max_distance": None if np.isinf(ranking.limit) else ranking.limit,
-                "results": [
-                    {
-                        "rank": rank,
-                        "image": result.name,
-                        "path": str(result.path),
-                        "changed": result.changed,
-                        "distance": float(f"{result.distance:.6g}"),
-                        "region_distance": rounded(result.region_distance),
-                        "weight": rounded(result.weight),
-                        "counted": [int(i) for i in np.flatnonzero(result.counted)],
-                        "visibility": rounded(result.visibility),
-                    }
-                    for rank, result in enumerate(ranking.results, 1)
-                ],
+                "rank": rank,
+                "image": result.name,
+                "path": str(result.path),
+                "changed": result.changed,
+                "distance": float(f"{result.distance:.6g}"),
+                "region_distance": rounded(result.region_distance),
+                "weight": rounded(result.weight),
+                "counted": [int(i) for i in np.flatnonzero(result.counted)],
+                "visibility": rounded(result.visibility),
             }
-            for ranking in rankings
+            for rank, result in enumerate(ranking.results, 1)
         ],
     }
 
@@ -113,6 +115,13 @@ def nothing(ranking: Ranking) -> str:
     if not ranking.nobody:
         return "shares no visible region with any image: there is nothing to rank"
     return f"is nobody here: the nearest image is at {ranking.nearest:.3f}, and the threshold is {ranking.limit:.3f}"
+
+
+def unfamiliar(model: VPM, ranking: Ranking) -> list[str]:
+    """Parts of a person that the query seems to show and that no training crop of the model did."""
+    if model.config.model.locator == "stripes" or model.grid.rows == 1:  # cannot estimate what an image shows
+        return []
+    return list(unfamiliar_parts(model.config, visible_heights(ranking.query.region_maps, model.grid)))
 
 
 def numbering(grid: RegionGrid) -> str:

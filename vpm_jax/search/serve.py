@@ -1,0 +1,614 @@
+"""A page to search with, and the same over HTTP as JSON (openapi.json describes it).
+
+The page is page.html; Starlette answers its requests. Uploads live in memory only. Queries that arrive while the model
+works form the next batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import importlib.resources
+import ipaddress
+import math
+import re
+import secrets
+import socket
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import h11
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vpm_jax import api, html
+from vpm_jax.data.decode import decode
+from vpm_jax.errors import UserError, printable
+from vpm_jax.overlay import LOW_WEIGHT, overlay, region_colors
+from vpm_jax.regions import WHOLE, Crop, visible_heights
+from vpm_jax.search import ranking as ranking_lib
+from vpm_jax.search.gallery import Gallery
+from vpm_jax.search.ranking import Ranking
+from vpm_jax.thresholds import RATES, Thresholds
+
+UPLOAD_BYTES = 10 * 2**20
+UPLOAD_PIXELS = 25_000_000
+UPLOAD_SECONDS = 20.0  # for a whole upload
+HEADER_SECONDS = 10.0  # for a request's header
+KEPT_BYTES = 64 * 2**20  # of all uploads that links refer to
+KEPT_SECONDS = 3600.0
+BATCH = 8  # queries
+DECODED = 2 * BATCH  # images in memory, of UPLOAD_PIXELS each at most
+CONNECTIONS = 100
+TOP, MOST = 50, 500  # results: by default, and at most
+MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 384, 256, 1024  # pixels
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Refusal(UserError):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, code: str, sentence: str):
+        super().__init__(sentence, code=code)
+        self.status = status
+
+    def response(self) -> Response:
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status in (408, 413):  # the rest of the upload is not read
+            headers["Connection"] = "close"
+        return JSONResponse({"error": str(self), "code": self.code}, self.status, headers)
+
+
+class Batches(Generic[Item, Answer]):
+    """Answers items one batch at a time, in a thread of its own; a batch is what arrived during the one before.
+
+    Args:
+      work: answers a batch. If it raises, each item is tried alone.
+      most: items in a batch.
+    """
+
+    def __init__(self, work: Callable[[list[Item]], list[Answer]], most: int):
+        self._work, self._most = work, most
+        self._pool = ThreadPoolExecutor(1, "vpm_jax-query")
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: Item) -> Answer:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, answer))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await answer
+
+    async def _run(self) -> None:
+        try:
+            while batch := self._waiting[: self._most]:
+                del self._waiting[: self._most]
+                await self._answer(batch)
+        finally:
+            self._running = None
+
+    async def _answer(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._pool, self._work, [item for item, _ in batch])
+        except Exception as error:
+            if len(batch) > 1:
+                for pair in batch:
+                    await self._answer([pair])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():  # nobody waits for it any more
+                future.set_result(answer)
+
+
+class Uploads:
+    """Uploads that links refer to, in memory: the newest `KEPT_BYTES` of them, for `KEPT_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._data: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+
+    def add(self, data: bytes) -> str:
+        """Keeps an upload; returns its key, which cannot be guessed."""
+        key = secrets.token_urlsafe(16)
+        self._data[key] = time.monotonic(), data
+        self._forget()
+        return key
+
+    def __getitem__(self, key: str) -> bytes:
+        self._forget()
+        if key not in self._data:
+            raise Refusal(
+                410,
+                "upload-gone",
+                f"This upload is no longer in memory: uploads are kept for {KEPT_SECONDS / 60:.0f} minutes, until "
+                "newer ones need the room or the server stops. Upload the image again.",
+            )
+        return self._data[key][1]
+
+    def _forget(self) -> None:
+        size, oldest = sum(len(data) for _, data in self._data.values()), time.monotonic() - KEPT_SECONDS
+        for key, (added, data) in list(self._data.items()):
+            if size > KEPT_BYTES or added < oldest:
+                size -= len(data)
+                del self._data[key]
+
+
+class _Query(NamedTuple):
+    """What the worker ranks."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3], inside the box
+    k: int
+    max_distance: float
+
+
+class Service:
+    """Answers requests about a gallery.
+
+    Args:
+      gallery: must hold images.
+      thresholds: of its model, or None.
+    """
+
+    def __init__(self, gallery: Gallery, thresholds: Thresholds | None = None):
+        assert gallery.store is not None
+        self._gallery, self._thresholds = gallery, thresholds
+        self._entries, self._root = gallery.store.entries, gallery.store.path("folder") or Path()
+        self._rows = {identifier(entry.name): row for row, entry in enumerate(self._entries)}
+        self._uploads, self._answer = Uploads(), Batches(self.rank, BATCH)
+        self._slots = asyncio.Semaphore(DECODED)
+        self._page, self._policy = _page()
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.page),
+            Route("/openapi.json", self.openapi),
+            Route("/about", self.about),
+            Route("/gallery", self.gallery),
+            Route("/image/{id}", self.image),
+            Route("/upload/{key}", self.upload),
+            Route("/query", self.query, methods=["POST"]),
+        ]
+
+    # ---- Pages ----
+
+    async def page(self, request: Request) -> Response:
+        return Response(self._page, media_type="text/html", headers={"Content-Security-Policy": self._policy})
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(_resource("openapi.json"), media_type="application/json")
+
+    async def about(self, request: Request) -> Response:
+        model = self._gallery.model
+        colors = (255 * region_colors(model.grid.count, model.grid.cols)).round().astype(int).tolist()
+        return JSONResponse(
+            {
+                "gallery": printable(self._root.name),
+                "images": len(self._entries),
+                "model": {"fingerprint": model.fingerprint, "grid": [model.grid.rows, model.grid.cols]},
+                "numbering": ranking_lib.numbering(model.grid),
+                "colors": [f"rgb({red},{green},{blue})" for red, green, blue in colors],
+                "low_weight": LOW_WEIGHT,
+                "upload_bytes": UPLOAD_BYTES,
+                "upload_pixels": UPLOAD_PIXELS,
+            }
+        )
+
+    # ---- Images ----
+
+    async def gallery(self, request: Request) -> Response:
+        given = _parameters(request, "start", "count")
+        start, count = _whole(given, "start", 0, 0, 10**9), _whole(given, "count", 24, 1, 200)
+        entries = self._entries[start : start + count]
+        images = [{"id": identifier(entry.name), "image": _name(entry.name)} for entry in entries]
+        return JSONResponse({"total": len(self._entries), "start": start, "images": images})
+
+    async def image(self, request: Request) -> Response:
+        height = _whole(_parameters(request, "height"), "height", THUMBNAIL_HEIGHT, 1, IMAGE_HEIGHT)
+        pixels = await self._decoded(partial(self._gallery_image, request.path_params["id"]))
+        return _jpeg(pixels, height)
+
+    async def upload(self, request: Request) -> Response:
+        _parameters(request)
+        data = self._uploads[request.path_params["key"]]
+        return _jpeg(await self._decoded(partial(_uploaded, data)), IMAGE_HEIGHT)
+
+    async def _decoded(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+        async with self._slots:
+            return await run_in_threadpool(read)
+
+    def _gallery_image(self, name: str) -> np.ndarray:
+        path = self._root / self._entries[self._row(name)].name
+        try:
+            return api.read(path)
+        except UserError:  # the sentence holds the path
+            raise Refusal(404, "unreadable", "The file of this image is missing or cannot be read.") from None
+
+    def _row(self, name: str) -> int:
+        if name not in self._rows:
+            raise Refusal(404, "no-such-image", "The gallery has no image of this id: see /gallery.")
+        return self._rows[name]
+
+    # ---- Queries ----
+
+    async def query(self, request: Request) -> Response:
+        given = _parameters(request, "image", "upload", "box", "k", "max_distance", "keep")
+        k, limit, box = _whole(given, "k", TOP, 1, MOST), _distance(given), _box(given)
+        if (keep := given.get("keep", "false")) not in ("true", "false"):
+            raise Refusal(400, "bad-parameter", f"keep is {keep[:40]!r}, expected true or false.")
+        source: dict[str, Any] = {"image": None, "id": None, "upload": None}
+        if ("image" in given) + ("upload" in given) > 1:
+            raise Refusal(400, "two-images", "Both image and upload are given: choose one.")
+        if "image" in given:
+            row = self._row(given["image"])
+            source |= {"image": _name(self._entries[row].name), "id": given["image"]}
+            read: Callable[[], np.ndarray] = partial(self._gallery_image, given["image"])
+        else:
+            data = self._uploads[given["upload"]] if "upload" in given else await _body(request)
+            read = partial(_uploaded, data)
+        async with self._slots:
+            pixels = await run_in_threadpool(read)
+            inside = np.ascontiguousarray(api.read(pixels, crop=box))
+            size = list(pixels.shape[:2])
+            del pixels
+            answer = await self._answer(_Query(inside, k, limit))
+        if "upload" in given:
+            source["upload"] = given["upload"]
+        elif "image" not in given and keep == "true":
+            source["upload"] = self._uploads.add(data)
+        corners = [box.left, box.top, box.left + box.width, box.top + box.height]
+        return JSONResponse({**answer, **source, "size": size, "box": corners})
+
+    def rank(self, queries: list[_Query]) -> list[dict[str, Any]]:
+        """The answers to a batch of queries."""
+        k = max(TOP, *(query.k for query in queries))  # few values, since each compiles
+        rankings = self._gallery.query([query.pixels for query in queries], k)
+        return [self._record(*pair) for pair in zip(queries, rankings, strict=True)]
+
+    def _record(self, query: _Query, ranking: Ranking) -> dict[str, Any]:
+        model = self._gallery.model
+        results = [result for result in ranking.results[: query.k] if result.distance < query.max_distance]
+        ranking = ranking._replace(results=results, limit=query.max_distance)
+        heights = visible_heights(ranking.query.region_maps, model.grid)
+        record = ranking_lib.query_record(ranking)
+        for result, line in zip(results, record["results"], strict=True):
+            del line["path"]
+            line |= {"image": _name(result.name), "id": identifier(result.name)}
+        thresholds = {}
+        if self._thresholds is not None:
+            gamma = float(heights[0, 1] - heights[0, 0])
+            thresholds = {f"{rate:g}": self._thresholds.distance(gamma, rate) for rate in RATES}
+        drawn = overlay(query.pixels, ranking.query.region_maps[0], model.grid.cols, MAP_HEIGHT)
+        return record | {
+            "region_map": html.data_uri(html.jpeg(drawn, MAP_HEIGHT), "image/jpeg"),
+            "shown": [float(f"{edge:.4g}") for edge in heights[0]],
+            "unfamiliar": ranking_lib.unfamiliar(model, ranking),
+            "nearest": None if math.isinf(ranking.nearest) else float(f"{ranking.nearest:.6g}"),
+            "thresholds": thresholds,
+        }
+
+
+def identifier(name: str) -> str:
+    """The id of a gallery image, the same after the folder was indexed again."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _name(name: str) -> str:
+    """The name of a gallery image without the folders of this machine."""
+    return printable(Path(name).name if Path(name).is_absolute() else name)
+
+
+def _uploaded(data: bytes) -> np.ndarray:
+    try:
+        return decode(data, "The upload", upright=True, most=UPLOAD_PIXELS)
+    except UserError as error:
+        code = "not-an-image" if error.code == "user-error" else error.code
+        raise Refusal(413 if code == "too-many-pixels" else 422, code, str(error)) from None
+
+
+def _jpeg(pixels: np.ndarray, height: int) -> Response:
+    return Response(html.jpeg(pixels, height), media_type="image/jpeg")
+
+
+async def _body(request: Request) -> bytes:
+    too_large = Refusal(413, "too-large", f"The upload has more than {UPLOAD_BYTES:,} bytes: make the image smaller.")
+    if int(request.headers.get("content-length", 0)) > UPLOAD_BYTES:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > UPLOAD_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise Refusal(408, "too-slow", f"The upload took more than {UPLOAD_SECONDS:.0f} seconds: try again.") from None
+    if not data:
+        sentence = "There is no image: send the bytes of a file as the body, or set image or upload."
+        raise Refusal(400, "no-image", sentence)
+    return bytes(data)
+
+
+# ---- Parameters ----
+
+
+def _parameters(request: Request, *known: str) -> dict[str, str]:
+    given = request.query_params
+    for name in given:
+        if name not in known:
+            choices = ", ".join(known) or "none"
+            raise Refusal(400, "unknown-parameter", f"There is no parameter {name[:40]!r}; expected: {choices}.")
+        if len(given.getlist(name)) > 1:
+            raise Refusal(400, "bad-parameter", f"{name} is given twice: choose one value.")
+    return dict(given)
+
+
+def _whole(given: dict[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = given.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, expected a whole number from {least} to {most}.")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text[:40])
+    except ValueError:
+        return math.nan
+
+
+def _distance(given: dict[str, str]) -> float:
+    if "max_distance" not in given:
+        return math.inf
+    text = given["max_distance"]
+    if not _number(text) >= 0:  # not a number, too
+        raise Refusal(400, "bad-parameter", f"max_distance is {text[:40]!r}, expected a number of at least 0.")
+    return _number(text)
+
+
+def _box(given: dict[str, str]) -> Crop:
+    if "box" not in given:
+        return WHOLE
+    numbers = [_number(text) for text in given["box"].split(",")[:5]]
+    if len(numbers) == 4:
+        left, top, right, bottom = numbers
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return Crop(top, left, bottom - top, right - left)
+    sentence = (
+        f"box is {given['box'][:80]!r}, expected left,top,right,bottom as fractions of the image, such as 0,0,1,0.5."
+    )
+    raise Refusal(400, "bad-box", sentence)
+
+
+# ---- The application ----
+
+
+def application(service: Service, token: str | None = None, hosts: set[str] | None = None) -> ASGIApp:
+    """The application of a service.
+
+    Args:
+      service: answers.
+      token: that requests for data must carry as `Authorization: Bearer TOKEN`; None: none is needed.
+      hosts: the names under which the server may be called; None: any. A page of another site that points its own name
+        at this server's address is refused by that.
+    """
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return error.response()
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            return Refusal(
+                405, "wrong-method", f"{request.method[:20]} is not possible here: see /openapi.json."
+            ).response()
+        return Refusal(error.status_code, "no-such-page", "There is nothing here: see /openapi.json.").response()
+
+    async def failed(request: Request, error: Exception) -> Response:  # raised again: _Guard logs it
+        return Refusal(500, "failed", "The server could not answer: its log says why.").response()
+
+    handlers = {Refusal: refused, HTTPException: unknown, Exception: failed}
+    return _Guard(Starlette(routes=service.routes(), exception_handlers=handlers), token, hosts)
+
+
+class _Guard:
+    """Checks who asks, sets headers, and turns whatever goes wrong into JSON."""
+
+    PUBLIC = ("/", "/openapi.json")  # hold nothing about the gallery
+    HEADERS = {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+    }
+
+    def __init__(self, app: ASGIApp, token: str | None, hosts: set[str] | None):
+        self._app, self._token, self._hosts = app, token, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, receive, sending)
+        except Refusal as error:
+            await error.response()(scope, receive, sending)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            place = _place(error)
+            print(f"{scope['method']} {printable(scope['path'][:80])!r} failed{place}: {error!r}", file=sys.stderr)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._hosts is not None and _hostname(host) not in self._hosts:
+            names = ", ".join(sorted(self._hosts))
+            raise Refusal(
+                403, "wrong-host", f"This server is called {names} here: open it by that name, or set --token."
+            )
+        if origin is not None and origin.partition("//")[2] != host:
+            raise Refusal(403, "cross-site", "A page of another site asked: only the page of this server may.")
+        if self._token is not None and scope["path"] not in self.PUBLIC:
+            given = headers.get("authorization", "")
+            if not secrets.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+                sentence = "This needs the token that the server printed, as Authorization: Bearer TOKEN."
+                raise Refusal(401, "no-token", sentence)
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _place(error: BaseException) -> str:
+    """Where the error was raised, for the log."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    return "" if step is None else f" ({Path(step.tb_frame.f_code.co_filename).name}, line {step.tb_lineno})"
+
+
+def _resource(name: str) -> bytes:
+    return importlib.resources.files("vpm_jax.search").joinpath(name).read_bytes()
+
+
+def _page() -> tuple[str, str]:
+    """The page, and the policy that allows its own script and style alone."""
+    page = _resource("page.html").decode().replace("/* vpm_jax.html */", html.CSS)
+    digests = {
+        tag: base64.b64encode(hashlib.sha256(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0].encode()).digest())
+        for tag in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digests['script'].decode()}'; "
+        f"style-src 'sha256-{digests['style'].decode()}'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy
+
+
+# ---- The server ----
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection that does not send the whole header of a request in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def prepared(
+    gallery: Gallery, host: str, port: int, token: str | None, thresholds: Thresholds | None
+) -> tuple[uvicorn.Server, socket.socket, str]:
+    """A server that is ready to run, its listening socket, and the address of its page; arguments as for `serve`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        sentence = f"{host} port {port} cannot be used ({reason}): choose another --port or --host."
+        raise UserError(sentence, code="bad-address") from None
+    local = is_loopback(host)
+    if token is None and not local:
+        token = secrets.token_urlsafe(24)
+    hosts = {"localhost", "127.0.0.1", "::1", host} if local and token is None else None
+    service = Service(gallery, thresholds)
+    blank = np.full((2, 1, 3), 128, np.uint8)
+    for power in range(BATCH.bit_length()):  # compiles the batches that occur
+        service.rank([_Query(blank, TOP, math.inf)] * 2**power)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+    settings = uvicorn.Config(
+        application(service, token, hosts),
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(settings), listening, address if token is None else f"{address}#token={token}"
+
+
+def serve(gallery: Gallery, host: str, port: int, token: str | None, thresholds: Thresholds | None) -> None:
+    """Serves the page until it is interrupted.
+
+    Args:
+      gallery: must hold images.
+      host: a name or address of this machine.
+      port: 0: any that is free.
+      token: None: none is needed on the loopback; elsewhere one is generated.
+      thresholds: of the gallery's model, or None.
+
+    Raises:
+      UserError: if the address cannot be used, and as `Gallery.query`.
+    """
+    server, listening, address = prepared(gallery, host, port, token, thresholds)
+    print(f"{len(gallery):,} images. Open {address} in a browser; Ctrl-C stops.", flush=True)
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
