@@ -14,7 +14,8 @@ import pytest
 from paths import FUSION_EMITTERS, REAL_DATA
 from session import made_once
 
-from vpm_jax.parallel import prepare_backend, threads
+from vpm_jax.machine import threads
+from vpm_jax.parallel import prepare_backend
 
 
 def _append_xla_flag(name: str, value: str) -> None:

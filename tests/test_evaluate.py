@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -105,12 +106,23 @@ def test_features_follow_the_images_whatever_the_batch(trained):
     straight = describer.split(variables, dataset.gallery)
     smaller = with_changes(describer, eval__batch=4)  # the last one is padded
     shuffled = smaller.split(variables, dataset.gallery.take(order))
+    by_machine = with_changes(describer, eval__batch=0)
+    assert by_machine.config.eval.batch == parallel.extraction_batch(describer.mesh)
+    np.testing.assert_allclose(by_machine.split(variables, dataset.gallery).features, straight.features, atol=1e-5)
     assert straight.features.shape == (len(dataset.gallery), 2, 32)
     np.testing.assert_allclose(np.linalg.norm(straight.features, axis=-1), 1, rtol=1e-5)
     np.testing.assert_allclose(shuffled.features, straight.features[order], atol=1e-5)
     np.testing.assert_allclose(shuffled.visibility, straight.visibility[order], rtol=1e-4)
     cropped = describer.split(variables, dataset.gallery, 0.5)
     assert np.abs(cropped.features - straight.features).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "platform, count, expected", [("cpu", 1, 128), ("cpu", 3, 129), ("gpu", 1, 256), ("tpu", 4, 1024)]
+)
+def test_a_batch_divides_over_the_devices(platform, count, expected):
+    mesh = SimpleNamespace(size=count, devices=np.array([SimpleNamespace(platform=platform)] * count))
+    assert parallel.extraction_batch(mesh) == expected
 
 
 def test_several_parts_are_extracted_one_after_the_other(trained):

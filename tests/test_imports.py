@@ -23,7 +23,7 @@ LAZY = {
     "vpm_jax.export": "jax.export needs flatbuffers",
     "vpm_jax.hub": "huggingface_hub is optional",
     "vpm_jax.onnx_export": "onnx is optional",
-    "vpm_jax.parallel": "used without JAX to count cores and before JAX starts",
+    "vpm_jax.parallel": "used before JAX starts",
     "vpm_jax.prepare": "TFDS takes a second to import",
     "vpm_jax.pretrained": "safetensors is read only on request; weights load without Orbax",
     "vpm_jax.report": "loader processes import the main module again",

@@ -37,6 +37,7 @@ from vpm_jax.description import Describer, Description, Variables, check_finite,
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import covered
 from vpm_jax.keys import FEATURES, keys_with
+from vpm_jax.machine import threads
 from vpm_jax.matching import embedding, match_visibility, pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
@@ -272,7 +273,7 @@ class VPM:
                 list(pool.map(fill, pixels, valid, chunk))
                 yield self.step(*((pixels, valid) if self._fit.pads else (pixels,))), len(chunk)
 
-        with ThreadPoolExecutor(min(batch, parallel.threads()), "vpm_jax-decode") as pool:
+        with ThreadPoolExecutor(min(batch, threads()), "vpm_jax-decode") as pool:
             # Computes the next batch while the caller uses this one.
             for outputs, count in parallel.prefetch(started(), lambda pair: pair, depth=1):
                 description = fetch(outputs, count)

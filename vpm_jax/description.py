@@ -154,12 +154,15 @@ class Describer(FeatureSource):
     """A config's feature step, compiled once for all devices of a mesh.
 
     Args:
-      config: a resolved config; splits are processed in batches of eval.batch images.
+      config: a resolved config; splits are processed in batches of eval.batch images, by the mesh if 0.
       mesh: from `parallel.data_mesh`. Each process loads its share of every batch and receives all features.
       region_maps: whether to return region maps; default: if match.gallery_gammas needs them.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh, region_maps: bool | None = None):
+        if not config.eval.batch:
+            config = config.copy_and_resolve_references()
+            config.eval.batch = parallel.extraction_batch(mesh)
         self.config, self.mesh = config, mesh
         region_maps = bool(config.match.gallery_gammas) if region_maps is None else region_maps
         self._compiled = jax.jit(make_feature_step(config, region_maps), out_shardings=parallel.replicated(mesh))
@@ -241,7 +244,7 @@ class Pooled(FeatureSource):
             yield from self._source.stream(variables, images, stops, progress, check)
             return
         progress.total += len(self._images) - len(self._group_of_query)
-        every, first = 16 * self.config.eval.batch, 0
+        every, first = 16 * max(1, self.config.eval.batch), 0
         several = images._replace(split=self._images)
         for piece in self._source.stream(variables, several, range(every, len(self._images), every), progress, check):
             if not first:

@@ -54,7 +54,7 @@ def blocks(
     described = source.splits(variables, queries, check, "features of queries")
     crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
     routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
-    stops = _stops(queries[0].split, gallery, described[0], config.eval.batch)
+    stops = _stops(queries[0].split, gallery, described[0], max(1, config.eval.batch))
     for number, crop in enumerate(crops, 1):
         if not any(crop in rows for rows in routes):
             continue

@@ -197,7 +197,7 @@ KEYS = (
     ),
     Key("data.holdout_identities", 0, "training identities held out for model selection", flags=PROTOCOL),
     Key("data.workers", 0, "loader processes; 0: only threads of the main process", flags=MACHINE),
-    Key("data.threads", 2, "loader threads per process", at_least(1), MACHINE),
+    Key("data.threads", 0, "loader threads per process; 0: one for each core, at most 8", flags=MACHINE),
     # A test image that cannot be decoded always stops the evaluation: skipping it would change the protocol. Files that
     # are unusable when listed, such as broken links, are left out of the test set too with "skip".
     Key(
@@ -355,7 +355,7 @@ KEYS = (
         flags=EVALUATION | PROTOCOL,
     ),
     Key("eval.flip", False, "average features and visibility with the mirror image's", flags=EVALUATION | FEATURES),
-    Key("eval.batch", 128, "images in a batch", at_least(1), EVALUATION | NO_RESULT),
+    Key("eval.batch", 0, "images in a batch; 0: 256 per GPU or TPU, 128 on a CPU", flags=EVALUATION | NO_RESULT),
     # Meant for data.holdout_identities: selecting on the test set invalidates its numbers. The best step is recorded,
     # but the reported checkpoint is always the last.
     Key("eval.every", 0, "epochs between records of evaluations.jsonl; 0: none", flags=EVALUATION | NO_RESULT),

@@ -36,11 +36,6 @@ _CPU_REDUCTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 _CPU_REDUCTION_VERSIONS = ("0.10.2", "0.11.", "0.12.0")
 
 
-def threads() -> int:
-    """The number of CPU cores that this process may use, considering taskset and containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 _process = 0  # the one that called `prepare_backend` first
 
 
@@ -109,6 +104,12 @@ def data_mesh(batch: int | None = None, devices: Sequence[Device] | None = None)
             code="indivisible-batch",
         )
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def extraction_batch(mesh: Mesh) -> int:
+    """The batch size of feature extraction for eval.batch=0: 256 images per GPU or TPU; on CPUs 128, rounded up."""
+    count = mesh.size
+    return -(-128 // count) * count if mesh.devices.flat[0].platform == "cpu" else 256 * count
 
 
 def shard(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from images import png, small_config, split_of
 
+from vpm_jax.data import pipeline
 from vpm_jax.data.decode import resize
 from vpm_jax.data.pipeline import cut, eval_batches, train_batches
 from vpm_jax.data.sampling import plan
@@ -39,6 +40,18 @@ def test_a_batch_is_a_function_of_the_step():
     assert_equal(joined, batches[5:15])
     config.data.threads = 3
     assert_equal(list(train_batches(config, split, shape, 0, 20)), batches)
+
+
+@pytest.mark.parametrize("threads, workers, expected", [(0, 0, 6), (0, 4, 2), (3, 0, 3), (3, 4, 3)])
+def test_threads_follow_the_cores(monkeypatch, threads, workers, expected):
+    """Without data.threads, the processes share the cores, and no process has more than eight."""
+    split, config, asked = split_of(noise(20)), small_config(threads=threads, workers=workers), []
+    options = pipeline.grain.ReadOptions
+    monkeypatch.setattr(pipeline.grain, "ReadOptions", lambda **keys: asked.append(keys["num_threads"]) or options())
+    for cores, most in ((6, expected), (100, threads or 8)):
+        monkeypatch.setattr(pipeline, "threads", lambda cores=cores: cores)
+        train_batches(config, split, (6, 3), 0, 20).close()
+        assert asked.pop() == most
 
 
 def test_worker_processes_change_nothing():

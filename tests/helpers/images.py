@@ -68,5 +68,5 @@ def small_config(**data):
     for stage in (config.stage1, config.stage2):
         stage.update(identities=2, images_per_identity=4, epochs=2, steps_per_epoch=5)
     config.data.update(height=24, width=12, **data)
-    config.model.grid = (3, 1)
+    config.model.grid, config.eval.batch = (3, 1), 128
     return config

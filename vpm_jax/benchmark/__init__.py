@@ -34,7 +34,7 @@ from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError
-from vpm_jax.parallel import threads
+from vpm_jax.machine import threads
 
 __all__ = ["Rate", "main", "measure"]
 

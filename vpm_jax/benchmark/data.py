@@ -13,7 +13,7 @@ from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
 from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.data.split import Split
-from vpm_jax.parallel import threads
+from vpm_jax.machine import threads
 
 HELP = "loading of training batches on the CPU"
 TARGET = 8000  # images per second and core

@@ -34,13 +34,14 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
+    describer = Describer(config, mesh)
+    config = describer.config
     if args.root:
         config.data.root = args.root
         dataset = load_test_set(config.data)
     else:
         dataset = generated.dataset(args.queries, args.gallery)
     variables, alone, limit, limit_is = network(config, args, mesh)
-    describer = Describer(config, mesh)
     describer.split(variables, generated.dataset(2, 256).query)  # compiles
     seconds = clocked(lambda: evaluation.evaluate(describer, variables, dataset))[0][args.clock]
     queries, gallery = len(dataset.query), len(evaluation.ranked(dataset.gallery))

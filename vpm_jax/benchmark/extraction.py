@@ -69,6 +69,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     here, config = describe(), prepared(config)
     mesh = parallel.data_mesh(config.eval.batch)
+    describer = Describer(config, mesh)
+    config = describer.config
     if args.root:
         config.data.root = args.root
         dataset = load_test_set(config.data)
@@ -76,7 +78,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     else:
         splits, source = [generated.split("query", args.images)], "generated"
     variables, alone, limit, limit_is = network(config, args, mesh)
-    describer = Describer(config, mesh)
     describer.split(variables, splits[0].take(np.arange(min(len(splits[0]), 8))))  # compiles
     seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(split) for split in splits]))[0][args.clock]
     count = sum(map(len, splits))

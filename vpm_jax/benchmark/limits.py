@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vpm_jax.benchmark.timing import matmul_size
-from vpm_jax.parallel import threads
+from vpm_jax.machine import threads
 
 COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
 

@@ -15,7 +15,7 @@ from vpm_jax import parallel
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, matmul_size, timed
 from vpm_jax.errors import UserError
-from vpm_jax.parallel import threads
+from vpm_jax.machine import threads
 
 HELP = "pairs/s of matching, compared with NumPy, PyTorch and the matmul limit"
 BLOCK = 2048  # gallery images in a block of NumPy and PyTorch: bounded memory, products at full speed

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vpm_jax.parallel import threads
+from vpm_jax.machine import threads
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "opencv-python-headless", "simplejpeg", "torch")
 

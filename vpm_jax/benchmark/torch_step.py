@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.timing import clocked, matmul_size
 from vpm_jax.errors import UserError
+from vpm_jax.machine import threads
 from vpm_jax.models.resnet import BOTTLENECK, STAGE_BLOCKS, STEMS
-from vpm_jax.parallel import threads
 
 try:
     import torch

@@ -32,6 +32,7 @@ from vpm_jax.data.sampling import Sampler, uniform
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import Box, covered_cells, feature_shape
+from vpm_jax.machine import threads
 from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 from vpm_jax.schedule import stage_at
 
@@ -383,13 +384,14 @@ def _end_with_parent() -> None:
 
 def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Any]:
     """Yields loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
-    threads, workers = int(config.data.threads), int(config.data.workers)
-    if threads < 0 or workers < 0:
-        raise UserError(f"config.data has {threads} threads and {workers} workers, expected non-negative numbers.")
+    workers, count = int(config.data.workers), int(config.data.threads)
+    if count < 0 or workers < 0:
+        raise UserError(f"config.data has {count} threads and {workers} workers, expected non-negative numbers.")
+    count = count or min(8, -(-threads() // max(1, workers)))
     dataset = (
         grain.MapDataset.range(start, stop)
         .map(loader)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        .to_iter_dataset(grain.ReadOptions(num_threads=count, prefetch_buffer_size=2 * count))
     )
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts processes

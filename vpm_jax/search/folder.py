@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vpm_jax import api, parallel
+from vpm_jax import api
 from vpm_jax.api import VPM, Image
 from vpm_jax.data import decode
 from vpm_jax.description import Description
 from vpm_jax.errors import UserError
+from vpm_jax.machine import threads
 from vpm_jax.progress import Progress
 from vpm_jax.regions import UNCUT, GalleryCrop
 from vpm_jax.search.store import Entry
@@ -95,7 +96,7 @@ def describe(
 
     def pixels() -> Iterator[np.ndarray]:
         images = iter(entries)
-        with ThreadPoolExecutor(parallel.threads(), "vpm_jax-read") as pool:
+        with ThreadPoolExecutor(threads(), "vpm_jax-read") as pool:
             while chunk := list(itertools.islice(images, batch)):
                 for entry, image in zip(chunk, pool.map(read, chunk), strict=True):
                     if isinstance(image, UserError):
