@@ -34,6 +34,17 @@ ENTRY %main.9 (a: f32[10,4], b: bf16[4]) -> (f32[10,4], f32[]) {
   ROOT %result = (f32[10,4]{1,0}, f32[10,4]{1,0}) tuple(%all-reduce-done, %near)
 }
 """
+TPU = """
+ENTRY %main (a: bf16[4,6,32]) -> f32[6,32] {
+  %a = bf16[4,6,32]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start = ((bf16[4,6,32]{2,1,0:T(8,128)(2,1)}), bf16[1,6,32]{2,1,0:T(8,128)(2,1)S(1)}) slice-start(%a)
+  %slice-done = bf16[1,6,32]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+  %slice.1 = bf16[2,6,32]{2,1,0:T(8,128)(2,1)S(1)} slice(%a)
+  %near = f32[6,32]{1,0:T(8,128)S(1)} fusion(%slice-done, %slice.1), calls=%x, backend_config={"estimated_cycles":"70"}
+  %copy-start = (f32[6,32]{1,0:T(8,128)}, f32[6,32]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %far = f32[6,32]{1,0:T(8,128)} copy-done(%copy-start)
+}
+"""
 LARGE, SMALL, SCALAR = 160, 8, 4  # bytes of f32[10,4], bf16[4] and f32[]
 
 
@@ -43,6 +54,12 @@ def test_every_kernel_reads_its_operands_and_writes_its_result_once():
     add, total, convolution, near = LARGE + SMALL + LARGE, LARGE + SCALAR, LARGE + LARGE, LARGE
     assert found.moved == add + total + convolution + near
     assert found.collectives == [LARGE]
+
+
+def test_a_tpu_moves_whole_tiles_between_its_memories():
+    found, tile = program.read(TPU), 8 * 128
+    first, half, result = 2 * tile, 2 * 2 * tile, 4 * tile
+    assert (found.kernels, found.moved, found.cycles) == (4, first + half + result, 70)
 
 
 def test_an_all_reduce_sends_nearly_twice_its_bytes():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import optimized
 
+from vpm_jax.models import resnet
 from vpm_jax.models.resnet import convolve, max_pool
 
 
@@ -63,11 +64,12 @@ def test_bfloat16_is_float32_rounded_once(size, stride, into, out, batch):
         assert np.all(difference <= 2.0**-8 * np.abs(want) + 1e-4)  # half of bfloat16's last digit, and float32's own
 
 
+@pytest.mark.parametrize("pool", [max_pool, resnet._reduce_window], ids=["here", "on TPU"])
 @pytest.mark.parametrize("height, width", [(8, 6), (7, 5), (1, 4), (2, 1)])
-def test_max_pool_and_its_gradient(float64, height, width):
+def test_max_pool_and_its_gradient(float64, height, width, pool):
     random = np.random.default_rng(0)
     x = random.permutation(2 * height * width * 3).reshape(2, height, width, 3) - 20.0  # no two alike, many negative
-    y, back = jax.vjp(jax.jit(max_pool), x)
+    y, back = jax.vjp(jax.jit(pool), x)
     g = random.normal(size=y.shape)
     expected, by_x = np.zeros((2, -(-height // 2), -(-width // 2), 3)), np.zeros(x.shape)
     for b, i, j, c in np.ndindex(expected.shape):

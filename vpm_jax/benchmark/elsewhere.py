@@ -149,6 +149,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
             Row("cores that load as fast", images / modelled / LOADED, ""),
             Row("computation", flops / 1e9, "GFLOP"),
             Row("bytes of a device", amounts.moved / 1e9, "GB"),
+            *([Row("cycles, by the compiler", amounts.cycles / 1e6, "million")] if amounts.cycles else []),
             Row("kernels", amounts.kernels, ""),
             Row("collectives", len(amounts.collectives), ""),
             Row("bytes of collectives", sum(amounts.collectives) / 1e6, "MB"),

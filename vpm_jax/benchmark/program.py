@@ -1,7 +1,8 @@
 """What a compiled program does to memory: its kernels, the bytes that they move, and its collectives.
 
 Counted from the text of the optimized program: a kernel reads each operand once and writes its result once; a slice
-reads only its part. Caches are ignored. What a TPU keeps in its vector memory moves no bytes.
+reads only its part. Caches are ignored. What a TPU keeps in its vector memory moves no bytes, and what it pads to whole
+tiles moves more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Program:
     kernels: int = 0
     moved: float = 0.0  # bytes
     collectives: list[float] = field(default_factory=list)  # bytes of each one's operands
+    cycles: float = 0.0  # of a TPU's cores, as its compiler estimates
 
 
 class _Instruction(NamedTuple):
@@ -47,9 +49,15 @@ def read(text: str) -> Program:
         opcode = instruction.opcode
         if opcode in _MOVES_NOTHING or opcode.endswith(("-done", "-update")):
             continue
+        program.cycles += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', instruction.line)))
         read_bytes = sum(sizes.get(name, 0.0) for name in set(instruction.operands))
-        if instruction.name.startswith(("slice", "wrapped_slice")):
-            read_bytes = size
+        if opcode in ("copy-start", "slice-start"):  # the type has both arrays, of which a slice reads only its part
+            (one, one_near), (other, other_near), *_ = _arrays(instruction.type)
+            program.kernels += 1
+            program.moved += min(one, other) * ((not one_near) + (not other_near))
+            continue
+        if instruction.name.startswith(("slice", "wrapped_slice")) and read_bytes:
+            read_bytes = sum(count for count, _ in _arrays(instruction.type))
         if any(opcode.startswith(name) for name in _COLLECTIVES):
             program.collectives.append(read_bytes)
             continue
@@ -64,11 +72,20 @@ def read(text: str) -> Program:
 
 def _bytes(types: str) -> float:
     """The bytes of all arrays in a type; none of those in a TPU's vector memory."""
-    return sum(
-        prod(map(int, filter(None, shape.split(",")))) * _BITS[kind] / 8
-        for kind, shape, layout in _ARRAY.findall(types)
-        if "S(" not in layout
-    )
+    return sum(count for count, near in _arrays(types) if not near)
+
+
+def _arrays(types: str) -> list[tuple[float, bool]]:
+    """(bytes, whether a TPU keeps it near its cores) of all arrays in a type. Tiles pad the dimensions of a layout."""
+    found = []
+    for kind, shape, layout in _ARRAY.findall(types):
+        sizes = [int(size) for size in shape.split(",") if size]
+        if tile := re.match(r"\{([\d,]+):T\(([\d,]+)\)", layout):
+            order, tiles = (text.split(",") for text in tile.groups())
+            for axis, unit in zip(map(int, order), map(int, reversed(tiles)), strict=False):
+                sizes[axis] = -(-sizes[axis] // unit) * unit
+        found.append((prod(sizes) * _BITS[kind] / 8, "S(" in layout))
+    return found
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
