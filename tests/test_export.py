@@ -209,17 +209,18 @@ def sha256(data: bytes) -> str:
 
 def test_damage_is_noticed(exported, tmp_path):
     path = tmp_path / "a.stablehlo"
-    data, text = exported[1].read_bytes(), exported[1].with_name("a.stablehlo.json").read_text()
+    beside, data = path.with_name("a.stablehlo.json"), exported[1].read_bytes()
+    text = exported[1].with_name("a.stablehlo.json").read_text()
+    older = text.replace('"checksum"', '"other"')  # as before there was a checksum
     for change, sentence in [
         (lambda: path.write_bytes(data), "a.stablehlo.json cannot be read"),
-        (lambda: path.with_name("a.stablehlo.json").write_text("{}"), "was not written by an export"),
-        (lambda: path.with_name("a.stablehlo.json").write_text(text.replace('"depth": 10', '"depth": 17')), "depth"),
-        (lambda: path.with_name("a.stablehlo.json").write_text(text), ""),
+        (lambda: beside.write_text("{}"), "was not written by an export"),
+        (lambda: beside.write_text(text.replace('"depth": 10', '"depth": 17')), "json is damaged"),
+        (lambda: beside.write_text(older.replace('"depth": 10', '"depth": 17')), "depth"),
+        (lambda: beside.write_text(older), ""),
+        (lambda: beside.write_text(text), ""),
         (lambda: path.write_bytes(data[:99]), "is not the file that a.stablehlo.json describes"),
-        (
-            lambda: path.with_name("a.stablehlo.json").write_text(text.replace(*map(sha256, (data, data[:99])))),
-            "by JAX",
-        ),
+        (lambda: beside.write_text(older.replace(*map(sha256, (data, data[:99])))), "by JAX"),
     ]:
         change()
         if sentence:
