@@ -71,6 +71,9 @@ def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
         "query: the top 50% of an image" in said
         and sum(bool(re.match(r"[1-4]\. \d\.\d\d [✓✗]", text)) for text in said) == 4
     )
+    assert said[0].startswith(
+        "Recipe synthetic, seed 0, 11 steps, trained and evaluated on synthetic pedestrians. ResNet-"
+    )
     distances = [float(text.split()[1]) for text in said if re.match(r"[1-4]\. ", text)]
     assert distances == sorted(distances)
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vpm_jax import metrics, paper, partial
-from vpm_jax.data.datasets import TITLES
+from vpm_jax.data.datasets import TITLES, further_sets
 from vpm_jax.data.split import Dataset
 
 Record = Mapping[str, Any]
@@ -35,8 +35,7 @@ def training_set(config: ConfigDict) -> str:
 
 def training_names(config: ConfigDict) -> list[str]:
     """The names of the datasets that a config trains on."""
-    more = [item.strip().partition(":")[0] for item in config.data.also_train.split(",")]
-    return [config.data.name, *filter(None, more)]
+    return [config.data.name, *(name for name, _ in further_sets(config.data.also_train))]
 
 
 def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]:
@@ -81,16 +80,21 @@ def not_comparable(config: ConfigDict, dataset: Dataset) -> list[str]:
 
 def lines(record: Record) -> list[str]:
     """The sentences about a result: run, test set, protocol, matching, chance and comparability."""
-    tested = test_set(record["dataset"], _held_out(record))
-    trained = record.get("training_set") or TITLES.get(record.get("trained_on", ""), "") or tested
-    sets = f"trained and evaluated on {tested}" if trained == tested else f"trained on {trained}, evaluated on {tested}"
     chance = f"{'all-shot, ' if 'single-shot' in record.get('results', ()) else ''}mean over random rankings"
     return [
-        f"{_upper(run(record))}, {sets}.",
+        subject(record),
         *protocol(record),
         f"Matching: {matching(record['match'])}. Chance: rank-1 {record['chance_rank1']:.2%} ({chance}).",
         *comparability(record.get("not_comparable", ())),
     ]
+
+
+def subject(record: Record) -> str:
+    """The sentence about the run of a result, its training set and its test set."""
+    tested = test_set(record["dataset"], _held_out(record))
+    trained = record.get("training_set") or TITLES.get(record.get("trained_on", ""), "") or tested
+    sets = f"trained and evaluated on {tested}" if trained == tested else f"trained on {trained}, evaluated on {tested}"
+    return f"{_upper(run(record))}, {sets}."
 
 
 def run(record: Record, seeds: str = "") -> str:

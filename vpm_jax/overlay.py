@@ -156,6 +156,7 @@ def ranking(
     neighbors: Sequence[Neighbor],
     columns: int = 1,
     titles: tuple[str, str] = ("query", "nearest"),
+    about: str = "",
 ) -> None:
     """One ranked list as a figure: the query, its region map, and its nearest images with per-region distances.
 
@@ -168,14 +169,16 @@ def ranking(
       neighbors: nearest first; regions of low weight are drawn faint.
       columns: of the region grid.
       titles: above the query and above its neighbors.
+      about: below all, in small gray letters.
     """
     regions, (top, left, height, width) = len(visibility), frame
     colors = region_colors(regions, columns)
     # All lengths are inches. `bar` is the height of one region's bar.
     total, margin, gap, query_gap, bar = 10.0, 0.08, 0.1, 0.5, 0.2
+    foot = margin + 0.25 * bool(about)
     w = (total - 2 * margin - query_gap - gap * len(neighbors)) / (2 + len(neighbors))
     h, below, above = w * height / width, 0.36 + bar * regions, 0.72
-    figure = Figure(figsize=(total, margin + below + h + above))
+    figure = Figure(figsize=(total, foot + below + h + above))
     lefts = [margin, margin + w + gap]
     lefts += [margin + 2 * w + gap + query_gap + i * (w + gap) for i in range(len(neighbors))]
     inches = np.array([*figure.get_size_inches(), *figure.get_size_inches()])
@@ -189,7 +192,7 @@ def ranking(
 
     def draw(index: int, pixels: np.ndarray, color: str, style: str = "-", in_frame: bool = False) -> None:
         rows, cols = query.shape[:2] if in_frame else pixels.shape[:2]
-        axes = panel(lefts[index], margin + below, w, h)
+        axes = panel(lefts[index], foot + below, w, h)
         axes.set_axis_off()
         axes.set_anchor("N")
         edge: dict[str, Any] = dict(fill=False, clip_on=False)
@@ -202,7 +205,7 @@ def ranking(
         axes.set_ylim(height if in_frame else rows, 0)
 
     def bars(index: int, values: np.ndarray, longest: float, form: str, counted: np.ndarray) -> None:
-        axes = panel(lefts[index], margin, w, bar * regions)
+        axes = panel(lefts[index], foot, w, bar * regions)
         axes.set_axis_off()
         axes.set_xlim(0, 1.6 * longest)
         axes.set_ylim(regions - 0.5, -0.5)
@@ -211,7 +214,8 @@ def ranking(
             ink = "0.15" if counts else "0.65"
             axes.text(value + 0.05 * longest, region, form.format(value), va="center", color=ink, **small)
 
-    heading, line, label = margin + below + h + 0.4, margin + below + h + 0.1, margin + bar * regions + 0.06
+    heading, line, label = foot + below + h + 0.4, foot + below + h + 0.1, foot + bar * regions + 0.06
+    write(margin, margin, about, color="0.35", **small)
     write(lefts[0], heading, titles[0], weight="bold")
     write(lefts[2], heading, titles[1], weight="bold")
     draw(0, query, "#0a5cad", in_frame=True)
@@ -220,7 +224,7 @@ def ranking(
     write(lefts[0], label, "visible cells of each region", color="0.35", **small)
     bars(1, visibility, float(max(visibility.max(), 1e-6)), "{:.0f}", np.ones(regions, bool))
     for region in range(regions):
-        write(lefts[1] - 0.14, margin + (regions - region - 0.5) * bar, str(region), va="center", **small)
+        write(lefts[1] - 0.14, foot + (regions - region - 0.5) * bar, str(region), va="center", **small)
     write(lefts[2], label, "distance in each region (faint: low weight)", color="0.35", **small)
     longest = max((float(neighbor.region_distance.max()) for neighbor in neighbors), default=1.0)
     for index, neighbor in enumerate(neighbors, 2):

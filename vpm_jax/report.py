@@ -15,13 +15,14 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax import captions, cli, html, metrics, overlay, paper, parallel, plots
 from vpm_jax import config as config_lib
+from vpm_jax.data.datasets import further_sets
 from vpm_jax.data.split import Split
 from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.errors import UserError
@@ -154,7 +155,7 @@ def configuration(config: ConfigDict) -> str:
     kind, colon, weights = values["pretrained"].rpartition(":")
     values["pretrained"] = kind + colon + Path(weights).name
     values["data.distractors"] = Path(values["data.distractors"]).name
-    values["data.also_train"] = ",".join(item.partition(":")[0] for item in values["data.also_train"].split(","))
+    values["data.also_train"] = ",".join(name for name, _ in further_sets(values["data.also_train"]))
     changed = [(key, value, default[key]) for key, value in values.items() if value != default[key]]
     body = html.table(("key", "this run", "default"), changed)
     every = html.table(("key", "value"), list(values.items()))
@@ -186,6 +187,7 @@ class Rankings(NamedTuple):
     crops: Sequence[Crop]  # of the queries
     distance: np.ndarray  # [Q, G]
     precision: np.ndarray  # [Q], average precision; NaN for skipped queries
+    record: Mapping[str, Any]  # what they are of, for `captions`
 
 
 def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
@@ -195,6 +197,7 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     from vpm_jax.data.pipeline import eval_crops
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer
+    from vpm_jax.runs.checkpoints import Checkpoints
 
     dataset = load_test_set(config.data)
     evaluation.check(config, dataset)
@@ -210,7 +213,11 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     [distance] = distances.distances(source, variables, cropped, gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
-    return Rankings(model, query, gallery, crops, distance, precision)
+    with Checkpoints(workdir, keep=0) as checkpoints:
+        steps = checkpoints.latest or 0
+    skipped = int(np.isnan(precision).sum())
+    record = evaluation.record_of(config, dataset, workdir.resolve().name, steps, None, skipped)
+    return Rankings(model, query, gallery, crops, distance, precision, record)
 
 
 def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
@@ -218,7 +225,7 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
     from vpm_jax import evaluation
     from vpm_jax.data.pipeline import eval_crops, eval_picture
 
-    model, query, gallery, crops, distance, precision = rankings(workdir, config, gamma)
+    model, query, gallery, crops, distance, precision, _ = rankings(workdir, config, gamma)
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}. Its region map shows the most probable region of "
     body += "every cell; stronger colors are more probable. The bars are the visibility scores, in cells. "
     body += "A correct match has the query's identity. Junk (same identity and camera, or identity -1) is not ranked. "
@@ -269,7 +276,7 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
 
     from vpm_jax.data.pipeline import eval_picture
 
-    model, query, gallery, crops, distance, precision = rankings(workdir, config, gamma)
+    model, query, gallery, crops, distance, precision, record = rankings(workdir, config, gamma)
     named = [i for i, file in enumerate(query.names) if name is not None and file.endswith(name)]
     if name is not None and len(named) != 1:
         raise UserError(f"--query {name}: {len(named)} of the {len(query)} queries match this name, expected 1.")
@@ -287,9 +294,10 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
     frame = (*pixel_box(crops[index], *whole.shape[:2])[:2], *whole.shape[:2])
     kept = f"the {config.eval.crop} {gamma:.0%} of an image" if gamma < 1 else "a whole image"
     titles = f"query: {kept}", f"nearest of {len(ranking.counted)} gallery images, by Eq. 4 (\u2713 correct match)"
+    about = f"{captions.subject(record)} {record['network']}."
     with replacing(path) as temporary:
         region_map, visibility = description.region_maps[0], description.visibility[0]
-        overlay.ranking(temporary, pixels, frame, region_map, visibility, neighbors, model.grid.cols, titles)
+        overlay.ranking(temporary, pixels, frame, region_map, visibility, neighbors, model.grid.cols, titles, about)
         if path.suffix.lower() == ".png":  # a palette halves the file
             full = Image.open(temporary).convert("RGB")
             palette = full.quantize(256, Image.Quantize.MAXCOVERAGE)

@@ -65,7 +65,8 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
     given = requested
     if saved is not None:
-        root = data_at_hand(saved, workdir).data.root
+        saved = with_absolute_paths(data_at_hand(saved, workdir))
+        root = saved.data.root
         if not given.data.root and Path(root).exists():
             requested = given.copy_and_resolve_references()
             requested.data.root = root
@@ -83,6 +84,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     evaluation.check(requested, dataset)
     config = resolve(requested, dataset.train)
     hosts.check_job(config, dataset)
+    config = with_absolute_paths(config)
     backbone = None
     if not has_checkpoint and config.pretrained != "none":
         backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
@@ -92,7 +94,6 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     if saved is not None:
         check_data(saved, config, workdir, data)
         config = continue_run(saved, config, workdir)
-    config = with_absolute_paths(config)
 
     # ---- Devices, state, checkpoints -------------------------------------------------------------------
     stage = schedule(config)[-1]  # the batch size is the same in all stages

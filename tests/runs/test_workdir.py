@@ -1,4 +1,4 @@
-"""The lock of a workdir: one holder, whatever died before, here or elsewhere."""
+"""The lock of a workdir: one holder, whatever died before, here or elsewhere; and the paths of a run's data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from disk import largest_file
+from market_files import make_folder
 from raising import raises
 
+from vpm_jax import config as config_lib
+from vpm_jax.data.inventory import Inventory
+from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
 from vpm_jax.runs import locks
 from vpm_jax.runs.locks import Lock
-from vpm_jax.runs.workdir import WorkdirLock, find_run
+from vpm_jax.runs.workdir import WorkdirLock, find_run, read_run, with_absolute_paths, write_data
 
 
 @pytest.fixture(autouse=True)
@@ -219,3 +223,42 @@ def test_what_failed_before_its_first_checkpoint_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "checkpoints").mkdir()
     assert find_run(tmp_path, resume=True) == find_run(tmp_path, resume=False) == (None, False)
+
+
+def test_further_training_sets_are_found_from_any_folder_and_after_all_has_moved(tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    make_folder(here / "more")
+    make_folder(here / "data" / "Market-1501")
+    for folder in (here / "runs", elsewhere):
+        folder.mkdir()
+    files = sorted((here / "more" / "bounding_box_test").glob("*.jpg"))
+    rows = (
+        f"{path.relative_to(here)},{split},1" for path, split in zip(files, ("train", "query", "gallery"), strict=False)
+    )
+    (here / "own.csv").write_text("\n".join(["path,split,identity", *rows]))
+    monkeypatch.setenv("VPM_DATA", "")
+    monkeypatch.chdir(here)
+    requested = config_lib.default()
+    requested.data.name, requested.data.root = "csv", "own.csv"
+    requested.data.also_train = "market1501:more,market1501"  # the second is in ./data
+    train = load_dataset(requested.data).train
+    saved = with_absolute_paths(requested)
+    assert saved.data.also_train == f"market1501:{here / 'more'},market1501:{here / 'data'}"
+    assert with_absolute_paths(saved) == saved
+    write_data(here / "runs", Inventory.of(train), requested, saved)
+    (here / "runs" / "config.json").write_text(config_lib.to_json(saved))
+
+    monkeypatch.chdir(elsewhere)
+    assert load_dataset(read_run(here / "runs", [])[1].data).train.names == train.names
+    here.rename(tmp_path / "moved")
+    assert load_dataset(read_run(tmp_path / "moved" / "runs", [])[1].data).train.names == train.names
+    (tmp_path / "moved" / "more").rename(tmp_path / "lost")
+    also = read_run(tmp_path / "moved" / "runs", [])[1].data.also_train
+    assert also == f"market1501:more,market1501:{tmp_path / 'moved' / 'data'}"  # the first as it was given
+
+
+def test_a_set_in_the_data_folder_needs_no_path(tmp_path):
+    config = config_lib.default()
+    make_folder(tmp_path / "Market-1501")
+    config.data.name, config.data.root, config.data.also_train = "dukemtmc", str(tmp_path), "market1501"
+    assert with_absolute_paths(config).data.also_train == "market1501"

@@ -300,6 +300,12 @@ NAMES = tuple(DATASETS)
 TITLES = {name: entry.title for name, entry in DATASETS.items()}
 
 
+def further_sets(also_train: str) -> list[tuple[str, str]]:
+    """(name, path) of each set in config.data.also_train; the path is "" if it is not given."""
+    parts = (item.strip().partition(":") for item in also_train.split(",") if item.strip())
+    return [(name, path) for name, _, path in parts]
+
+
 def table(entries: Iterable[Entry] = DATASETS.values()) -> str:
     """The datasets as a Markdown table."""
     lines = [

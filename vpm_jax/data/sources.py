@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax.data import folders, synthetic, table
-from vpm_jax.data.datasets import DATASETS, TITLES
+from vpm_jax.data.datasets import DATASETS, TITLES, further_sets
 from vpm_jax.data.files import FolderReader
 from vpm_jax.data.folders import Place
 from vpm_jax.data.split import Dataset, Listing, Reader, Split, join, some
@@ -155,8 +155,7 @@ def _with_distractors(dataset: Dataset, config_data: ConfigDict, place: Place) -
 def _with_further(dataset: Dataset, config_data: ConfigDict, place: Place) -> Dataset:
     """Adds the training sets of config.data.also_train, renumbering their identities and cameras to be distinct."""
     train, notes, places = dataset.train, list(dataset.notes), [place.path.resolve()]
-    for item in config_data.also_train.split(","):
-        name, _, root = item.strip().partition(":")
+    for name, root in further_sets(config_data.also_train):
         if name not in DATASETS:
             known = ", ".join(entry.name for entry in DATASETS.values() if entry.trains)
             raise UserError(
@@ -164,11 +163,7 @@ def _with_further(dataset: Dataset, config_data: ConfigDict, place: Place) -> Da
                 f"{known}."
             )
         further = config_data.copy_and_resolve_references()
-        further.name = name
-        further.root = root
-        if not root and config_data.root and data_root(config_data.root).is_dir():
-            # The root may contain both datasets.
-            further.root = config_data.root if folders.locate(data_root(config_data.root), name) else ""
+        further.name, further.root = name, root or root_of_further(config_data.root, name)
         further_place, splits, further_notes = _load(further)
         if further_place.path.resolve() in places:
             raise UserError(
@@ -191,6 +186,11 @@ def _with_further(dataset: Dataset, config_data: ConfigDict, place: Place) -> Da
     images, identities = len(train), train.num_identities
     notes.append(f"Together {_count(images, 'training image')} of {_count(identities, 'identity', 'identities')}.")
     return replace(dataset, train=train, notes=tuple(notes))
+
+
+def root_of_further(root: str, name: str) -> str:
+    """The root of a further training set without a path: config.data.root if that contains it too, otherwise ""."""
+    return root if root and data_root(root).is_dir() and folders.locate(data_root(root), name) else ""
 
 
 def _place(config_data: ConfigDict, root: Path) -> Place:

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
+from vpm_jax.data.datasets import further_sets
 from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
@@ -170,7 +171,7 @@ def without_paths(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     kind, colon, path = config.pretrained.rpartition(":")
     config.data.root = config.data.distractors = ""
-    config.data.also_train = ",".join(item.partition(":")[0] for item in config.data.also_train.split(","))
+    config.data.also_train = ",".join(name for name, _ in further_sets(config.data.also_train))
     config.pretrained = kind + colon + Path(path).name
     return config
 

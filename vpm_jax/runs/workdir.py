@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
+from vpm_jax.data.datasets import further_sets
 from vpm_jax.data.inventory import Inventory
-from vpm_jax.data.sources import data_root
+from vpm_jax.data.sources import data_root, root_of_further
 from vpm_jax.disk import check_utf8, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
@@ -92,7 +93,22 @@ def continue_run(saved: ConfigDict, resolved: ConfigDict, workdir: Path) -> Conf
 
 # ---- data.json: the training set, and where it was ----
 
-_PATHS = ("data.root", "data.distractors")  # keys that locate data
+
+def _paths(config: ConfigDict) -> dict[str, str]:
+    """The paths to data by their keys; "data.also_train.N" for that of each further training set."""
+    further = further_sets(config.data.also_train)
+    paths = {"data.root": config.data.root, "data.distractors": config.data.distractors}
+    return paths | {f"data.also_train.{i}": path for i, (_, path) in enumerate(further)}
+
+
+def _with_paths(config: ConfigDict, paths: dict[str, str]) -> ConfigDict:
+    """A copy of a config with other `_paths`."""
+    config = config.copy_and_resolve_references()
+    config.data.root, config.data.distractors, *further = paths.values()
+    names = [name for name, _ in further_sets(config.data.also_train)]
+    items = (name + f":{path}" * bool(path) for name, path in zip(names, further, strict=True))
+    config.data.also_train = ",".join(items)
+    return config
 
 
 def _read_data(workdir: Path) -> dict[str, Any]:
@@ -128,22 +144,25 @@ def write_data(workdir: Path, data: Inventory, requested: ConfigDict, config: Co
     Raises:
       UserError: when the disk is full or read-only.
     """
-    given, used = config_lib.flatten(requested), config_lib.flatten(config)
+    given = _paths(requested)
     paths = {
-        key: {"given": given[key], "there": os.path.relpath(used[key], workdir.absolute())}
-        for key in _PATHS
-        if os.path.isabs(used[key])
+        key: {"given": given[key], "there": os.path.relpath(path, workdir.absolute())}
+        for key, path in _paths(config).items()
+        if os.path.isabs(path)
     }
     write_atomically(workdir / "data.json", json.dumps(data.to_json() | {"paths": paths}) + "\n")
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     """A copy in which the paths to data are absolute, so that they hold in any folder."""
-    config = config.copy_and_resolve_references()
-    config.data.root = os.path.abspath(data_root(config.data.root))
-    if config.data.distractors and Path(config.data.distractors).expanduser().exists():  # else inside the dataset
-        config.data.distractors = os.path.abspath(Path(config.data.distractors).expanduser())
-    return config
+    paths = _paths(config)
+    paths["data.root"] = root = os.path.abspath(data_root(config.data.root))
+    if paths["data.distractors"] and Path(paths["data.distractors"]).expanduser().exists():  # else inside the dataset
+        paths["data.distractors"] = os.path.abspath(Path(paths["data.distractors"]).expanduser())
+    for i, (name, path) in enumerate(further_sets(config.data.also_train)):
+        if path or not root_of_further(root, name):
+            paths[f"data.also_train.{i}"] = os.path.abspath(data_root(path))
+    return _with_paths(config, paths)
 
 
 def data_at_hand(saved: ConfigDict, workdir: Path) -> ConfigDict:
@@ -152,12 +171,12 @@ def data_at_hand(saved: ConfigDict, workdir: Path) -> ConfigDict:
     A path that no longer exists is replaced by the one that has the same position relative to the workdir: a run and
     its data may move together. If neither exists, and the run found its data in $VPM_DATA or ./data, it does so again.
     """
-    config = saved.copy_and_resolve_references()
-    for key, path in hosts.from_first(lambda: _read_data(workdir)).get("paths", {}).items():
-        moved = Path(os.path.normpath(workdir.absolute() / path["there"]))
-        if not os.path.exists(config_lib.flatten(saved)[key]):
-            config_lib.set_key(config, key, str(moved) if moved.exists() else path["given"])
-    return config
+    paths, recorded = _paths(saved), hosts.from_first(lambda: _read_data(workdir)).get("paths", {})
+    for key in paths.keys() & recorded.keys():
+        moved = Path(os.path.normpath(workdir.absolute() / recorded[key]["there"]))
+        if not os.path.exists(paths[key]):
+            paths[key] = str(moved) if moved.exists() else recorded[key]["given"]
+    return _with_paths(saved, paths)
 
 
 def check_data(saved: ConfigDict, resolved: ConfigDict, workdir: Path, data: Inventory) -> None:
