@@ -122,7 +122,10 @@ def test_records_of_earlier_versions_have_words():
     }
     first, protocol, matching = captions.lines(record)
     assert first == "Recipe small, seed 1, 600 steps, trained and evaluated on Market-1501."
-    assert "3368 queries cropped to gamma (top), 15913 gallery images whole; 0 queries" in protocol
+    assert (
+        "3368 queries cropped to gamma (top), 15913 gallery images whole; same identity and camera dropped; 0 queries"
+        in protocol
+    )
     assert matching.startswith("Matching: Eq. 4, soft visibility, distances. Chance: rank-1 0.10%")
     assert captions.title(record).splitlines() == [
         "Market-1501, 3368 queries cropped to gamma (top)",

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vpm_jax import metrics, paper, partial
-from vpm_jax.data.datasets import TITLES, further_sets
+from vpm_jax.data.datasets import DATASETS, TITLES, further_sets
 from vpm_jax.data.split import Dataset
 
 Record = Mapping[str, Any]
@@ -104,7 +104,7 @@ def run(record: Record, seeds: str = "") -> str:
 
 def protocol(record: Record) -> list[str]:
     """The protocol in sentences."""
-    p, match, dropped = record["protocol"], record["match"], DROPPED.get(record.get("same_camera", ""), "")
+    p, match, dropped = record["protocol"], record["match"], DROPPED[_same_camera(record)]
     number, few = _queries(record)
     counted = f"{dropped}{p['skipped']} queries without a match skipped."
     if partial.is_partial(record["dataset"]):
@@ -124,7 +124,14 @@ DROPPED = {  # by the "same_camera" of a record
     "drop": "same identity and camera dropped; ",
     "keep": "images of the same camera stay (eval.same_camera=keep); ",
     "none": "no cameras, so nothing is dropped; ",
+    "": "",  # not known
 }
+
+
+def _same_camera(record: Record) -> str:
+    """What is done with images of a query's own camera; earlier versions did as the dataset's protocol says."""
+    entry = DATASETS.get(record["dataset"])
+    return record.get("same_camera") or ("" if entry is None or entry.own else entry.protocol.same_camera)
 
 
 def _single_shot(record: Record) -> list[str]:
