@@ -18,6 +18,7 @@ from plain_metrics import reference
 
 from vpm_jax import config as config_lib
 from vpm_jax import evaluation
+from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.sources import load_test_set
 from vpm_jax.description import Description, FeatureSource
 
@@ -125,21 +126,25 @@ CASES = {
     ),
     "identity_folders": ("identity_folders", folders_of_people(True), True, False),
     "identity_folders without cameras": ("identity_folders", folders_of_people(False), False, False),
+    "csv": ("csv", folders_of_people(True), True, False),
 }
 
 
-def write(root: Path, images: list[Image]) -> Path:
+def write(root: Path, images: list[Image], name: str = "") -> Path:
     for image in images:
         path = root / image.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     if any(image.path.startswith(("mask_", "test/0")) for image in images):  # MSMT17
         lists = {"query": "query", "gallery": "gallery", "": "train"}
-        for split, name in lists.items():
+        for split, title in lists.items():
             lines = [
                 f"{i.path.partition('/')[2]} {i.identity - (11 if split else 1)}" for i in images if i.split == split
             ]
-            (root / f"list_{name}.txt").write_text("\n".join(lines) + "\n")
+            (root / f"list_{title}.txt").write_text("\n".join(lines) + "\n")
+    if name == "csv":
+        lines = [f"{i.path},{i.identity},{i.camera},{i.split or 'train'}" for i in images]
+        (root / "images.csv").write_text("\n".join(["path,identity,camera,split", *lines]))
     return root
 
 
@@ -191,10 +196,14 @@ def assert_same(found, expected) -> None:
     assert found["mAP"] == pytest.approx(expected["mAP"]) and found["skipped"] == expected["skipped"]
 
 
+def test_every_dataset_has_a_case():
+    assert {name for name, *_ in CASES.values()} == set(DATASETS) - {"synthetic"}  # which has Market-1501's layout
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_are_those_of_the_protocol(tmp_path, case):
     name, images, drops, single_shot = CASES[case]
-    results = evaluated(write(tmp_path / "root", images), name, images)
+    results = evaluated(write(tmp_path / "root", images, name), name, images)
     query, gallery = ([i for i in images if i.split == split] for split in ("query", "gallery"))
     ranked = [image for image in gallery if image.identity != -1]
     distance = plain_distance(*stacked(query), *stacked(ranked))

@@ -130,6 +130,10 @@ TREES = {
 }
 
 
+def test_every_dataset_has_a_tree():
+    assert {name for name, *_ in TREES.values()} == set(DATASETS) - {"synthetic", "csv"}
+
+
 def write(root: Path, tree: dict) -> Path:
     """The files of a tree: bytes as they are, otherwise images, no two alike."""
     for seed, (name, what) in enumerate(tree.items()):
