@@ -196,6 +196,7 @@ def topology(target: str, count: int) -> list[Any]:
     if not gpu:  # otherwise the library waits for a TPU host's metadata server
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may use the TPU, or compile too
     try:
         if gpu:
             options = {"topology": f"1x1x{count}", "target_config": _gpu_config(target)}
