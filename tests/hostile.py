@@ -21,10 +21,12 @@ case is wrong, a traceback, a hang or a crash.
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -648,6 +650,161 @@ class Matching(Images):
         return repr(things)[:100], lambda: self.read(*things)
 
 
+class Requests(Door):
+    """Bytes sent to the search server: images, paths, parameters, headers, slow and broken uploads."""
+
+    checksum = False
+    secret = b"the content of a file beside the images"
+
+    def make(self, folder):
+        from images import PICTURE, encode
+        from PIL import Image
+        from serving import ask, running
+        from tiny_runs import make_run
+
+        from vpm_jax import VPM, Gallery
+        from vpm_jax.search import serve
+
+        serve.UPLOAD_SECONDS, serve.HEADER_SECONDS = 0.4, 0.6
+        make_run(folder / "run")
+        (folder / "images").mkdir()
+        for turn in range(4):
+            Image.fromarray(np.rot90(PICTURE, turn)).save(folder / "images" / f"{turn}.png")
+        for name in ("secret.txt", "images/secret.jpg"):
+            (folder / name).write_bytes(self.secret)
+        gallery = Gallery.open(folder / "store", VPM.load(folder / "run"))
+        gallery.add(sorted((folder / "images").glob("*.png")))
+        self.address = SERVERS.enter_context(running(gallery))
+        self.image, self.png = (encode(Image.fromarray(PICTURE), form) for form in ("JPEG", "PNG"))
+        self.id = serve.identifier(str(folder / "images" / "0.png")).encode()
+        _, body = ask(f"{self.address}query?keep=true", encode(Image.fromarray(PICTURE[::-1])))
+        self.key = json.loads(body)["upload"].encode()  # of somebody else
+        forms, modes = ("PNG", "GIF", "BMP", "TIFF", "PPM", "WEBP", "ICO", "PCX"), ("I", "F", "I;16", "1")
+        self.bodies = [encode(Image.fromarray(PICTURE), form) for form in forms]
+        self.bodies += [encode(Image.fromarray(PICTURE[..., 0]).convert(mode), "TIFF") for mode in modes]
+        self.bodies += [encode(Image.new("RGB", size)) for size in ((1, 1), (1, 9000), (9000, 1), (6000, 6000))]
+        self.bodies += [b"", b"\0", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n", b"PK\3\4"]
+        self.bodies += [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(secret.txt) run\n"]
+
+    def files(self):
+        return []
+
+    def mend(self):
+        pass
+
+    def request(self, target=b"/query", body=None, method=b"", headers=()) -> bytes:
+        def missing(*names):
+            return not any(line.lower().startswith(names) for line in headers)
+
+        lines = [(method or (b"GET" if body is None else b"POST")) + b" " + target + b" HTTP/1.1", *headers]
+        if missing(b"host:"):
+            lines.append(b"Host: 127.0.0.1")
+        if body is not None and missing(b"content-length:", b"transfer-encoding:"):
+            lines.append(b"Content-Length: %d" % len(body))
+        return b"\r\n".join([*lines, b"", body or b""])
+
+    def read(self, pieces=None):
+        from serving import exchange
+
+        answer = exchange(self.address, [self.request(body=self.image)] if pieces is None else pieces)
+        if answer is None:
+            return None
+        status, headers, body = answer
+        for leaked in (str(self.folder).encode(), b"Traceback", b"site-packages", self.secret, self.key):
+            assert leaked not in body, leaked
+        assert status < 500, (status, body)
+        if body == b"Invalid HTTP request received.":
+            raise UserError(body.decode())
+        assert {"content-security-policy", "x-content-type-options", "cache-control"} <= headers.keys()
+        if status >= 400:
+            told = json.loads(body) if body else {"error": "Nothing, as an answer to HEAD.", "code": "none"}
+            assert told.keys() == {"error", "code"}
+            raise UserError(told["error"])
+        return digest(status, body)
+
+    def case(self, random):
+        kinds = self.of_image, self.of_type, self.of_size, self.of_path, self.of_parameters, self.of_headers
+        kind = random.choice((*kinds, self.slow, self.broken, self.of_bytes))
+        what, *pieces = kind(random)
+
+        def read():
+            try:
+                return self.read(pieces)
+            finally:
+                assert self.read() == self.right, "the server answers otherwise afterwards"
+
+        return f"{kind.__name__}: {what[:100]!r}", read
+
+    def of_image(self, random):
+        what, body = damage(random.choice((self.image, self.png)), random)
+        return what, self.request(body=body)
+
+    def of_type(self, random):
+        body = random.choice((*self.bodies, random.randbytes(random.randrange(2000))))
+        kind = random.choice((b"image/jpeg", b"text/html", b"multipart/form-data; boundary=x", b"", b"\xff"))
+        return body[:20], self.request(body=body, headers=[b"Content-Type: " + kind])
+
+    def of_size(self, random):
+        from images import with_size
+
+        if random.random() < 0.7:
+            size = random.choice((0, 1, 5001, 9000, 30_000, 65_000)), random.choice((0, 1, 5001, 9000, 65_000))
+            return str(size), self.request(body=with_size(random.choice((self.image, self.png)), *size))
+        length = 10 * 2**20 + random.choice((0, 1, 2**20))
+        return str(length), self.request(body=self.image + bytes(length - len(self.image)))
+
+    def of_path(self, random):
+        steps = rb".. .. %2e%2e %2e%2e%2f . \ %00 %c0%ae etc passwd secret.txt images store.json ~root query".split()
+        steps += [b"", b"\xff", b"a" * 9000, self.id]
+        root = random.choice([b"", *b"/ /image/ /upload/ http://example.org/ *".split(), b"/image/" + self.id + b"/"])
+        target = root + b"/".join(random.choices(steps, k=random.randint(1, 4)))
+        method = random.choice(b"GET GET HEAD POST PUT DELETE OPTIONS TRACE CONNECT X".split())
+        return method + b" " + target, self.request(target, b"" if method == b"POST" else None, method)
+
+    def of_parameters(self, random):
+        names = b"image upload box k max_distance keep height start count %00 x".split()
+        values = b"0 -1 1e999 nan true 0,0,1,1 0,0,1,1,1 1,1,0,0 0,0,1e-9,1 0,0,inf,1 %ff %F0%9F%98%80 ' <x>".split()
+        values += [b"", b"9" * 5000, b"../../secret.txt", self.id, b"A" * 22]
+        pairs = [random.choice(names) + b"=" + random.choice(values) for _ in range(random.randint(1, 3))]
+        path = random.choice((b"/query", b"/query", b"/gallery", b"/image/" + self.id, b"/about"))
+        target = path + b"?" + b"&".join(pairs)
+        return target, self.request(target, self.image if path == b"/query" else None)
+
+    def of_headers(self, random):
+        lines = (
+            "Host: example.org|Host:|Host: [|Origin: https://example.org|Origin: null|Origin: http://[|: x|X: a\nY: b|"
+            "Content-Length: -1|Content-Length: 99999999999999999999|Content-Length: 5|Content-Length: x|X: a\rb|X: \0|"
+            "Transfer-Encoding: chunked|Transfer-Encoding: gzip|Expect: 100-continue|Upgrade: websocket|Accept: */*|"
+            "Connection: upgrade|Range: bytes=0-3|X-Forwarded-For: 10.0.0.1|Authorization: Bearer \xff"
+        )
+        headers = random.sample([*lines.split("|"), "X: " + "a" * 70_000], random.randint(1, 3))
+        pieces = [self.request(body=self.image, headers=[line.encode("latin-1") for line in headers])]
+        more = random.choice((b"", b"", b"\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n"))
+        return " | ".join(line[:40] for line in headers), *pieces, more
+
+    def slow(self, random):
+        data = self.request(body=self.image)
+        cuts = sorted(random.sample(range(len(data)), random.randint(1, 4)))
+        pieces = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        kept = random.randint(1, len(pieces))  # the rest never comes
+        pauses = [random.choice((0.0, 0.05, 0.3)) for _ in range(kept)]
+        return f"{cuts}, {kept} sent", *itertools.chain(*zip(pieces[:kept], pauses, strict=True))
+
+    def broken(self, random):
+        data = self.request(body=self.image)
+        end = random.randrange(len(data))
+        return f"gone after {end} bytes", data[:end], None
+
+    def of_bytes(self, random):
+        target = random.choice((b"/about", b"/query", b"/image/" + self.id))
+        what, data = damage(self.request(target, self.image if target == b"/query" else None), random)
+        return what, data
+
+
+SERVERS = contextlib.ExitStack()  # run as long as the process
+atexit.register(SERVERS.close)
+
+
 DOORS: dict[str, type[Door]] = {
     "jpeg": Jpeg,
     "png": Png,
@@ -668,6 +825,7 @@ DOORS: dict[str, type[Door]] = {
     "networks": Networks,
     "images": Images,
     "match": Matching,
+    "requests": Requests,
 }
 
 

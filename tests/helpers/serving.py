@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import threading
 import time
@@ -42,6 +43,32 @@ def talk(address: str, *pieces: bytes | float, seconds: float = 20) -> bytes:
         while chunk := connection.recv(2**16):
             answer += chunk
     return answer
+
+
+def exchange(address: str, pieces: list[bytes | float | None]) -> tuple[int, dict[str, str], bytes] | None:
+    """(status, headers, body) of the first answer to pieces as of `talk`; None: it closes the connection instead.
+
+    None as a piece closes it first.
+    """
+    port = int(address.split(":")[2].partition("/")[0])
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        try:
+            for piece in pieces:
+                if piece is None:
+                    return None
+                if isinstance(piece, float):
+                    time.sleep(piece)
+                else:
+                    connection.sendall(piece)
+        except ConnectionError:  # it may have answered before it read everything
+            pass
+        try:
+            method = "HEAD" if isinstance(pieces[0], bytes) and pieces[0].startswith(b"HEAD ") else None
+            with http.client.HTTPResponse(connection, method=method) as response:
+                response.begin()
+                return response.status, dict(response.headers.items()), response.read()
+        except (ConnectionError, http.client.RemoteDisconnected):
+            return None
 
 
 def ask(url: str, data: bytes | None = None, token: str = "") -> tuple[int, bytes]:
