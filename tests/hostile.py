@@ -713,8 +713,9 @@ class Requests(Door):
         for leaked in (str(self.folder).encode(), b"Traceback", b"site-packages", self.secret, self.key):
             assert leaked not in body, leaked
         assert status < 500, (status, body)
-        if body == b"Invalid HTTP request received.":
-            raise UserError(body.decode())
+        if status == 400 and headers["content-type"].startswith("text/plain"):
+            assert body in (b"", b"Invalid HTTP request received.")  # HEAD has no body
+            raise UserError("Invalid HTTP request received.")
         assert {"content-security-policy", "x-content-type-options", "cache-control"} <= headers.keys()
         if status >= 400:
             told = json.loads(body) if body else {"error": "Nothing, as an answer to HEAD.", "code": "none"}

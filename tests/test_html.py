@@ -57,6 +57,7 @@ def test_a_picture_is_no_larger_than_asked(shape, height, expected):
     assert shown.shape[:2] == expected
     assert np.abs(shown.astype(int) - pixels[0, 0]).max() < 6
     assert html.jpeg(np.zeros((5000, 1, 3), np.uint8)).startswith(b"\xff\xd8")
+    assert html.jpeg(np.zeros((1, 90_000, 3), np.uint8)).startswith(b"\xff\xd8")
 
 
 def test_bars_have_the_colors_of_their_regions():

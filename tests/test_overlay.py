@@ -26,6 +26,14 @@ def test_a_cell_has_the_color_of_its_most_probable_region(cells):
         assert (np.abs(unsure[y, x] - 128.0) <= np.abs(shown[y, x] - 128.0)).all()  # the surer, the stronger
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((1, 90_000), (1, 1536)), ((50, 400), (192, 1536)), ((50, 100), (384, 768))]
+)
+def test_a_very_wide_image_takes_no_more_room(shape, expected):
+    pixels = np.zeros((*shape, 3), np.uint8)
+    assert overlay(pixels, sure(np.zeros((8, 4), int), 2), height=384).shape[:2] == expected
+
+
 def test_columns_of_regions_share_a_hue():
     shown = overlay(np.full((60, 40, 3), 128, np.uint8), np.eye(6).reshape(3, 2, 6), columns=2)
     for region, color in enumerate(region_colors(6, 2)):

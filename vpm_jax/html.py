@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from vpm_jax.overlay import overlay, region_colors
+from vpm_jax.overlay import overlay, region_colors, scaled
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --card: #f4f6f8; --line: #d5dae0;
@@ -164,10 +164,10 @@ def picture(pixels: np.ndarray, alt: str, height: int = 256) -> str:
 
 
 def jpeg(pixels: np.ndarray, height: int = 256) -> bytes:
-    """uint8 [H, W, 3] as a JPEG file, at most `height` pixels high."""
-    if len(pixels) > height:
-        width = max(round(pixels.shape[1] * height / len(pixels)), 1)
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    """uint8 [H, W, 3] as a JPEG file, at most `height` pixels high and 4 times as wide."""
+    size = scaled(pixels, height)
+    if size[1] < len(pixels) or size[0] < pixels.shape[1]:
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=88, colorspace="RGB")
 
 

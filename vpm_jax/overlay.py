@@ -36,6 +36,13 @@ def covered(region_map: np.ndarray) -> np.ndarray:
     return region_map[cells.any(axis=1)][:, cells.any(axis=0)]
 
 
+def scaled(pixels: np.ndarray, height: int) -> tuple[int, int]:
+    """(width, height) of an image scaled to a height; a very wide one to 4 times that as its width."""
+    rows, columns = pixels.shape[:2]
+    scale = min(height / rows, 4 * height / columns)
+    return max(round(scale * columns), 1), max(round(scale * rows), 1)
+
+
 def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height: int | None = None) -> np.ndarray:
     """An image under its region map; color strength shows the probability, white lines separate regions.
 
@@ -43,14 +50,13 @@ def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height
       pixels: uint8 [H, W, 3], without padding.
       region_map: probabilities [h, w, P] (Eq. 1); w is 1 for a row locator.
       columns: of the region grid.
-      height: of the result in pixels; None: H. The width follows.
+      height: of the result in pixels, as `scaled` takes it; None: as the image.
 
     Returns:
       uint8 [height, width, 3].
     """
-    height = height or len(pixels)
-    size = (max(round(pixels.shape[1] * height / len(pixels)), 1), height)
-    image = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if height < len(pixels) else cv2.INTER_LINEAR)
+    size = scaled(pixels, height) if height else (pixels.shape[1], len(pixels))
+    image = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if size[1] < len(pixels) else cv2.INTER_LINEAR)
     region_map = covered(region_map)
     if not region_map.size:
         return image
@@ -58,11 +64,12 @@ def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height
     cells = np.stack([best, 0.25 + 0.4 * probability], axis=-1).astype(np.float32)
     layer = cv2.resize(cells, size, interpolation=cv2.INTER_NEAREST)
     labels, strength = layer[..., 0].astype(int), layer[..., 1:]
-    blended = image * (1 - strength) + 255 * region_colors(region_map.shape[-1], columns)[labels] * strength
+    colors = (255 * region_colors(region_map.shape[-1], columns)).astype(np.float32)
+    blended = image * (1 - strength) + colors[labels] * strength
     borders = np.zeros(labels.shape, np.uint8)
     borders[1:] |= labels[1:] != labels[:-1]
     borders[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    width = max(height // 128, 1)
+    width = max(size[1] // 128, 1)
     blended[cv2.dilate(borders, np.ones((width, width), np.uint8)) > 0] = 255
     return blended.round().astype(np.uint8)
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import ipaddress
 import math
+import os
 import re
 import secrets
 import socket
@@ -59,7 +60,7 @@ BATCH = 8  # queries
 DECODED = 2 * BATCH  # images in memory, of UPLOAD_PIXELS each at most
 CONNECTIONS = 100
 TOP, MOST = 50, 500  # results: by default, and at most
-MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 384, 256, 1024  # pixels
+MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 256, 256, 1024  # pixels
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -177,7 +178,7 @@ class Service:
         self._gallery, self._thresholds = gallery, thresholds
         self._entries, self._root = gallery.store.entries, gallery.store.path("folder") or Path()
         self._rows = {identifier(entry.name): row for row, entry in enumerate(self._entries)}
-        self._uploads, self._answer = Uploads(), Batches(self.rank, BATCH)
+        self._uploads, self._ranking = Uploads(), Batches(self.rank, BATCH)
         self._slots = asyncio.Semaphore(DECODED)
         self._page, self._policy = _page()
 
@@ -273,7 +274,9 @@ class Service:
             inside = np.ascontiguousarray(api.read(pixels, crop=box))
             size = list(pixels.shape[:2])
             del pixels
-            answer = await self._answer(_Query(inside, k, limit))
+            ranked = _Query(inside, k, limit)
+            ranking = await self._ranking(ranked)
+            answer = await run_in_threadpool(self._record, ranked, ranking)
         if "upload" in given:
             source["upload"] = given["upload"]
         elif "image" not in given and keep == "true":
@@ -281,11 +284,10 @@ class Service:
         corners = [box.left, box.top, box.left + box.width, box.top + box.height]
         return JSONResponse({**answer, **source, "size": size, "box": corners})
 
-    def rank(self, queries: list[_Query]) -> list[dict[str, Any]]:
-        """The answers to a batch of queries."""
+    def rank(self, queries: list[_Query]) -> list[Ranking]:
+        """A batch of queries, with more results than they ask for."""
         k = max(TOP, *(query.k for query in queries))  # few values, since each compiles
-        rankings = self._gallery.query([query.pixels for query in queries], k)
-        return [self._record(*pair) for pair in zip(queries, rankings, strict=True)]
+        return self._gallery.query([query.pixels for query in queries], k)
 
     def _record(self, query: _Query, ranking: Ranking) -> dict[str, Any]:
         model = self._gallery.model
@@ -317,7 +319,7 @@ def identifier(name: str) -> str:
 
 def _name(name: str) -> str:
     """The name of a gallery image without the folders of this machine."""
-    return printable(Path(name).name if Path(name).is_absolute() else name)
+    return printable(os.path.basename(name) if os.path.isabs(name) else name)
 
 
 def _uploaded(data: bytes) -> np.ndarray:
