@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import encode, oriented, with_size
+from paths import ROOT
 from PIL import Image
 from tiny_runs import make_run
 
-from vpm_jax import VPM, Gallery
+from vpm_jax import VPM, Gallery, benchmark
+from vpm_jax.benchmark.serve import load
 from vpm_jax.errors import UserError
 from vpm_jax.search import command, ranking
 
@@ -474,6 +476,29 @@ def test_json_of_the_command_and_the_server_agree(gallery, client, tmp_path, mon
     [expected] = json.loads(file.read_text())["queries"]
     told = client.post("/query?k=20", content=QUERY).json()
     assert [line["image"] for line in told["results"]] == [line["image"] for line in expected["results"]]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_the_server_and_the_command(gallery, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # its processes find the package
+    file = tmp_path / "serve.json"
+    assert (
+        benchmark.main(
+            ["serve", "--index", str(gallery.folder), "--queries", "16", "--rounds", "1", "--json", str(file)]
+        )
+        == 0
+    )
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 11 and all(row["value"] > 0 for row in rows.values())
+    assert rows["serve: 4 clients, median"]["value"] <= rows["serve: 4 clients, 99th percentile"]["value"]
+
+
+def test_load_is_shared_by_the_clients(gallery):
+    with running(gallery) as address:
+        seconds, each = load(address, [QUERY] * 10, 4)
+        assert len(each) == 10 and (each > 0).all() and each.max() <= seconds <= each.sum() + 1
+        with pytest.raises(RuntimeError, match="answered 422"):
+            load(address, [b"hello"], 1)
 
 
 # ---- The page ----

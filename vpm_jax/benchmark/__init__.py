@@ -28,6 +28,7 @@ from vpm_jax.benchmark import (
     matching,
     metrics,
     search,
+    serve,
     step,
 )
 from vpm_jax.benchmark.report import Report, text, to_json
@@ -51,7 +52,9 @@ SECTIONS = {
     "evaluation": evaluation,
     "distractors": distractors,
     "elsewhere": elsewhere,
+    "serve": serve,
 }
+NOT_IN_ALL = ("elsewhere", "serve")  # measures another machine; needs a gallery
 NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # default to the small recipe on CPU
 
 
@@ -110,13 +113,14 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> ConfigDict:
 
 
 def run_all(args: argparse.Namespace, overrides: list[str]) -> Report:
-    """All sections at default size, on generated data, in one table: about five minutes on two CPU cores.
+    """All sections but elsewhere and serve, at default size, on generated data, in one table: about five minutes on
+    two CPU cores.
 
     Without --config, networks use the small recipe on CPU and the paper's on other platforms.
     """
     report = Report(rows=[])
     for name, section in SECTIONS.items():
-        if name == "elsewhere":  # does not measure this machine
+        if name in NOT_IN_ALL:
             continue
         arguments = [name, f"--clock={args.clock}", *([f"--config={args.config}"] if args.config else [])]
         if name == "step" and find_spec("torch"):
