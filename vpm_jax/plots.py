@@ -242,7 +242,7 @@ def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, 
     det.set(xscale="log", yscale="log", xlim=(1e-4, 1), xlabel="false match rate", ylabel="false non-match rate")
     det.set(title="DET")
     rates.set(xlabel="threshold (distance)", ylim=(0, 1), title="rates over the threshold")
-    rates.set_ylabel("false non-match (solid), false match (dashed)")
+    rates.set_ylabel("false non-match (solid),\nfalse match (dashed)")
     for axes in (roc, det, rates):
         axes.grid(alpha=0.3)
     roc.legend(**_LEGEND)
