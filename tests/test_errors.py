@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import unicodedata
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,12 +23,13 @@ def test_any_name_can_be_shown(name):
     shown = printable(name)
     assert shown.encode("utf-8").decode() == shown
     assert str(UserError(name)) == shown
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        assert "\\" in shown
-    else:
-        assert shown == name
+    assert shown == printable(shown) and len(shown.splitlines()) <= 1
+    control = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+    assert "\\" in shown if control else shown == name
+
+
+def test_a_name_does_not_break_a_line():
+    assert printable("a\nb\r\x85\u2028c\t.jpg") == r"a\nb\r\x85\u2028c\t.jpg"
 
 
 def test_a_byte_of_a_name_is_shown_as_that_byte():

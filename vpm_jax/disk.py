@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vpm_jax.errors import UserError, printable
+from vpm_jax.errors import UserError, encodable
 
 
 @contextlib.contextmanager
@@ -44,12 +44,12 @@ def make_folder(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, as UTF-8, that is never seen half-written. Raises as `replacing` does."""
     with replacing(path) as temporary:
-        temporary.write_text(printable(text), encoding="utf-8")
+        temporary.write_text(encodable(text), encoding="utf-8")
 
 
 def check_utf8(folder: Path, need: str) -> None:
     """Raises UserError unless the absolute path of the folder is UTF-8; `need` names what needs it."""
-    if printable(folder.absolute()) != str(folder.absolute()):
+    if encodable(folder.absolute()) != str(folder.absolute()):
         raise UserError(f"The path {folder.absolute()} is not UTF-8, which {need} need: choose another folder.")
 
 

@@ -6,6 +6,11 @@ import re
 
 
 def printable(text: object) -> str:
+    """A name or sentence on one line: `encodable`, and control characters and line breaks as backslash escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], encodable(text))
+
+
+def encodable(text: object) -> str:
     """The text with bytes of file names that are not UTF-8 as backslash escapes, since they cannot be encoded."""
     escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", str(text))
     return escaped.encode("utf-8", "backslashreplace").decode()

@@ -213,7 +213,7 @@ def test_incomplete(folder, tmp_path, form):
     (folder / "query").mkdir()
     fails(config(root()), "has no file in query", "IDENTITY_cCAMERA")
     (folder / "query" / "holiday.jpg").write_bytes(jpeg(0))
-    fails(config(root()), "has no image among 1 file in query")
+    fails(config(root()), "has no image among 1 file such as holiday.jpg in query")
     (folder / "query" / "0001_c1.jpg").write_bytes(jpeg(0))
     for name in TRAIN:
         (folder / "bounding_box_train" / name).unlink()
@@ -229,9 +229,13 @@ def test_bad_zips(folder, tmp_path):
         fails(config(path), "market.zip is not an intact zip", "download it again")
     name = b"bounding_box_test/0001_c2s1_000001_00.jpg"
     at = whole.rindex(name)  # in the zip's directory, at its end
-    path.write_bytes(whole[:at] + name.replace(b"c2", b"cx") + whole[at + len(name) :])
-    fails(config(path), "its directory and its headers name", "0001_cxs1_000001_00.jpg differently")
-    path.write_bytes(whole[: whole.rindex(b"PK\1\2") + 6] + b"\x63" + whole[whole.rindex(b"PK\1\2") + 7 :])
+    for new, shown in ((b"cx", "cx"), (b"\n2", r"\n2")):
+        path.write_bytes(whole[:at] + name.replace(b"c2", new) + whole[at + len(name) :])
+        fails(config(path), "its directory and its headers name", f"0001_{shown}s1_000001_00.jpg differently")
+    entry = whole.rindex(b"PK\1\2")  # of the directory: the flags are at 8, the name at 46
+    path.write_bytes(whole[: entry + 9] + b"\x08" + whole[entry + 10 : entry + 46] + b"\xed" + whole[entry + 47 :])
+    fails(config(path), "market.zip is not an intact zip ('utf-8' codec can't decode")
+    path.write_bytes(whole[: entry + 6] + b"\x63" + whole[entry + 7 :])
     fails(config(path), "market.zip is not an intact zip (zip file version 9.9)")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("holiday.jpg", b"")

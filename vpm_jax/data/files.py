@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from vpm_jax.errors import UserError, printable
+from vpm_jax.errors import UserError
 
 LARGEST_INNER = 2**30  # bytes of an inner zip
 _UNPACK = "unpack it and set config.data.root to the folder inside"
@@ -167,7 +167,7 @@ def _check_names(archive: zipfile.ZipFile, where: str) -> None:
         length = int.from_bytes(file.read(4)[:2], "little")
         if file.read(length) != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace"):
             raise UserError(
-                f"{where} is damaged (its directory and its headers name {printable(entry.filename)} differently): "
+                f"{where} is damaged (its directory and its headers name {entry.filename} differently): "
                 "download it again."
             )
 
@@ -203,7 +203,7 @@ def open_zip(path: str, member: str, process: int) -> Archive:
             archive = zipfile.ZipFile(BytesIO(outer.zip.read(outer.entries[member])))
         else:
             archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, zlib.error) as error:  # ValueError: names, offsets
         if kind := other_archive(Path(path)):
             raise UserError(f"{path} is {kind}, expected a zip: {_UNPACK}.") from None
         if not where.lower().endswith(".zip"):

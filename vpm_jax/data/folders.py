@@ -229,7 +229,9 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
         (unusable if belongs else ignored).append(f"{folder}/{name}")
     others = [name for name in ignored if _is_image(name)]
     if not kept and not unusable:
-        content = f"no image among {len(ignored):,} file{'s' * (len(ignored) > 1)}" if ignored else "no file"
+        content = "no file"
+        if ignored:
+            content = f"no image among {len(ignored):,} file{'s' * (len(ignored) > 1)} such as {_base(ignored[0])}"
         raise UserError(
             f"{tree.where} has {content} in {folder}; expected images named {layout.example}: "
             "complete it from the official archive."
