@@ -95,6 +95,9 @@ def test_an_upload_ranks_as_in_python(client, gallery):
     assert answer.status_code == 200
     assert_same(answer.json(), gallery.query([QUERY], 5)[0])
     assert answer.json()["size"] == [160, 60] and answer.json()["upload"] is None
+    assert answer.json()["region_map"].startswith("data:image/jpeg;base64,")
+    plain = client.post("/query?k=5&region_map=false", content=QUERY).json()
+    assert plain == answer.json() | {"region_map": None}
     most = np.mean([line["distance"] for line in answer.json()["results"][1:3]])
     nearer = client.post(f"/query?max_distance={most}", content=QUERY).json()
     assert len(nearer["results"]) == 2 and nearer["max_distance"] == most
@@ -363,6 +366,8 @@ def test_openapi_describes_the_answers(client, service):
     ]:
         assert answer.keys() == set(schemas[name]["required"]) == schemas[name]["properties"].keys(), name
     given = {one["name"]: one["schema"] for one in described["paths"]["/query"]["post"]["parameters"]}
+    told = client.post("/query?nothing=1").json()["error"]
+    assert told.endswith(f"expected: {', '.join(given)}.")
     assert given["k"]["maximum"] == serve.MOST and given["k"]["default"] == serve.TOP
     assert f"{serve.UPLOAD_PIXELS:,}" in (body := described["paths"]["/query"]["post"]["requestBody"]["description"])
     assert f"{serve.UPLOAD_BYTES // 2**20} MiB" in body

@@ -278,6 +278,7 @@ def serve(
         raise UserError(f"serve needs {error.name}: pip install 'vpm_jax[serve]'.", code="not-installed") from None
     if token is not None and not re.fullmatch("[!-~]{16,}", token):
         raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
+    print("Loading and compiling the model ...", file=sys.stderr)
     gallery = Gallery.open(store_folder, model_path)
     if not len(gallery):
         raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")

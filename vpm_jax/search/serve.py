@@ -161,8 +161,9 @@ class _Query(NamedTuple):
     """What the worker ranks."""
 
     pixels: np.ndarray  # uint8 [H, W, 3], inside the box
-    k: int
-    max_distance: float
+    k: int = TOP
+    max_distance: float = math.inf
+    draw: bool = True  # the region map
 
 
 class Service:
@@ -255,10 +256,9 @@ class Service:
     # ---- Queries ----
 
     async def query(self, request: Request) -> Response:
-        given = _parameters(request, "image", "upload", "box", "k", "max_distance", "keep")
+        given = _parameters(request, "image", "upload", "box", "k", "max_distance", "region_map", "keep")
         k, limit, box = _whole(given, "k", TOP, 1, MOST), _distance(given), _box(given)
-        if (keep := given.get("keep", "false")) not in ("true", "false"):
-            raise Refusal(400, "bad-parameter", f"keep is {keep[:40]!r}, expected true or false.")
+        draw, keep = _flag(given, "region_map", True), _flag(given, "keep", False)
         source: dict[str, Any] = {"image": None, "id": None, "upload": None}
         if ("image" in given) + ("upload" in given) > 1:
             raise Refusal(400, "two-images", "Both image and upload are given: choose one.")
@@ -274,12 +274,12 @@ class Service:
             inside = np.ascontiguousarray(api.read(pixels, crop=box))
             size = list(pixels.shape[:2])
             del pixels
-            ranked = _Query(inside, k, limit)
+            ranked = _Query(inside, k, limit, draw)
             ranking = await self._ranking(ranked)
             answer = await run_in_threadpool(self._record, ranked, ranking)
         if "upload" in given:
             source["upload"] = given["upload"]
-        elif "image" not in given and keep == "true":
+        elif "image" not in given and keep:
             source["upload"] = self._uploads.add(data)
         corners = [box.left, box.top, box.left + box.width, box.top + box.height]
         return JSONResponse({**answer, **source, "size": size, "box": corners})
@@ -302,9 +302,12 @@ class Service:
         if self._thresholds is not None:
             gamma = float(heights[0, 1] - heights[0, 0])
             thresholds = {f"{rate:g}": self._thresholds.distance(gamma, rate) for rate in RATES}
-        drawn = overlay(query.pixels, ranking.query.region_maps[0], model.grid.cols, MAP_HEIGHT)
+        region_map = None
+        if query.draw:
+            drawn = overlay(query.pixels, ranking.query.region_maps[0], model.grid.cols, MAP_HEIGHT)
+            region_map = html.data_uri(html.jpeg(drawn, MAP_HEIGHT), "image/jpeg")
         return record | {
-            "region_map": html.data_uri(html.jpeg(drawn, MAP_HEIGHT), "image/jpeg"),
+            "region_map": region_map,
             "shown": [float(f"{edge:.4g}") for edge in heights[0]],
             "unfamiliar": ranking_lib.unfamiliar(model, ranking),
             "nearest": None if math.isinf(ranking.nearest) else float(f"{ranking.nearest:.6g}"),
@@ -372,6 +375,13 @@ def _whole(given: dict[str, str], name: str, default: int, least: int, most: int
     if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, expected a whole number from {least} to {most}.")
     return int(text)
+
+
+def _flag(given: dict[str, str], name: str, default: bool) -> bool:
+    text = given.get(name, str(default).lower())
+    if text not in ("true", "false"):
+        raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, expected true or false.")
+    return text == "true"
 
 
 def _number(text: str) -> float:
@@ -579,7 +589,7 @@ def prepared(
     service = Service(gallery, thresholds)
     blank = np.full((2, 1, 3), 128, np.uint8)
     for power in range(BATCH.bit_length()):  # compiles the batches that occur
-        service.rank([_Query(blank, TOP, math.inf)] * 2**power)
+        service.rank([_Query(blank)] * 2**power)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     settings = uvicorn.Config(
         application(service, token, hosts),
