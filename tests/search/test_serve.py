@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vpm_jax import VPM, Gallery, benchmark
 from vpm_jax.benchmark.serve import load
 from vpm_jax.errors import UserError
 from vpm_jax.search import command, ranking
+from vpm_jax.thresholds import RATES, Thresholds
 
 pytest.importorskip("uvicorn", reason="the extra serve")
 pytest.importorskip("httpx2", reason="starlette's test client needs it")
@@ -296,6 +298,15 @@ def test_everybody_gets_their_own_ranking(gallery):
             assert_same(answers[number, k], gallery.query([whole if box == "0,0,1,1" else whole[:40]], k)[0])
 
 
+def test_too_many_at_once_are_told_so(gallery, monkeypatch):
+    monkeypatch.setattr(serve, "REQUESTS", 2)
+    with running(gallery) as address, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: ask(f"{address}query", QUERY), range(8)))
+        assert {status for status, _ in answers} == {200, 503}
+        assert all(json.loads(body)["code"] == "busy" for status, body in answers if status == 503)
+        assert ask(f"{address}query", QUERY)[0] == 200
+
+
 def test_an_unexpected_error_stays_in_the_log(gallery, monkeypatch, capsys):
     service = serve.Service(gallery)
 
@@ -382,18 +393,18 @@ def test_the_page_asks_nobody_else(client):
     assert "vpm_jax.html */" not in page.text and " style=" not in page.text
 
 
-def test_thresholds_are_those_of_what_the_query_shows(gallery, tmp_path):
-    from vpm_jax.thresholds import RATES, Thresholds
+def measured(gallery, *distances):
+    """Thresholds of two gammas, 0.2 and 1: the distances of the first false match rate, which grow with the rate."""
+    points = [{f"{rate:g}": {"distance": distance + rate} for rate in RATES} for distance in distances]
+    gammas = {gamma: {"verification": point} for gamma, point in zip(("0.2", "1.0"), points, strict=True)}
+    return Thresholds(Path("thresholds.json"), gallery.model.fingerprint, gammas)
 
-    def measured(shift):
-        return {"verification": {f"{rate:g}": {"distance": shift + rate} for rate in RATES}}
 
-    thresholds = Thresholds(tmp_path, gallery.model.fingerprint, {"0.2": measured(1), "1.0": measured(2)})
-    with client_of(serve.Service(gallery, thresholds)) as client:
+def test_thresholds_are_those_of_what_the_query_shows(gallery):
+    with client_of(serve.Service(gallery, measured(gallery, 1, 2))) as client:
         answer = client.post("/query", content=QUERY).json()
     top, bottom = answer["shown"]
-    shift = 1 if bottom - top < 0.6 else 2
-    assert answer["thresholds"] == {f"{rate:g}": shift + rate for rate in RATES}
+    assert answer["thresholds"] == {f"{rate:g}": (1 if bottom - top < 0.6 else 2) + rate for rate in RATES}
 
 
 # ---- A real server ----
@@ -634,6 +645,18 @@ def test_the_page_asks_for_the_token(browser, gallery):
             page.fill("#token", TOKEN)
             page.keyboard.press("Enter")
             page.wait_for_selector("#tiles img[src]")
+
+
+def test_the_page_offers_measured_thresholds(browser, gallery):
+    distances = [result.distance for result in gallery.query([QUERY], 12)[0].results]
+    limit = float(np.mean(distances[3:5])) - 0.1
+    thresholds = measured(gallery, limit, limit)
+    with running(gallery, thresholds=thresholds) as address, opened(browser, address) as page:
+        page.wait_for_selector("#tiles img[src]")
+        drop(page)
+        page.get_by_role("button", name="10 %", exact=True).click()  # the rate of 0.1
+        assert names(page) == expected(gallery, (0, 0, 1, 1), limit + 0.1) and len(names(page)) == 4
+        assert float(page.input_value("#limit")) == pytest.approx(limit + 0.1, abs=1e-4)
 
 
 def test_the_page_says_what_is_wrong(browser, gallery):

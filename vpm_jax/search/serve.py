@@ -58,7 +58,7 @@ KEPT_BYTES = 64 * 2**20  # of all uploads that links refer to
 KEPT_SECONDS = 3600.0
 BATCH = 8  # queries
 DECODED = 2 * BATCH  # images in memory, of UPLOAD_PIXELS each at most
-CONNECTIONS = 100
+REQUESTS, CONNECTIONS = 64, 256  # at once; more get 503
 TOP, MOST = 50, 500  # results: by default, and at most
 MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 256, 256, 1024  # pixels
 
@@ -461,7 +461,7 @@ class _Guard:
     }
 
     def __init__(self, app: ASGIApp, token: str | None, hosts: set[str] | None):
-        self._app, self._token, self._hosts = app, token, hosts
+        self._app, self._token, self._hosts, self._active = app, token, hosts, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -474,6 +474,7 @@ class _Guard:
                     headers.setdefault(name, value)
             await send(message)
 
+        self._active += 1
         try:
             self._check(scope)
             await self._app(scope, receive, sending)
@@ -484,8 +485,12 @@ class _Guard:
         except Exception as error:
             place = _place(error)
             print(f"{scope['method']} {printable(scope['path'][:80])!r} failed{place}: {error!r}", file=sys.stderr)
+        finally:
+            self._active -= 1
 
     def _check(self, scope: Scope) -> None:
+        if self._active > REQUESTS:
+            raise Refusal(503, "busy", f"The server is answering {REQUESTS} requests: try again in a moment.")
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._hosts is not None and _hostname(host) not in self._hosts:
