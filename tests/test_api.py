@@ -236,6 +236,21 @@ def test_matching_follows_the_config(run, described):
     assert not changed.match_regions(blind, described)[1].any()
 
 
+def test_vectors_of_whole_images_rank_as_squared_matching(run, model, described):
+    changed = VPM.load(run[0])
+    changed.config.match.squared = True
+    whole = replace(described, visibility=np.ones_like(described.visibility))
+    order = np.argsort(changed.match(described, whole), axis=1)
+    for vectors in (model.embedding(described, whole=True), model.embedding(whole)):
+        np.testing.assert_array_equal(np.argsort(-model.embedding(described) @ vectors.T, axis=1), order)
+    reduction = model.reduction(described, 12)
+    short = model.embedding(described, whole=True, reduction=reduction)
+    assert short.shape == (5, 12) and reduction.model == model.fingerprint
+    np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-5)
+    with pytest.raises(UserError, match="This reduction is another model's"):
+        model.embedding(described, reduction=replace(reduction, model="a" * 16))
+
+
 def test_features_of_another_model_are_refused(model, described):
     other = Description(described.features[:, :2], described.visibility[:, :2], described.region_maps[..., :2])
     with pytest.raises(UserError, match="another model's"):

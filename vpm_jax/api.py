@@ -40,6 +40,7 @@ from vpm_jax.keys import FEATURES, keys_with
 from vpm_jax.machine import threads
 from vpm_jax.matching import embedding, match_visibility, pairwise_distance, pairwise_shares
 from vpm_jax.pretrained import own
+from vpm_jax.reduction import Reduction
 from vpm_jax.regions import WHOLE, Crop, RegionGrid, pixel_box
 
 # A path, an encoded file or its bytes, a Pillow image, or a uint8 array, of any size; see `VPM.features`.
@@ -356,17 +357,36 @@ class VPM:
         """
         return pairwise_shares(self.config.match, self._described(query), self._described(gallery))
 
-    def embedding(self, images: Description | Images) -> np.ndarray:
+    def embedding(
+        self, images: Description | Images, whole: bool = False, reduction: Reduction | None = None
+    ) -> np.ndarray:
         """One vector of unit length per image, float32 [N, P * C], for vector databases, trackers and FAISS.
 
         An inner product of two is larger the more similar the images are; `matching.embedding` derives how it relates
         to the distance of `match`, and when the two rank alike. Images are described first.
 
+        Args:
+          images: as for `match`.
+          whole: the images show the whole person, as those of a gallery do: every region has the same weight, and they
+            rank for a partial query as by squared Eq. 4. Give it for all images of a gallery or for none.
+          reduction: makes the vectors shorter (`VPM.reduction`).
+
         Raises:
-          UserError: as `match`.
+          UserError: as `match`, and for a reduction of another model.
         """
         described = self._described(images)
-        return embedding(described.features, match_visibility(described.visibility, self.config.match.visibility))
+        weight = match_visibility(described.visibility, "uniform" if whole else self.config.match.visibility)
+        if reduction is not None:
+            reduction.check(self.fingerprint)
+        return embedding(described.features if reduction is None else reduction(described.features), weight)
+
+    def reduction(self, images: Description | Images, dimensions: int = 256) -> Reduction:
+        """Learns to reduce `embedding` to at most `dimensions` numbers, from a few thousand images.
+
+        Raises:
+          UserError: as `match` and `Reduction.fit`.
+        """
+        return Reduction.fit(self._described(images), dimensions, self.fingerprint)
 
     def _described(self, images: Description | Images) -> Description:
         description = images if isinstance(images, Description) else self.features(images)

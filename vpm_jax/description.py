@@ -6,11 +6,9 @@ Shapes: N images, B of a batch, H W pixels, h w cells of the feature map, P regi
 from __future__ import annotations
 
 import os
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,7 @@ from vpm_jax import config as config_lib
 from vpm_jax import parallel
 from vpm_jax.data.pipeline import EvalBatch, eval_batches
 from vpm_jax.data.split import Split, boxes
-from vpm_jax.disk import replacing
+from vpm_jax.disk import read_arrays, write_arrays
 from vpm_jax.errors import UserError
 from vpm_jax.progress import Progress
 from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
@@ -74,25 +72,19 @@ class Description:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .npz of these arrays and the model's fingerprint. Raises UserError if it cannot be written."""
-        path = Path(os.path.expanduser(path))
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **self._arrays(), model=np.array(self.model))
+        write_arrays(path, self._arrays() | {"model": np.array(self.model)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Description:
         """Reads what `save` wrote. Raises UserError if it is missing or damaged."""
-        path = Path(os.path.expanduser(path))
-        try:
-            with path.open("rb") as file, np.load(file) as arrays:
-                loaded = cls(**{key: arrays[key] for key in arrays.files if key != "model"}, model=str(arrays["model"]))
+        with read_arrays(path, "Description") as arrays:
+            values: dict[str, Any] = arrays | {"model": str(arrays["model"])}
+            loaded = cls(**values)
             n, p, _ = loaded.features.shape
             shapes = [x.shape for x in loaded._arrays().values()]
             if shapes[1] != (n, p) or any((s[0], s[-1]) != (n, p) or len(s) != 4 for s in shapes[2:]):
                 raise ValueError(f"arrays of shapes {shapes}")
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} is no saved Description ({reason}): describe the images again.") from None
-        return loaded
+            return loaded
 
 
 class CroppedSplit(NamedTuple):

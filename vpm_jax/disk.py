@@ -7,8 +7,12 @@ import errno
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vpm_jax.errors import UserError, encodable
 
@@ -92,3 +96,22 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         trouble = disk_trouble(error) or f"{error.strerror or error}: choose another folder"
         raise UserError(f"{path} could not be written: {trouble}.", code="not-written") from error
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Writes a .npz under exactly this name, atomically. Raises as `replacing` does."""
+    path = Path(os.path.expanduser(path))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def read_arrays(path: str | os.PathLike[str], kind: str) -> Iterator[dict[str, np.ndarray]]:
+    """Gives the arrays of a .npz. An error in reading or using them is a UserError: the file is no saved `kind`."""
+    path = Path(os.path.expanduser(path))
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            yield dict(arrays)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is no saved {kind} ({reason}): save it again.") from None

@@ -66,8 +66,9 @@ def embedding(features: Float[Any, "n p c"], weight: Real[Any, "n p"]) -> Float3
     The numerator is the inner product of the vectors before they are divided by |C|. The denominator is C[k].C[l] =
     |C[k]| |C[l]| cos(C[k], C[l]), of which only the lengths belong to one image each. Hence e[k].e[l] =
     S[k, l] cos(C[k], C[l]): exact for images that show the same regions equally. Among gallery images with equal
-    visibility, such as whole ones, the cosine is the same for all, and the ranking is that of squared Eq. 4. Otherwise,
-    images that show other regions than the query rank lower.
+    weights, the cosine is the same for all, and the ranking is that of squared Eq. 4. Otherwise, images whose
+    visibility differs from the query's rank lower. So give a gallery of whole images equal weights: their predicted
+    scores differ by chance, which costs partial queries (docs/results/vectors.md).
 
     Args:
       features: region features of unit length.
