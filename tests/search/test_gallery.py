@@ -156,3 +156,50 @@ def test_stores_without_a_model_and_of_another(tmp_path, run, model, pictures):
     make_run(tmp_path / "other", model__grid=(2, 1))
     with pytest.raises(UserError, match="made by another model"):
         Gallery.open(tmp_path / "store", tmp_path / "other")
+
+
+def test_two_stages_find_what_one_does(tmp_path, model, pictures, monkeypatch):
+    """With as many channels as there are, reduced features rank as whole ones."""
+    gallery = Gallery.open(tmp_path / "store", model, crops=[0.5], dtype="float32")
+    gallery.add(pictures)
+    channels = gallery.store.about.channels
+    gallery.reduce(3 * channels)
+    images = {name: picture() for name in ("new", "other")}
+    gallery.add(images.values(), names=images)  # reduced, too
+    gallery.add([picture()], names=["new"])  # in place of the other, at another row
+
+    def results(candidates, k=3):
+        opened = Gallery.open(tmp_path / "store", model, candidates=candidates)
+        return [(result.name, result.distance) for result in opened.query(pictures[0], k)[0].results]
+
+    for heights in ([[0.0, 1.0]], [[0.0, 0.5]]):
+        monkeypatch.setattr(
+            "vpm_jax.description.visible_heights", lambda maps, grid, heights=heights: np.array(heights)
+        )
+        assert results(None) == results(3)
+    gallery.reduce(3)  # one number per region: candidates are whatever is nearest by it
+    assert results(7) == results(None) and set(results(4)) < set(results(None, k=7))
+    gallery.reduce(0)
+    with pytest.raises(UserError, match=r"no reduced features .* index --reduce D, or query without --candidates"):
+        results(3)
+
+
+def test_reduced_features_that_lag_behind_are_refused(tmp_path, model, pictures, monkeypatch):
+    gallery = Gallery.open(tmp_path / "store", model)
+    gallery.add(pictures[:4])
+    gallery.reduce(9)
+    monkeypatch.setattr(gallery, "_write_reduced", lambda reduction: None)  # as if killed before
+    gallery.add(pictures[4:])
+    assert len(gallery.query(pictures[0])[0].results) == 5
+    gallery.candidates = 3
+    with pytest.raises(UserError, match="no reduced features of all its images"):
+        gallery.query(pictures[0])
+
+
+def test_the_commands_search_in_two_stages(tmp_path, run, pictures):
+    store, ranking = tmp_path / "store", tmp_path / "ranking.json"
+    index = ["index", str(pictures[0].parent), "--workdir", str(run), "--index", str(store)]
+    assert command.main([*index, "--reduce", "9"]) == 0
+    query = ["query", str(pictures[0]), "--index", str(store), "--json", str(ranking)]
+    assert command.main([*query, "--candidates", "2", "--top", "1"]) == 0
+    assert json.loads(ranking.read_text())["queries"][0]["results"][0]["image"] == "1.png"

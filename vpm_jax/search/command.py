@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     indexing.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")
     indexing.add_argument("--batch", type=_positive, default=64, help="images per batch (default: %(default)s)")
+    indexing.add_argument(
+        "--reduce",
+        type=int,
+        metavar="D",
+        help="also store features of D numbers per image, such as 256, for query --candidates; 0 removes them",
+    )
     querying = commands.add_parser(
         "query", help="rank the images of a store", description="Rank the images of a store."
     )
@@ -107,6 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     serving.add_argument(
         "--thresholds", type=cli.path, metavar="FILE", help="of false match rates (default: the run's thresholds.json)"
     )
+    for command in (querying, serving):
+        command.add_argument(
+            "--candidates",
+            type=_positive,
+            metavar="N",
+            help="compare only the N nearest by the features of index --reduce, such as 1000: fast in large galleries",
+        )
     for argument in sys.argv[1:] if argv is None else argv:
         if argument.startswith("-") and os.path.isfile(argument):  # such as Market-1501's junk, -1_c1s1_...
             raise UserError(f"{argument} is a file whose name starts like an option: write ./{argument}.")
@@ -114,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = args.workdir or args.model
     if args.command == "index":
         try:
-            return index(args.folder, args.index, model, args.dtype, args.batch, args.crops)
+            return index(args.folder, args.index, model, args.dtype, args.batch, args.crops, args.reduce)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
     if args.command == "serve":
-        return serve(args.index, model, args.host, args.port, args.token, args.thresholds)
+        return serve(args.index, model, args.host, args.port, args.token, args.thresholds, args.candidates)
     limit_settings = args.max_distance, args.false_match_rate, args.thresholds
-    return query(args.images, args.index, model, args.top, args.json, args.html, *limit_settings)
+    return query(args.images, args.index, model, args.top, args.json, args.html, *limit_settings, args.candidates)
 
 
 def _positive(text: str) -> int:
@@ -155,10 +168,12 @@ def index(
     dtype: str = "float16",
     batch: int = 64,
     gammas: tuple[float, ...] | None = None,
+    dimensions: int | None = None,
 ) -> int:
     """Brings a store up to date with the images under `folder`; returns the exit code.
 
-    `gammas` selects the crops to describe; None: those of the store, or the model's for a new one.
+    `gammas` selects the crops to describe; None: those of the store, or the model's for a new one. `dimensions` is for
+    `Gallery.reduce`; None: as before.
 
     Raises:
       UserError: for a folder without images, a store of another folder or model, crops that the model does not
@@ -171,6 +186,8 @@ def index(
         )
     gallery = Gallery.open(store_folder, model_path, gammas, dtype)
     update = gallery.index(folder, gammas, batch)
+    if dimensions is not None:
+        gallery.reduce(dimensions)
     assert gallery.store is not None
     total, unreadable, lost = len(gallery), update.unreadable, update.lost
     counts = {word: getattr(update, word) for word in ("new", "changed", "deleted", "unreadable")}
@@ -199,6 +216,7 @@ def query(
     max_distance: float | None = None,
     false_match_rate: float | None = None,
     thresholds: Path | None = None,
+    candidates: int | None = None,
 ) -> int:
     """Prints and writes the ranking of the store for each query image; returns the exit code.
 
@@ -211,7 +229,7 @@ def query(
     for flag, file in (("--json", json_file if json_file != "-" else None), ("--html", html_file)):
         if file:
             cli.check_output(flag, Path(file))
-    gallery = Gallery.open(store_folder, model_path)
+    gallery = Gallery.open(store_folder, model_path, candidates=candidates)
     rankings = gallery.query(images, top, max_distance, false_match_rate, thresholds)
     model, store = gallery.model, gallery.store
     assert store is not None
@@ -265,6 +283,7 @@ def serve(
     port: int = 8000,
     token: str | None = None,
     thresholds: Path | None = None,
+    candidates: int | None = None,
 ) -> int:
     """Serves a page to search with until it is interrupted (see `search.serve`); returns the exit code.
 
@@ -279,7 +298,7 @@ def serve(
     if token is not None and not re.fullmatch("[!-~]{16,}", token):
         raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
     print("Loading and compiling the model ...", file=sys.stderr)
-    gallery = Gallery.open(store_folder, model_path)
+    gallery = Gallery.open(store_folder, model_path, candidates=candidates)
     if not len(gallery):
         raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
     serving.serve(gallery, host, port, token, _thresholds(gallery, model_path, thresholds))

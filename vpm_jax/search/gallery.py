@@ -27,9 +27,12 @@ from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.progress import Progress
+from vpm_jax.reduction import Reduction
 from vpm_jax.regions import UNCUT, GalleryCrop, gallery_crops, visible_heights
+from vpm_jax.search import reduced
 from vpm_jax.search.folder import Skip, describe, list_images, report
 from vpm_jax.search.ranking import Ranking, Result
+from vpm_jax.search.reduced import Reduced
 from vpm_jax.search.store import About, Entry, Store, Writer
 from vpm_jax.thresholds import Thresholds
 
@@ -54,14 +57,18 @@ class Gallery:
       folder: the folder of the store.
       model: describes images.
       store: the images, as of opening or this object's last write; None before the first.
+      candidates: queries are compared with this many images only, those nearest by the features that `reduce` stored:
+        fast for large galleries, and almost exact (docs/results/vectors.md). None: with all images.
     """
 
     def __init__(
         self, folder: Path, model: VPM, store: Store | None, model_path: str, crops: list[GalleryCrop], dtype: str
     ):
         self.folder, self.model, self.store = folder, model, store
+        self.candidates: int | None = None
         self._model_path, self._crops, self._dtype = model_path, crops, dtype
         self._verified: dict[GalleryCrop, Store] = {}
+        self._reduced: dict[GalleryCrop, Reduced] = {}
 
     @classmethod
     def open(
@@ -70,6 +77,7 @@ class Gallery:
         model: VPM | str | os.PathLike[str] | None = None,
         crops: Iterable[float] | None = None,
         dtype: str = "float16",
+        candidates: int | None = None,
     ) -> Gallery:
         """Opens a feature store, or a new one, which the first write creates.
 
@@ -79,6 +87,7 @@ class Gallery:
           crops: of a new store: gammas of the crops to describe beside whole images; each query is compared with the
             crop closest to what it shows (default: the model's match.gallery_gammas).
           dtype: of a new store: "float16" or "float32".
+          candidates: see `Gallery`.
 
         Raises:
           UserError: for a store that is missing (without `model`), damaged or of another model, and as `VPM.load`.
@@ -95,7 +104,9 @@ class Gallery:
         if opened is not None:
             opened.check_model(model.fingerprint, model.source)
         known = _crops(model, crops) if opened is None or "parts" not in opened.about.extra else [*stored_crops(opened)]
-        return cls(folder, model, opened, str(recorded or ""), known, opened.about.dtype if opened else dtype)
+        gallery = cls(folder, model, opened, str(recorded or ""), known, opened.about.dtype if opened else dtype)
+        gallery.candidates = candidates
+        return gallery
 
     def __len__(self) -> int:
         return 0 if self.store is None else len(self.store)
@@ -166,7 +177,7 @@ class Gallery:
         """The entry of an image to add and its name, if it was given one."""
         image, name = item
         if name is not None:
-            return Entry(name)
+            return Entry(name, mtime_ns=time.time_ns())  # never that of an older image of this name
         if not isinstance(image, str | os.PathLike):
             raise UserError(f"image {number} is {type(image).__name__}, not a path: give names, one for each image.")
         path = Path(os.path.expanduser(image)).resolve()
@@ -201,9 +212,8 @@ class Gallery:
         def update(writer: Writer, wanted: list[Entry], crop: GalleryCrop = UNCUT) -> Update:
             """Makes a store hold exactly the wanted images."""
             stored = {entry.name: entry for entry in Store(writer.folder).entries}
-            again = {entry.name for entry in wanted if entry.size == 0 and entry.name in given}  # may have changed
-            current = {entry.name: entry for entry in wanted if entry.name not in again}
-            fresh = [entry for entry in wanted if entry.name in again or stored.get(entry.name) != entry]
+            current = {entry.name: entry for entry in wanted}
+            fresh = [entry for entry in wanted if stored.get(entry.name) != entry]
             writer.keep(np.array([current.get(name) == entry for name, entry in stored.items()], bool))
             unreadable, committed = {entry.name for entry in fresh}, time.monotonic()
             progress = Progress(title if crop == UNCUT else f"{title} ({crop})", len(fresh)) if title else None
@@ -217,7 +227,7 @@ class Gallery:
             writer.commit()
             written = [entry.name for entry in fresh if entry.name not in unreadable]
             changed = sum(name in stored for name in written)
-            deleted = len(stored.keys() - {entry.name for entry in wanted})
+            deleted = len(stored.keys() - current.keys())
             return Update(len(written) - changed, changed, deleted, len(unreadable))
 
         shape = {"regions": regions, "channels": channels, "dtype": self._dtype}
@@ -238,8 +248,45 @@ class Gallery:
                 total = total._replace(lost=max(total.lost, lost))
                 writer.about = dataclasses.replace(writer.about, extra=extra(complete))
                 writer.commit()
-        self.store, self._verified = Store(self.folder), {}
+        self._reopen()
+        if self._reduction.exists():
+            self._write_reduced(Reduction.load(self._reduction))
         return total
+
+    def reduce(self, dimensions: int) -> None:
+        """Also stores features reduced to `dimensions` numbers per image, for `candidates`; 0 removes them.
+
+        The reduction is learned from the gallery (`Reduction.fit`). Later writes keep the features up to date.
+
+        Raises:
+          UserError: for an empty gallery, fewer dimensions than regions, and as `search.store.Writer`.
+        """
+        if self.store is None:
+            raise UserError(f"{self.folder} holds no images yet: add images first.")
+        reduction = Reduction.fit(self.store, dimensions, self.model.fingerprint) if dimensions else None
+        for store in self._stores():
+            reduced.remove(store)
+        self._reduction.unlink(missing_ok=True)
+        self._reopen()
+        if reduction is not None:
+            reduction.save(self._reduction)
+            self._write_reduced(reduction)
+
+    def _reopen(self) -> None:
+        self.store, self._verified, self._reduced = Store(self.folder), {}, {}
+
+    def _write_reduced(self, reduction: Reduction) -> None:
+        for store in self._stores():
+            reduced.write(store, reduction)
+
+    def _stores(self) -> list[Store]:
+        """Of whole images and of every crop."""
+        assert self.store is not None
+        return [self.store, *(Store(crop_folder(self.folder, crop)) for crop in self._crops)]
+
+    @property
+    def _reduction(self) -> Path:
+        return self.folder / "reduction.npz"
 
     # ---- Searching ----
 
@@ -264,7 +311,8 @@ class Gallery:
             the model's workdir).
 
         Raises:
-          UserError: for an image that cannot be read, an empty or damaged gallery, or thresholds that do not apply.
+          UserError: for an image that cannot be read, an empty or damaged gallery, thresholds that do not apply, or
+            `candidates` without reduced features.
         """
         if k < 1:
             raise UserError(f"k is {k}, expected at least 1.")
@@ -282,7 +330,8 @@ class Gallery:
         crops = [UNCUT, *(crop for crop, complete in stored_crops(self.store).items() if complete)]
         rankings: dict[int, Ranking] = {}
         for crop, rows in route(queries, crops, self.model.grid).items():
-            for row, results in zip(rows, self._results(self._stored(crop), queries[rows], k, root), strict=True):
+            found = self._nearest(crop, queries[rows], k)
+            for row, results in zip(rows, self._results(self._stored(crop), queries[rows], found, root), strict=True):
                 within = [result for result in results if result.distance < limit[row]]
                 closest = min((result.distance for result in results), default=np.inf)
                 image = items[row]
@@ -300,9 +349,20 @@ class Gallery:
             self._verified[crop] = store
         return self._verified[crop]
 
-    def _results(self, store: Store, queries: Description, k: int, root: Path) -> list[list[Result]]:
+    def _nearest(self, crop: GalleryCrop, queries: Description, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(distance, index) [Q, k] of the nearest images."""
+        match, store = self.model.config.match, self._stored(crop)
+        if self.candidates is None:
+            return nearest(match, queries, store, k)
+        if crop not in self._reduced:
+            self._reduced[crop] = Reduced.of(store, self._reduction)
+        return self._reduced[crop].nearest(match, queries, store, k, self.candidates)
+
+    def _results(
+        self, store: Store, queries: Description, found: tuple[np.ndarray, np.ndarray], root: Path
+    ) -> list[list[Result]]:
         match, entries, rankings = self.model.config.match, store.entries, []
-        for query, distances, indices in zip(queries, *nearest(match, queries, store, k), strict=True):
+        for query, distances, indices in zip(queries, *found, strict=True):
             index = indices[np.isfinite(distances)]
             gallery = Description(store.features[index], store.visibility[index])
             local, weight = pairwise_shares(match, query, gallery)
