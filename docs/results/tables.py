@@ -26,6 +26,7 @@ PAGES = (
     RESULTS.parent.parent / "README.md",
     RESULTS / "README.md",
     RESULTS / "benchmark.md",
+    RESULTS / "vectors.md",
     RESULTS.parent / "scaling.md",
 )
 # Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
@@ -53,6 +54,13 @@ class Benchmarks(NamedTuple):
     figures: Mapping[str, str]  # {title: name in the file}
 
 
+class Vectors(NamedTuple):
+    """What `python docs/results/vectors.py` measured, by title: (file in the folder vectors, gamma)."""
+
+    files: Mapping[str, tuple[str, str]]
+    recall: bool = False  # of candidates, instead of accuracy
+
+
 _COUNTED = {
     "memory, GiB": "memory of a device",
     "GB moved": "bytes of a device",
@@ -78,7 +86,13 @@ _ABLATIONS = (
     ("MVPM-4: in neither", "mvpm-4"),
 )
 
-TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks] = {
+_MARKET = {"gamma 0.5": ("market1501", "0.5"), "whole": ("market1501", "1.0")}
+TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors] = {
+    "vectors": Vectors(
+        {f"Market-1501, {title}": source for title, source in _MARKET.items()}
+        | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}
+    ),
+    "recall": Vectors(_MARKET, recall=True),
     "counted": Benchmarks(
         {
             "H200, 64 images, before": "elsewhere/before-h200-64",
@@ -250,12 +264,28 @@ def benchmarks(asked: Benchmarks) -> list[str]:
     return table([["", *asked.figures], *body])
 
 
+def vectors(asked: Vectors) -> list[str]:
+    """Rank-1 / mAP of each method, or the share of the nearest images among candidates, in percent."""
+    columns: dict[str, dict[tuple[str, int], str]] = {}
+    for title, (name, gamma) in asked.files.items():
+        file = RESULTS / "vectors" / f"{name}.json"
+        for row in json.loads(file.read_text(encoding="utf-8"))["gammas"][gamma] if file.exists() else ():
+            found = {f"{title}, {size} candidates": 100 * share for size, share in row["recall"].items()}
+            accuracy = {title: f"{100 * row['rank-1']:.1f} / {100 * row['mAP']:.1f}"}
+            cells = {column: f"{share:.2f}" for column, share in found.items()} if asked.recall else accuracy
+            for column, cell in cells.items():
+                columns.setdefault(column, {})[row["method"], row["numbers"]] = cell
+    rows = next(iter(columns.values()), {})
+    body = [[method, f"{numbers:,}", *(x[method, numbers] for x in columns.values())] for method, numbers in rows]
+    return table([["", "numbers per image", *columns], *body])
+
+
 def rewrite(text: str) -> str:
     """A page with its tables as the results are now."""
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        kinds = {Gains: gains, Benchmarks: benchmarks}
+        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors}
         lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 
