@@ -141,8 +141,9 @@ def test_search_reads_a_store_and_is_exact(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "200 images of 2 x 8 float16" in out and "of the first 200 images" in out
     rows = json.loads(file.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["search: 3 queries"] * 3
-    assert len({row["limit_is"] for row in rows}) == 3 and all(row["share"] > 0 for row in rows)
+    assert [row["name"] for row in rows[:3]] == ["search: 3 queries"] * 3
+    assert rows[3]["name"].startswith("search in two stages: 1,000 candidates by ")
+    assert len({row["limit_is"] for row in rows}) == 4 and all(row["share"] > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]  # the gallery is gone
     with pytest.raises(UserError, match="is not a folder"):
         main(["search", *sizes, f"--folder={file}"])
