@@ -274,6 +274,14 @@ def test_the_commands_exit_code(returned, code):
     assert end.value.code == code
 
 
+def test_commands_show_no_log_of_xla(monkeypatch):
+    """It calls a slow compile a bug of XLA."""
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    with pytest.raises(SystemExit):
+        cli.run(lambda: 0)
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+
+
 def test_a_reader_that_leaves_is_no_traceback():
     program = "from vpm_jax import cli\ncli.run(lambda: [print('line') for _ in range(100000)] and None)"
     process = subprocess.run(

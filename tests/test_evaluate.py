@@ -18,7 +18,7 @@ from tiny_runs import STEPS, saved_state
 from vpm_jax import config as config_lib
 from vpm_jax import description, evaluate, evaluation, metrics, parallel
 from vpm_jax.data.sources import load_dataset
-from vpm_jax.data.split import join
+from vpm_jax.data.split import Dataset, Split, join
 from vpm_jax.description import CroppedSplit, Describer
 from vpm_jax.distances import blocks, distances
 from vpm_jax.errors import UserError
@@ -123,6 +123,18 @@ def test_features_follow_the_images_whatever_the_batch(trained):
 def test_a_batch_divides_over_the_devices(platform, count, expected):
     mesh = SimpleNamespace(size=count, devices=np.array([SimpleNamespace(platform=platform)] * count))
     assert parallel.extraction_batch(mesh) == expected
+
+
+def test_a_set_of_one_camera_names_the_key_that_ranks_it():
+    def split(name: str) -> Split:
+        return Split(name, ("a", "b"), np.array([1, 2], np.int32), np.array([3, 3], np.int32))
+
+    dataset = Dataset("csv", split("train"), split("query"), split("gallery"), ())
+    config = config_lib.default()
+    with pytest.raises(UserError, match=r"from the query's own camera .*; --config\.eval\.same_camera=keep ranks them"):
+        evaluation.check(config, dataset)
+    config.eval.same_camera = "keep"
+    evaluation.check(config, dataset)
 
 
 def test_several_parts_are_extracted_one_after_the_other(trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,7 +188,7 @@ def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians,
         training.train(tiny_run(pedestrians, **changes, stage2__epochs=3), tmp_path / "run")
 
 
-def test_checkpoints_are_seconds_apart(pedestrians, tmp_path, monkeypatch):
+def test_checkpoints_are_seconds_apart(pedestrians, tmp_path, monkeypatch, capsys):
     """A step takes an hour more by this clock; epochs end after 3, 7 and 11."""
     add, clock, hours = training.Window.add, training.time.monotonic, [0]
 
@@ -200,6 +201,7 @@ def test_checkpoints_are_seconds_apart(pedestrians, tmp_path, monkeypatch):
     config = tiny_run(pedestrians, checkpoint_seconds=5 * 3600.0, eval__every=0, keep_checkpoints=9)
     assert training.train(config, tmp_path / "run") == 0
     assert saved_steps(tmp_path / "run") == [7, STEPS]
+    assert re.search(r"\ncompiling the training step \.\.\.\ncompiled in \d+:\d\d\nstep 4/11 ", capsys.readouterr().out)
 
 
 def test_past_a_damaged_checkpoint_the_last_step_is_saved_again(whole, pedestrians, tmp_path):
