@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -34,6 +34,7 @@ from vpm_jax import models, parallel, pretrained
 from vpm_jax.data import decode
 from vpm_jax.data.fit import Fit
 from vpm_jax.description import Describer, Description, Variables, check_finite, fetch
+from vpm_jax.disk import intact
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import covered
 from vpm_jax.keys import FEATURES, keys_with
@@ -195,7 +196,6 @@ class VPM:
             about = json.loads(beside.read_text(encoding="utf-8"))
             digest, config = about["sha256"], json.dumps(about["config"])
             fingerprint, source = str(about["fingerprint"]), str(about["source"])
-            intact = about.get("checksum", checksum(about)) == checksum(about)  # exports made before have none
             data = path.read_bytes()
         except OSError as error:
             raise UserError(
@@ -204,7 +204,7 @@ class VPM:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{beside} was not written by an export ({error!r}): {again}.") from None
-        if not intact:
+        if not intact(about):
             raise UserError(f"{beside} is damaged (its checksum differs): {again}.")
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(f"{path} is not the file that {beside.name} describes: {again}.")
@@ -508,12 +508,6 @@ def _restore(config: ConfigDict, variables: Variables | None, program: bytes, fi
 def sidecar(path: Path) -> Path:
     """The .json beside a .stablehlo."""
     return path.with_name(path.name + ".json")
-
-
-def checksum(about: Mapping[str, Any]) -> str:
-    """A digest of what a `sidecar` holds, but for its "checksum"."""
-    values = {key: value for key, value in about.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(config: ConfigDict, variables: Variables) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import secrets
 import tempfile
@@ -49,6 +51,17 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, as UTF-8, that is never seen half-written. Raises as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8")
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON record with its "checksum", for `intact`."""
+    values = {key: value for key, value in record.items() if key != "checksum"}
+    return values | {"checksum": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def intact(record: Mapping[str, Any]) -> bool:
+    """Whether a JSON record is as it was `sealed`; those of earlier versions have no checksum."""
+    return "checksum" not in record or record["checksum"] == sealed(record)["checksum"]
 
 
 def check_utf8(folder: Path, need: str) -> None:

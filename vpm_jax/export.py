@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpm_jax import cli, models, onnx_export, parallel, pretrained, step
-from vpm_jax.api import VPM, checksum, sidecar
-from vpm_jax.disk import replacing, write_atomically
+from vpm_jax.api import VPM, sidecar
+from vpm_jax.disk import replacing, sealed, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.matching import embedding, match_visibility
 from vpm_jax.pretrained import own
@@ -90,7 +90,7 @@ def write_stablehlo(path: Path, model: VPM) -> float:
         error = compare(model, jax.jit(export.deserialize(bytearray(data)).call))
     about = _about(model, "stablehlo") | {"max_difference": error, "sha256": hashlib.sha256(data).hexdigest()}
     about |= {"platforms": PLATFORMS, "jax": jax.__version__}
-    write_atomically(sidecar(path), json.dumps(about | {"checksum": checksum(about)}, indent=1) + "\n")
+    write_atomically(sidecar(path), json.dumps(sealed(about), indent=1) + "\n")
     height, width = model.image_size
     print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB) and {sidecar(path).name}: {_summary(error)}.")
     print("Run it with JAX (and flatbuffers) alone:\n  import jax, jax.export")

@@ -231,10 +231,12 @@ def test_bad_zips(folder, tmp_path):
     at = whole.rindex(name)  # in the zip's directory, at its end
     for new, shown in ((b"cx", "cx"), (b"\n2", r"\n2")):
         path.write_bytes(whole[:at] + name.replace(b"c2", new) + whole[at + len(name) :])
-        fails(config(path), "its directory and its headers name", f"0001_{shown}s1_000001_00.jpg differently")
+        fails(config(path), "its directory and its headers describe", f"0001_{shown}s1_000001_00.jpg differently")
     entry = whole.rindex(b"PK\1\2")  # of the directory: the flags are at 8, the name at 46
     path.write_bytes(whole[: entry + 9] + b"\x08" + whole[entry + 10 : entry + 46] + b"\xed" + whole[entry + 47 :])
     fails(config(path), "market.zip is not an intact zip ('utf-8' codec can't decode")
+    path.write_bytes(whole[: entry + 16] + bytes(12) + whole[entry + 28 :])  # no checksum and no data
+    fails(config(path), "its directory and its headers describe")
     path.write_bytes(whole[: entry + 6] + b"\x63" + whole[entry + 7 :])
     fails(config(path), "market.zip is not an intact zip (zip file version 9.9)")
     with zipfile.ZipFile(path, "w") as archive:

@@ -24,7 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.split import Dataset, Split
-from vpm_jax.disk import check_utf8, disk_trouble
+from vpm_jax.disk import check_utf8, disk_trouble, intact, sealed
 from vpm_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -70,7 +70,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         for name, split in splits.items():
             camera = None if split.camera is None else split.camera.tolist()
             index[name] = dict(names=split.names, identity=split.identity.tolist(), camera=camera)
-        (Path(self.data_dir) / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        (Path(self.data_dir) / INDEX).write_text(json.dumps(sealed(index)), encoding="utf-8")
         return {name: self._generate_examples(split) for name, split in splits.items() if len(split)}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -130,6 +130,8 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
     _open.cache_clear()  # the folder may have been prepared again since this process last read it
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if not intact(index):
+            raise ValueError(f"the checksum of {INDEX} differs")
         splits = {}
         for split in SPLITS:
             if split == "multi_query" and split not in index:
@@ -137,7 +139,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
             listed = index[split]
             identity = np.array(listed["identity"], np.int32)
             camera = None if listed["camera"] is None else np.array(listed["camera"], np.int32)
-            reader = Reader(folder, split, identity, camera)
+            reader = Reader(folder, split)
             splits[split] = Split(split, tuple(listed["names"]), identity, camera, reader, upright=DATASETS[name].own)
             lengths = {len(listed["names"]), len(identity), len(identity if camera is None else camera)}
             if listed["names"]:  # TFDS leaves out empty splits
@@ -162,14 +164,12 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
     return splits, notes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Reader:
     """Reads images of a prepared split. Keeps no open file, so that it pickles; each process opens its own."""
 
     folder: Path
     split: str
-    identity: np.ndarray  # int32 [N], by the index; each record has its own
-    camera: np.ndarray | None  # int32 [N]
 
     def read(self, name: str, position: int) -> bytes:
         try:
@@ -179,10 +179,6 @@ class Reader:
             record_name = features["name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
             if record_name != name:
                 raise ValueError(f"the record is that of {record_name}")
-            indexed = self.identity[position], -1 if self.camera is None else self.camera[position]
-            labels = tuple(features[key].int64_list.value[0] for key in ("identity", "camera"))
-            if labels != indexed:
-                raise ValueError("identity {}, camera {} by its record, {}, {} by the index".format(*labels, *indexed))
             return features["image"].bytes_list.value[0]
         except Exception as error:
             raise UserError(

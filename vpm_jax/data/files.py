@@ -6,6 +6,7 @@ A zip may be inside another zip, as for Partial-REID and Partial-iLIDS; the inne
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class ZipTree:
 def _folders(path: Path, member: str) -> dict[str, Entries]:
     """The entries of every folder of a zip by its path; the top level is ""."""
     folders, archive = {"": Entries([], [], [])}, open_zip(str(path), member, os.getpid())
-    _check_names(archive.zip, f"{path}/{member}" if member else str(path))
+    _check_headers(archive.zip, f"{path}/{member}" if member else str(path))
     for name in archive.entries:
         *parents, file = name.split("/")  # file is "" for a folder
         if "__MACOSX" in parents:
@@ -154,20 +155,24 @@ def _folders(path: Path, member: str) -> dict[str, Entries]:
     return folders
 
 
-def _check_names(archive: zipfile.ZipFile, where: str) -> None:
-    """Raises UserError unless entries are named in the zip's directory as in their headers.
+def _check_headers(archive: zipfile.ZipFile, where: str) -> None:
+    """Raises UserError unless the zip's directory describes its entries as their headers do.
 
-    Otherwise, damage could turn the name of an image into one that is ignored.
+    Otherwise, damage could turn the name of an image into one that is ignored, or leave nothing of its data.
     """
     file = archive.fp
     assert file is not None
     for entry in archive.infolist():
-        # Two bytes each: the lengths of the name and of extra data. A damaged offset may be negative.
-        file.seek(max(0, entry.header_offset + 26))
-        length = int.from_bytes(file.read(4)[:2], "little")
-        if file.read(length) != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace"):
+        file.seek(max(0, entry.header_offset))  # a damaged offset may be negative
+        flags, *sizes, length = struct.unpack("<6xH6x3IH2x", file.read(30).ljust(30, b"\0"))
+        encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
+        same = file.read(length) == entry.orig_filename.encode(encoding, "replace")
+        # Checksum and sizes may follow the data instead (flag 8), and larger sizes are elsewhere.
+        if any(sizes) and not flags & 8 and 0xFFFFFFFF not in sizes:
+            same = same and sizes == [entry.CRC, entry.compress_size, entry.file_size]
+        if not same:
             raise UserError(
-                f"{where} is damaged (its directory and its headers name {entry.filename} differently): "
+                f"{where} is damaged (its directory and its headers describe {entry.filename} differently): "
                 "download it again."
             )
 
