@@ -61,6 +61,12 @@ class Vectors(NamedTuple):
     recall: bool = False  # of candidates, instead of accuracy
 
 
+class Figures(NamedTuple):
+    """All figures of a benchmark's file here, without its suffix."""
+
+    file: str
+
+
 _COUNTED = {
     "memory, GiB": "memory of a device",
     "GB moved": "bytes of a device",
@@ -135,6 +141,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors] = {
         Row("PCB, small network, trained on whole images", f"{_SMALL}-pcb"),
         Row("VPM in the paper (ResNet-50, 384x128)", PAPER),
     ),
+    "serve": Figures("serve"),
     "synthetic": (
         Row("VPM", "synthetic-vpm"),
         Row("global feature, same training crops", "synthetic-baseline"),
@@ -280,12 +287,25 @@ def vectors(asked: Vectors) -> list[str]:
     return table([["", "numbers per image", *columns], *body])
 
 
+def figures(asked: Figures) -> list[str]:
+    """All figures of a benchmark with their limits."""
+    rows = json.loads((RESULTS / f"{asked.file}.json").read_text(encoding="utf-8"))["rows"]
+    limits = ["" if row["limit"] is None else benchmark_number(row["limit"]) for row in rows]
+    return table(
+        [["", "measured", "unit", "limit", "the limit is"]]
+        + [
+            [row["name"], benchmark_number(row["value"]), row["unit"], limit, row["limit_is"]]
+            for row, limit in zip(rows, limits, strict=True)
+        ]
+    )
+
+
 def rewrite(text: str) -> str:
     """A page with its tables as the results are now."""
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors}
+        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors, Figures: figures}
         lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 

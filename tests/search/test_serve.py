@@ -52,7 +52,7 @@ def gallery(tmp_path_factory):
     for number in range(11):
         picture(number).save(folder / "pictures" / f"{number}.png")
     picture(11).save(folder / "pictures" / "deep" / "行人 <b>&.png")
-    gallery = Gallery.open(folder / "store", VPM.load(folder / "run"))
+    gallery = Gallery.open(folder / "store", folder / "run")
     gallery.index(folder / "pictures")
     return gallery
 
