@@ -4,8 +4,8 @@
 
 In these pages, the lines between <!-- table: NAME --> and <!-- end --> are the table NAME of TABLES. To add a row, add
 one entry: the name of its runs in `runs/` without their seed, or a folder here with the evaluation.json of a run.
-An entry without results is left out, so it may be listed before its run has finished. `elsewhere/` and `distractors/`
-have the figures of `python -m vpm_jax.benchmark elsewhere` and `distractors`, each by `--json FILE`.
+An entry without results is left out, so it may be listed before its run has finished. `elsewhere/`, `distractors/` and
+`search/` have the figures of these sections of `python -m vpm_jax.benchmark`, each by `--json FILE`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PAGES = (
     RESULTS.parent.parent / "README.md",
     RESULTS / "README.md",
     RESULTS / "benchmark.md",
+    RESULTS / "search.md",
     RESULTS / "vectors.md",
     RESULTS.parent / "scaling.md",
 )
@@ -99,6 +100,13 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors] = {
         | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}
     ),
     "recall": Vectors(_MARKET, recall=True),
+    "stages": Benchmarks(
+        {"1,000,000 x 6 x 256": "search/million", "100,000 x 6 x 2,048": "search/wide"},
+        {
+            "exact, s": "search: 16 queries",
+            "two stages, s": "search in two stages: 1,000 candidates by 252 numbers per image",
+        },
+    ),
     "counted": Benchmarks(
         {
             "H200, 64 images, before": "elsewhere/before-h200-64",

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from ml_collections import ConfigDict
 
+from vpm_jax.description import Description
 from vpm_jax.errors import UserError
-from vpm_jax.matching import Described, nearest
+from vpm_jax.matching import nearest
 from vpm_jax.reduction import Reduction
 from vpm_jax.search.store import Store, Writer
 
@@ -50,22 +51,16 @@ class Reduced(NamedTuple):
         return cls(reduction, reduced)
 
     def nearest(
-        self, match: ConfigDict, query: Described, store: Store, k: int, candidates: int
+        self, match: ConfigDict, query: Description, store: Store, k: int, candidates: int
     ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
         """As `matching.nearest`, of the images that are among the `candidates` nearest by reduced features."""
-        small = _Images(self.reduction(query.features), query.visibility)
+        small = Description(self.reduction(query.features), query.visibility)
         _, rows = nearest(match, small, self.store, max(k, candidates))
         distance, index = (np.empty((len(rows), min(k, rows.shape[1])), x) for x in (np.float32, np.int64))
         for number, row in enumerate(np.sort(rows)):  # in gallery order, as equal distances rank
-            one = _Images(query.features[number : number + 1], query.visibility[number : number + 1])
-            found, at = nearest(match, one, _Images(store.features[row], store.visibility[row]), k)
+            found, at = nearest(match, query[number], Description(store.features[row], store.visibility[row]), k)
             distance[number], index[number] = found[0], row[at[0]]
         return distance, index
-
-
-class _Images(NamedTuple):
-    features: np.ndarray
-    visibility: np.ndarray
 
 
 def write(store: Store, reduction: Reduction) -> None:
