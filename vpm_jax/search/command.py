@@ -294,7 +294,7 @@ def serve(
     try:
         from vpm_jax.search import serve as serving
     except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}: pip install 'vpm_jax[serve]'.", code="not-installed") from None
+        raise UserError(f"serve needs {error.name}: pip install starlette uvicorn.", code="not-installed") from None
     if token is not None and not re.fullmatch("[!-~]{16,}", token):
         raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
     print("Loading and compiling the model ...", file=sys.stderr)
