@@ -99,8 +99,12 @@ def _forget_programs() -> Iterator[None]:
     """The programs of a file stay on disk alone: in memory those of all would take gigabytes."""
     import jax
 
+    from vpm_jax import description, parallel, step
+
     yield
     jax.clear_caches()
+    for programs in (parallel._compiled_step, step._compiled_init, description._compiled_step):
+        programs.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tiny import Given, fill, shrunk
 
 from vpm_jax import losses, models, parallel
 from vpm_jax import step as step_lib
-from vpm_jax.config import stage
+from vpm_jax.config import flatten, set_key, stage
 
 # Two virtual devices compile every step anew: without the compiler's optimisations that takes a third of the time.
 FAST = {"xla_backend_optimization_level": 0}
@@ -283,6 +283,36 @@ def test_seeds_and_schedules_share_a_program(no_backbone):
             now = replace(state, step=jnp.int32(step), opt_state=at_step(state.opt_state, step))
             assert_close(argument(now, batch, numbers), constant(now, batch), 1e-12)
     assert len(programs) == 1
+
+
+def other(value):
+    """Another value of a key's type."""
+    if isinstance(value, bool):
+        return not value
+    return f"other {value}" if isinstance(value, str) else (*value, 1) if isinstance(value, tuple) else value + 1
+
+
+def with_others(config, keys):
+    """The config with other values of the keys."""
+    values, config = flatten(config), config.copy_and_resolve_references()
+    for key in keys:
+        set_key(config, key, other(values[key]))
+    return config
+
+
+def test_steps_do_not_depend_on_what_their_programs_leave_out(no_backbone):
+    config = configure("market", reduce_dtype="bfloat16", loss__margin=0.7, eval__flip=True)
+    state, batch = new_state(config), new_batch(config)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    for make, program, inputs in (
+        (step_lib.make_step, step_lib.program, (state, batch, step_lib.numbers(config))),
+        (step_lib.make_feature_step, step_lib.feature_program, (variables, batch["image"])),
+    ):
+        left_out = [key for key in flatten(config) if program(with_others(config, [key])) == program(config)]
+        assert {"seed", "recipe", "data.root", "stage2.epochs", "eval.batch"} <= set(left_out)
+        changed = with_others(config, left_out)
+        texts = {jax.jit(make(each)).lower(*inputs).as_text() for each in (config, program(config), changed)}
+        assert len(texts) == 1
 
 
 def at_step(opt_state, step):

@@ -9,12 +9,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax import parallel
@@ -24,7 +25,7 @@ from vpm_jax.disk import read_arrays, write_arrays
 from vpm_jax.errors import UserError
 from vpm_jax.progress import Progress
 from vpm_jax.regions import GalleryCrop, RegionGrid, nearest_crop, visible_heights
-from vpm_jax.step import make_feature_step
+from vpm_jax.step import feature_program, make_feature_step
 
 Variables = Mapping[str, Any]  # {"params", "batch_stats"}
 _ROUTE_BATCH = 1024  # queries whose region maps are read at a time
@@ -157,7 +158,7 @@ class Describer(FeatureSource):
             config.eval.batch = parallel.extraction_batch(mesh)
         self.config, self.mesh = config, mesh
         region_maps = bool(config.match.gallery_gammas) if region_maps is None else region_maps
-        self._compiled = jax.jit(make_feature_step(config, region_maps), out_shardings=parallel.replicated(mesh))
+        self._compiled = _compiled_step(make_feature_step, feature_program(config), mesh, region_maps)
 
     def step(self, variables: Variables, *inputs: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 [B, H, W, 3] -> the arrays of a `Description`, on the devices.
@@ -208,6 +209,12 @@ class Describer(FeatureSource):
                 arrays, begin, end = {}, end, next(ends, 0)
         if first != len(split):
             raise RuntimeError(f"{first} features of {len(split)} images")
+
+
+@lru_cache(maxsize=8)
+def _compiled_step(make: Callable[..., Any], config: FrozenConfigDict, mesh: Mesh, region_maps: bool) -> Any:
+    """The jitted feature step, one for all models of this process that need the same."""
+    return jax.jit(make(config, region_maps), out_shardings=parallel.replicated(mesh))
 
 
 class Pooled(FeatureSource):

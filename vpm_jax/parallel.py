@@ -14,12 +14,12 @@ import resource
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vpm_jax.errors import UserError
 
@@ -186,6 +186,18 @@ class Placement(NamedTuple):
     whole: Callable[[Any], Any]  # undoes the mapping of (state, metrics)
 
 
+@lru_cache(maxsize=8)
+def _compiled_step(kind: str, mesh: Mesh, make_step: Callable[..., Any], config: FrozenConfigDict) -> Any:
+    """The jitted step, one for all runs of this process that need the same."""
+    import jax
+
+    if kind == "pmap":
+        devices = list(mesh.devices.flat)
+        return jax.pmap(make_step(config, "data"), axis_name="data", devices=devices, donate_argnums=0)
+    function = make_step(config) if mesh.size == 1 else mapped(mesh, make_step(config, "data"))
+    return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
+
+
 def placement(kind: str, mesh: Mesh) -> Placement:
     """The placement of config.parallel: "jit" over the mesh, or "pmap" over this process's devices.
 
@@ -194,21 +206,15 @@ def placement(kind: str, mesh: Mesh) -> Placement:
     """
     import jax
 
+    def compile(make_step: Callable[..., Any], config: ConfigDict) -> Any:
+        return _compiled_step(kind, mesh, make_step, FrozenConfigDict(config))
+
     if kind == "jit":
-
-        def compile_jit(make_step: Callable[..., Any], config: ConfigDict) -> Any:
-            function = make_step(config) if mesh.size == 1 else mapped(mesh, make_step(config, "data"))
-            return jax.jit(function, donate_argnums=0, out_shardings=replicated(mesh))
-
-        return Placement(compile_jit, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
+        return Placement(compile, partial(shard, mesh), partial(replicate, mesh), lambda tree: tree)
 
     n = mesh.size
     if jax.process_count() > 1:
         raise UserError(f'parallel=pmap maps the devices of one host, found {jax.process_count()} hosts: use "jit".')
-
-    def compile_pmap(make_step: Callable[..., Any], config: ConfigDict) -> Any:
-        devices = list(mesh.devices.flat)
-        return jax.pmap(make_step(config, "data"), axis_name="data", devices=devices, donate_argnums=0)
 
     def put(tree: Any) -> Any:  # leaves [n, ...], one row per device
         return jax.device_put(tree, data_sharding(mesh))
@@ -220,7 +226,7 @@ def placement(kind: str, mesh: Mesh) -> Placement:
         return put(jax.tree.map(lambda x: np.broadcast_to(x, (n, *np.shape(x))), jax.device_get(state)))
 
     first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=replicated(mesh))
-    return Placement(compile_pmap, split, copy, first)
+    return Placement(compile, split, copy, first)
 
 
 def prefetch(batches: Iterable[Item], place: Callable[[Item], Placed], depth: int = 2) -> Iterator[Placed]:

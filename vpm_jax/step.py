@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import flax.struct
@@ -14,10 +15,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jaxtyping import Bool, Float, Shaped
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from vpm_jax import config as config_lib
 from vpm_jax import losses, models, optim
 from vpm_jax.arrays import AnyArray, StepBatch
+from vpm_jax.keys import FEATURES, NO_RESULT, PROTOCOL, RESUME
 from vpm_jax.schedule import schedule
 
 Metrics = dict[str, Array]
@@ -78,6 +81,19 @@ def _average(config: ConfigDict, state: AveragedState) -> AveragedState:
     return replace(state, ema=ema)
 
 
+def program(config: ConfigDict) -> FrozenConfigDict:
+    """What the training step depends on besides `Numbers`: configs with equal programs share a compiled step."""
+    no_program = RESUME | NO_RESULT | PROTOCOL
+    return config_lib.keep(
+        config, lambda key: not key.flags & no_program and not key.name.startswith(("stage1.", "stage2."))
+    )
+
+
+def feature_program(config: ConfigDict) -> FrozenConfigDict:
+    """What the feature step depends on."""
+    return config_lib.keep(config, lambda key: FEATURES in key.flags or key.name.startswith("model."))
+
+
 def _init(config: ConfigDict) -> Callable[[Array], Any]:
     """The function from a random key to the model's variables."""
     model = models.create(config)
@@ -85,12 +101,16 @@ def _init(config: ConfigDict) -> Callable[[Array], Any]:
     return lambda key: model.init(key, image)
 
 
+@lru_cache(maxsize=8)
+def _compiled_init(config: FrozenConfigDict) -> Callable[[Array], Any]:
+    # It runs once or a few times: optimizing it would take far longer than it saves.
+    return jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
+
+
 def init_state(config: ConfigDict) -> State:
     """A state initialized from config.seed. The backbone is random too: `pretrained.apply_to` loads weights."""
-    # It runs once: optimizing it would take far longer than it saves.
-    init = jax.jit(_init(config), compiler_options={"xla_backend_optimization_level": "0"})
     with on_cpu():
-        variables = init(jax.random.key(config.seed))
+        variables = _compiled_init(program(config))(jax.random.key(config.seed))
     return new_state(config, variables)
 
 

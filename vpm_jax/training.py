@@ -136,7 +136,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         last_evaluated = hosts.from_first(lambda: records.last if records else 0)
 
         # ---- The loop ----------------------------------------------------------------------------------
-        train_step, state = place.compile(step.make_step, config), place.put_state(state)
+        train_step, state = place.compile(step.make_step, step.program(config)), place.put_state(state)
         numbers = place.put_state(step.numbers(config))
         share = jax.process_index(), jax.process_count()
         batches = train_batches(config, dataset.train, None, steps, total, *share)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vpm_jax.errors import UserError
 from vpm_jax.keys import ANY, KEYS, LISTED, RESUME, RETIRED, STAGE, WEIGHTS, Key, keys_with
@@ -101,6 +101,15 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         config = config[group]
     with config.ignore_type():  # an int may replace a float
         config[last] = value
+
+
+def keep(config: ConfigDict, keeps: Callable[[Key], bool]) -> FrozenConfigDict:
+    """The config with the default of every key that `keeps` rejects: equal, and equally hashed, if the others are."""
+    kept = default().copy_and_resolve_references()
+    for name, value in flatten(config).items():
+        if keeps(_KEY[name]):
+            set_key(kept, name, value)
+    return FrozenConfigDict(kept)
 
 
 def follow_epochs(config: ConfigDict, before: Mapping[str, Any], given: Collection[str]) -> list[str]:

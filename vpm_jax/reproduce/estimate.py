@@ -86,7 +86,7 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
     place = parallel.placement(config.parallel, parallel.data_mesh(batch(config)))
     arrays = place.put_batch(random_batch(config, batch(config)))
     state, numbers = (place.put_state(tree) for tree in (step.init_state(config), step.numbers(config)))
-    train_step = place.compile(step.make_step, config)
+    train_step = place.compile(step.make_step, step.program(config))
     state, metrics = train_step(state, arrays, numbers)
     jax.block_until_ready(metrics)
     started = time.monotonic()
