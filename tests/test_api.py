@@ -354,7 +354,11 @@ def test_a_damaged_description_is_refused(described, tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "short").write_bytes(data[: len(data) // 2])
     (tmp_path / "flipped").write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
-    for name in ("shapes.npz", "arrays.npz", "array.npy", "short", "flipped", "none", "."):
+    central = data.index(b"PK\x01\x02")  # the first file of the zip's directory: its flags, its compression
+    for at, value in ((8, 1), (10, 99)):
+        (tmp_path / f"zip {at}").write_bytes(data[: central + at] + bytes([value]) + data[central + at + 1 :])
+    damaged = ("shapes.npz", "arrays.npz", "array.npy", "short", "flipped", "none", ".", "zip 8", "zip 10")
+    for name in damaged:
         with pytest.raises(UserError, match="is no saved Description"):
             Description.load(tmp_path / name)
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written: {trouble}.", code="not-written") from error
 
 
+# What reading a damaged .npz raises; RuntimeError for what a zip may be and these never are, such as encrypted.
+DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes a .npz under exactly this name, atomically. Raises as `replacing` does."""
     path = Path(os.path.expanduser(path))
@@ -125,6 +130,6 @@ def read_arrays(path: str | os.PathLike[str], kind: str) -> Iterator[dict[str, n
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             yield dict(arrays)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is no saved {kind} ({reason}): save it again.") from None

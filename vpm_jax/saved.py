@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.split import Split
 from vpm_jax.description import CroppedSplit, Description, FeatureSource, Variables
-from vpm_jax.disk import replacing, write_atomically
+from vpm_jax.disk import DAMAGED, replacing, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.metrics import Ranking
 from vpm_jax.progress import Progress
@@ -153,7 +153,7 @@ class Saved(FeatureSource):
                         rows: dict[str, Any] = {name: x[begin:end] for name, x in small.items() if x is not None}
                         progress.add(len(features))
                         yield Description(features, **rows)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise UserError(f"{path} is damaged ({error}): {_AGAIN}.") from error
 
 
