@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from raising import raises
 from tiny_runs import make_run
 
 from vpm_jax import VPM, Description, export, onnx_export
+from vpm_jax.data import synthetic
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx")
 pytest.importorskip("onnxruntime", reason="the extra onnx")
@@ -63,6 +65,43 @@ def test_it_computes_what_the_model_does(tmp_path, changes):
                 np.testing.assert_allclose(
                     out[name] / scale, expected[name][:count] / scale, rtol=0, atol=2e-5, strict=True, err_msg=name
                 )
+
+
+def test_kernels_in_float16_take_half_the_size(run, tmp_path):
+    live, data = exported(run, tmp_path / "a.onnx")
+    assert not export.main(["--workdir", str(run), "--output", str(tmp_path / "b.onnx"), "--dtype", "float16"])
+    half = onnx.load(tmp_path / "b.onnx")
+    kernels = [x for x in half.graph.initializer if len(x.dims) == 4]
+    assert {x.data_type for x in kernels} == {onnx.TensorProto.FLOAT16}
+    saved = sum(2 * int(np.prod(x.dims)) for x in kernels)
+    assert len(data) - saved <= (tmp_path / "b.onnx").stat().st_size < len(data) - 0.8 * saved
+    inputs = live.inputs(PICTURES)
+    vectors = [onnx_export.runtime_step(x)(*inputs)["embedding"] for x in (data, (tmp_path / "b.onnx").read_bytes())]
+    assert 1e-6 < np.abs(vectors[0] - vectors[1]).max() < 5e-3
+    assert {entry.key: entry.value for entry in half.metadata_props}["kernels"] == "float16"
+
+
+def test_convolutions_in_int8_are_near_the_model(whole, tmp_path, monkeypatch):
+    path = tmp_path / "a.onnx"
+    assert not export.main(["--workdir", str(whole), "--output", str(path), "--dtype", "int8"])
+    live, proto = VPM.load(whole, "float32"), onnx.load(path)
+    convolutions = [x for x in proto.graph.node if x.op_type == "Conv"]
+    in_int8 = {x.output[0] for x in proto.graph.node if x.op_type == "DequantizeLinear"}
+    assert [x.input[1] in in_int8 for x in convolutions] == [True] * (len(convolutions) - 1) + [False]
+    said = {entry.key: entry.value for entry in proto.metadata_props}
+    assert (said["kernels"], said["fingerprint"]) == ("int8", live.fingerprint)
+    images = sorted((pedestrians_of(live) / "query").glob("*.jpg"))[:8]
+    vectors = onnx_export.runtime_step(path.read_bytes())(*live.inputs(images))["embedding"]
+    assert ((vectors * live.embedding(images)).sum(1) > 0.97).all()
+    path.unlink()
+    monkeypatch.setattr(export, "FURTHEST", 1e-6)
+    with raises("wrong-export"):
+        export.write_onnx(path, live, "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def pedestrians_of(model):
+    return synthetic.ensure(Path(model.config.data.root), **model.config.data.synthetic)
 
 
 def test_the_file_says_what_it_is(run, tmp_path):

@@ -24,6 +24,8 @@ import numpy as np
 
 from vpm_jax import cli, models, onnx_export, parallel, pretrained, step
 from vpm_jax.api import VPM, sidecar
+from vpm_jax.data.sources import load_dataset
+from vpm_jax.description import Description
 from vpm_jax.disk import replacing, sealed, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.matching import embedding, match_visibility
@@ -32,10 +34,12 @@ from vpm_jax.pretrained import own
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
 FORMATS = {"stablehlo": ".stablehlo", "onnx": ".onnx", "safetensors": ".safetensors"}
-DTYPES = ("float32", "bfloat16")
+DTYPES = {"stablehlo": ("float32", "bfloat16"), "onnx": ("float32", "float16", "int8"), "safetensors": ("float32",)}
 # The largest accepted difference from the live model, in multiples of the model's own sensitivity to rounding (see
 # `rounding`). Correct exports are within 1; swapped channels give 20 in bfloat16 and 500,000 in float32.
 MOST = 8.0
+CALIBRATION = 128  # training images that an int8 export is calibrated on
+FURTHEST = 0.2  # the largest accepted mean distance of the vectors of an int8 export; 0.03 is usual
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,23 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=tuple(FORMATS), help="default: from the extension of --output")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=("float32", "bfloat16", "float16", "int8"),
         default="float32",
-        help="the compute dtype of a .stablehlo; parameters and outputs are float32 in all formats (default: float32)",
+        help="bfloat16: what a .stablehlo computes in; float16: how a .onnx stores its kernels, in half the size; "
+        "int8: what the convolutions of a .onnx compute in, calibrated on the run's training images; otherwise all "
+        "is float32 (default: float32)",
     )
     args = parser.parse_args(argv)
     kind = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
     if kind is None or args.format not in (None, kind):
         expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
         raise UserError(f"--output {args.output}: expected a file name that ends in {expected}.")
-    if kind != "stablehlo" and args.dtype != "float32":
-        raise UserError(f"--dtype {args.dtype}: only a .stablehlo can have another dtype than float32; leave it out.")
+    if args.dtype not in DTYPES[kind]:
+        raise UserError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES[kind])} for a {FORMATS[kind]}.")
     cli.check_output("--output", args.output)
     parallel.prepare_backend()
     if kind == "stablehlo":
         write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
     elif kind == "onnx":
-        write_onnx(args.output, VPM.load(args.workdir, args.dtype))
+        write_onnx(args.output, VPM.load(args.workdir, "float32"), args.dtype)
     else:
         write_safetensors(args.output, args.workdir)
     return 0
@@ -110,17 +116,18 @@ def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeD
     return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
 
 
-def write_onnx(path: Path, model: VPM) -> float:
+def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:
     """Writes `model` as ONNX, for ONNX Runtime; returns the largest difference from the model.
 
     It takes `VPM.inputs` as "images" and, for a model of padded images, "valid", for any batch size. It returns
     "embedding", float32 [b, P * C] (`VPM.embedding`), and the arrays of a `Description`. The metadata holds what is
-    in the JSON beside a .stablehlo, each entry as JSON.
+    in the JSON beside a .stablehlo, each entry as JSON. `kernels` is the dtype of the kernels. With int8,
+    convolutions compute in int8, calibrated on images of the run's training set, and the difference is that of vectors.
 
     Raises:
       UserError: as `write_stablehlo`, and without the packages onnx and onnxruntime.
     """
-    about = _about(model, "onnx")
+    about = _about(model, "onnx") | {"kernels": kernels}
     image = dict(about["input"])
     inputs = [image, image.pop("valid")] if "valid" in image else [image]
     regions, channels = about["output"]["features"]["shape"][1:]
@@ -128,13 +135,41 @@ def write_onnx(path: Path, model: VPM) -> float:
     about["meaning"]["embedding"] = "[image, region * channel], of unit length; an inner product is a similarity"
     named = dict(zip(onnx_export.INPUTS, inputs, strict=False))
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    if kernels == "int8":
+        images = _training_inputs(model)
+        data = onnx_export.quantized(onnx_export.serialize(model, named, about["output"], text), images, text)
+        error = _vector_difference(model, _checked_embedding(model, onnx_export.runtime_step(data)), images)
+        summary = f"vectors of {len(images[0])} training images differ from the live model's by {error:.1e} on average"
+    else:
+        data = onnx_export.serialize(model, named, about["output"], text, kernels)
+        error = compare(model, _checked_embedding(model, onnx_export.runtime_step(data)), kernels)
+        summary = _summary(error)
     with replacing(path) as temporary:
-        temporary.write_bytes(onnx_export.serialize(model, named, about["output"], text))
-        size = temporary.stat().st_size
-        error = compare(model, _checked_embedding(model, onnx_export.runtime_step(temporary.read_bytes())))
-    print(f"Wrote {path} ({size / 2**20:.1f} MiB): {_summary(error)}.")
+        temporary.write_bytes(data)
+    print(f"Wrote {path} ({len(data) / 2**20:.1f} MiB): {summary}.")
     print(f"Inputs {', '.join(named)}; outputs {', '.join(about['output'])}; metadata {', '.join(text)}.")
     return error
+
+
+def _training_inputs(model: VPM) -> tuple[np.ndarray, ...]:
+    """`VPM.inputs` of some images of the run's training set."""
+    train = load_dataset(model.config.data).train
+    chosen = np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int)
+    return model.inputs(train.read(i) for i in chosen)
+
+
+def _vector_difference(model: VPM, step: Callable[..., dict[str, Any]], images: Sequence[np.ndarray]) -> float:
+    """The mean distance of the embeddings of the model and of `step`. Raises UserError if it is above FURTHEST."""
+    differences: list[np.ndarray] = []
+    for start in range(0, len(images[0]), 16):
+        batch = [x[start : start + 16] for x in images]
+        out = model.step(*batch)
+        ours = model.embedding(Description(np.asarray(out["features"]), np.asarray(out["visibility"])))
+        differences.extend(np.linalg.norm(ours - step(*batch)["embedding"], axis=1))
+    mean = float(np.mean(differences))
+    if not mean <= FURTHEST:
+        raise _wrong(f"vectors differ from the model's by {mean:.2f} of their length, expected at most {FURTHEST}")
+    return mean
 
 
 def _checked_embedding(model: VPM, step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -203,17 +238,18 @@ def write_safetensors(path: Path, source: Path) -> float:
     return differences[0]
 
 
-def compare(model: VPM, step: Callable[..., dict[str, Any]]) -> float:
+def compare(model: VPM, step: Callable[..., dict[str, Any]], dtype: str = "") -> float:
     """The largest difference between the outputs of the model and of `step`, for two batch sizes.
 
-    Visibility is compared as a fraction of the map.
+    Visibility is compared as a fraction of the map. `dtype` is what the parameters were rounded to; default: what the
+    model computes in.
 
     Raises:
       UserError: if rounding does not explain the difference (see `rounding`).
     """
     inputs = model.inputs(_test_images(model))
     ours = model.step(*inputs)
-    moved = rounding(model, inputs)
+    moved = rounding(model, inputs, dtype)
     worst = 0.0
     for count in (1, len(inputs[0])):
         for name, difference in _differences(ours, step(*(x[:count] for x in inputs)), count).items():
@@ -235,7 +271,7 @@ def _wrong(found: str) -> UserError:
     )
 
 
-def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def rounding(model: VPM, inputs: Sequence[np.ndarray], dtype: str = "") -> dict[str, np.ndarray]:
     """The change of each output of each image, [N], when parameters are perturbed by their rounding error.
 
     A different order of summation acts like slightly different parameters (backward error). Its effect depends on the
@@ -243,7 +279,7 @@ def rounding(model: VPM, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     measured on the model itself; it is at least the outputs' own precision.
     """
     random = np.random.default_rng(1)
-    unit = float(jnp.finfo(models.compute_dtype(model.config.model.dtype)).eps)
+    unit = float(jnp.finfo(models.compute_dtype(dtype or model.config.model.dtype)).eps)
     network = jax.jit(step.make_feature_step(model.config, region_maps=True))
 
     def rounded(x: np.ndarray) -> np.ndarray:

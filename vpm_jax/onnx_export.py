@@ -5,7 +5,9 @@ Maps are [b, channels, h, w] inside the graph. Needs the packages onnx and onnxr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,16 +37,23 @@ def packages() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
-def serialize(model: VPM, inputs: Mapping[str, Any], outputs: Mapping[str, Any], about: Mapping[str, str]) -> bytes:
+def serialize(
+    model: VPM,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    about: Mapping[str, str],
+    kernels: str = "float32",
+) -> bytes:
     """The model as an ONNX file.
 
     Args:
       model: with variables.
       inputs, outputs: {"dtype", "shape"} by name, in order; a dimension that is a string may vary.
       about: the metadata of the file.
+      kernels: the dtype in which kernels are stored; everything is computed in float32.
     """
     onnx, _ = packages()
-    graph = _Graph(onnx)
+    graph = _Graph(onnx, np.dtype(kernels))
     values = _outputs(graph, model, *inputs)
     for name in outputs:
         graph.nodes.append(onnx.helper.make_node("Identity", [values[name]], [name]))
@@ -59,6 +68,47 @@ def serialize(model: VPM, inputs: Mapping[str, Any], outputs: Mapping[str, Any],
     whole = onnx.helper.make_graph(graph.nodes, "vpm", declared(inputs), declared(outputs), graph.constants)
     opset = onnx.helper.make_opsetid("", OPSET)
     proto = onnx.helper.make_model(whole, opset_imports=[opset], ir_version=IR_VERSION, producer_name="vpm_jax")
+    onnx.helper.set_model_props(proto, dict(about))
+    return proto.SerializeToString()
+
+
+def quantized(data: bytes, images: Sequence[np.ndarray], about: Mapping[str, str]) -> bytes:
+    """An ONNX file with its convolutions in int8, but for the locator; what follows them stays float32.
+
+    Args:
+      data: a file of `serialize`.
+      images: inputs like those to come, to find the range of every activation (calibration).
+      about: the metadata of the file.
+    """
+    onnx, _ = packages()
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            count = len(images[0])
+            slices = (slice(i, i + 4) for i in range(0, count, 4))  # every activation is kept meanwhile
+            self.batches = (dict(zip(INPUTS, (x[rows] for x in images), strict=False)) for rows in slices)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    nodes = onnx.load_from_string(data).graph.node
+    last = max(number for number, node in enumerate(nodes) if node.op_type == "Conv")
+    with tempfile.TemporaryDirectory() as folder:
+        whole, prepared, small = (str(Path(folder) / name) for name in ("whole.onnx", "prepared.onnx", "small.onnx"))
+        Path(whole).write_bytes(data)
+        quantization.shape_inference.quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            small,
+            Reader(),
+            op_types_to_quantize=["Conv", "Add", "MaxPool"],
+            nodes_to_exclude=[node.name for node in nodes[last:]] + [nodes[0].name],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        proto = onnx.load(small)
     onnx.helper.set_model_props(proto, dict(about))
     return proto.SerializeToString()
 
@@ -86,8 +136,8 @@ def runtime_step(data: bytes) -> Callable[..., dict[str, np.ndarray]]:
 class _Graph:
     """ONNX nodes in the order of execution. Calling it appends one."""
 
-    def __init__(self, onnx: Any):
-        self.onnx, self.nodes, self.constants = onnx, list[Any](), list[Any]()
+    def __init__(self, onnx: Any, kernels: np.dtype):
+        self.onnx, self.nodes, self.constants, self.kernels = onnx, list[Any](), list[Any](), kernels
 
     def __call__(self, operator: str, *inputs: str | np.ndarray | float | list[int], **attributes: Any) -> str:
         """Appends a node, with arrays and numbers as constants (float32, or int64 for lists); its output's name."""
@@ -105,8 +155,10 @@ class _Graph:
     def _constant(self, value: np.ndarray | float | list[int]) -> str:
         name = f"constant_{len(self.constants)}"
         array = np.asarray(value, np.int64 if isinstance(value, list) else np.float32)
-        self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
+        stored = array.astype(self.kernels) if array.ndim == 4 else array
+        self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(stored), name))
+        # Runtimes fold the conversion of a constant when they load the file.
+        return name if stored.dtype == array.dtype else self("Cast", name, to=self.onnx.TensorProto.FLOAT)
 
 
 def _outputs(g: _Graph, model: VPM, images: str, valid: str | None = None) -> dict[str, str]:

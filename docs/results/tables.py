@@ -28,6 +28,7 @@ PAGES = (
     RESULTS / "benchmark.md",
     RESULTS / "search.md",
     RESULTS / "vectors.md",
+    RESULTS / "onnx.md",
     RESULTS.parent / "scaling.md",
 )
 # Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
@@ -68,6 +69,12 @@ class Figures(NamedTuple):
     file: str
 
 
+class Written(NamedTuple):
+    """The table in a JSON file that a script beside this one wrote."""
+
+    file: str  # without its suffix
+
+
 _COUNTED = {
     "memory, GiB": "memory of a device",
     "GB moved": "bytes of a device",
@@ -94,7 +101,7 @@ _ABLATIONS = (
 )
 
 _MARKET = {"gamma 0.5": ("market1501", "0.5"), "whole": ("market1501", "1.0")}
-TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors] = {
+TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] = {
     "vectors": Vectors(
         {f"Market-1501, {title}": source for title, source in _MARKET.items()}
         | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}
@@ -185,6 +192,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors] = {
         Row("Eq. 4", f"{_SMALL}-vpm"),
         Row("gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
     ),
+    "onnx-small": Written("onnx/synthetic"),
+    "onnx-large": Written("onnx/market_fast"),
     "ablations": tuple(Row(title, f"{_SMALL}-{method}", "0") for title, method in _ABLATIONS),
     "synthetic-ablations": tuple(Row(title, f"synthetic-{method}", "0") for title, method in _ABLATIONS),
 }
@@ -308,12 +317,18 @@ def figures(asked: Figures) -> list[str]:
     )
 
 
+def written(asked: Written) -> list[str]:
+    """The table of a script's JSON; empty before it has run."""
+    file = RESULTS / f"{asked.file}.json"
+    return table(json.loads(file.read_text(encoding="utf-8"))["table"]) if file.exists() else []
+
+
 def rewrite(text: str) -> str:
     """A page with its tables as the results are now."""
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors, Figures: figures}
+        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors, Figures: figures, Written: written}
         lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 
