@@ -50,7 +50,8 @@ class Gains(NamedTuple):
 
 
 class Benchmarks(NamedTuple):
-    """Figures of `python -m vpm_jax.benchmark ... --json FILE` by title: files here, without their suffix."""
+    """Figures of `python -m vpm_jax.benchmark ... --json FILE` by title: files here, without their suffix. What
+    follows a # begins the names of the figures."""
 
     files: Mapping[str, str]
     figures: Mapping[str, str]  # {title: name in the file}
@@ -90,6 +91,17 @@ _MODELLED = {
     "images/s": "rate, modelled",
     "cores to load": "cores that load as fast",
 }
+_PIECES = (
+    "max pooling, windows",
+    "max pooling, XLA's own",
+    "stem, 7x7",
+    "stem, space to depth",
+    "dropout of T, threefry",
+    "dropout of T, rbg",
+    "Eq. 3, highest precision",
+    "Eq. 3, default precision",
+    "top 10 of 256 x 65,536",
+)
 _SMALL = "market1501-small"
 _ABLATIONS = (
     ("VPM", "vpm"),
@@ -122,6 +134,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
             "H200, 256 images": "elsewhere/h200-256",
             "8 x H200, 512 images, before": "elsewhere/before-h200x8-512",
             "8 x H200, 512 images": "elsewhere/h200x8-512",
+            "4 x v5e, 256 images, before": "elsewhere/before-v5ex4-256",
+            "4 x v5e, 256 images": "elsewhere/v5ex4-256",
         },
         _COUNTED,
     ),
@@ -138,13 +152,28 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
             "all distances, GiB": "distractors: all distances, never in memory",
         },
     ),
+    "distractor-files": Benchmarks(
+        {"no distractors": "distractors/no-files", "500,000 distractors": "distractors/files"},
+        {
+            "seconds of CPU": "evaluation: CPU",
+            "images/s": "evaluation: images",
+            "peak memory, GiB": "evaluation: peak memory",
+            "all features, GiB": "evaluation: all features, never in memory",
+            "all distances, GiB": "evaluation: all distances, never in memory",
+        },
+    ),
     "modelled": Benchmarks(
         {
             "H200, 64 images": "elsewhere/h200-64",
             "H200, 256 images": "elsewhere/h200-256",
             "8 x H200, 512 images": "elsewhere/h200x8-512",
+            "4 x v5e, 256 images": "elsewhere/v5ex4-256",
         },
         _MODELLED,
+    ),
+    "pieces": Benchmarks(
+        {piece: f"elsewhere/v5e-pieces#{piece}: " for piece in _PIECES},
+        {"GB moved": "bytes", "million cycles": "cycles"},
     ),
     "market": (
         Row("VPM, small network from scratch", f"{_SMALL}-vpm"),
@@ -281,10 +310,11 @@ def benchmarks(asked: Benchmarks) -> list[str]:
     """Figures of benchmarks, a row for each file."""
     body = []
     for title, name in asked.files.items():
+        name, _, start = name.partition("#")
         file = RESULTS / f"{name}.json"
         if file.exists():
             figures = {row["name"]: row["value"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-            body.append([title, *(benchmark_number(figures[figure]) for figure in asked.figures.values())])
+            body.append([title, *(benchmark_number(figures[start + figure]) for figure in asked.figures.values())])
     return table([["", *asked.figures], *body])
 
 
