@@ -315,7 +315,7 @@ def test_what_a_cropped_gallery_is_called(whole, tmp_path, capsys):
     assert evaluate.main(["--workdir", str(whole), "--output", str(tmp_path), gallery]) == 0
     said = capsys.readouterr().out
     assert "gallery images whole and cropped (1 of" in said
-    assert "features of queries" in said and "features of the gallery (" in said and " of 2) " in said
+    assert "features of queries at 2 gammas" in said and "features of the gallery (" in said and " of 2) " in said
 
 
 @pytest.mark.parametrize(

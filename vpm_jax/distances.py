@@ -51,7 +51,8 @@ def blocks(
     if config.match.rerank:
         yield from _reranked(source, variables, queries, gallery, check)
         return
-    described = source.splits(variables, queries, check, "features of queries")
+    title = "features of queries" + f" at {len(queries)} gammas" * (len(queries) > 1)
+    described = source.splits(variables, queries, check, title)
     crops = gallery_crops(config_lib.sides(config), config.match.gallery_gammas)
     routes = [route(query, crops, RegionGrid(*config.model.grid)) for query in described]
     stops = _stops(queries[0].split, gallery, described[0], max(1, config.eval.batch))
