@@ -29,6 +29,7 @@ PAGES = (
     RESULTS / "search.md",
     RESULTS / "vectors.md",
     RESULTS / "onnx.md",
+    RESULTS / "tracking.md",
     RESULTS.parent / "scaling.md",
 )
 # Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
@@ -224,6 +225,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
     ),
     "onnx-small": Written("onnx/synthetic"),
     "onnx-large": Written("onnx/market_fast"),
+    "tracking": Written("tracking/figures"),
     "ablations": tuple(Row(title, f"{_SMALL}-{method}", "0") for title, method in _ABLATIONS),
     "synthetic-ablations": tuple(Row(title, f"synthetic-{method}", "0") for title, method in _ABLATIONS),
 }
