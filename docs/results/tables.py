@@ -226,6 +226,10 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
     "onnx-small": Written("onnx/synthetic"),
     "onnx-large": Written("onnx/market_fast"),
     "tracking": Written("tracking/figures"),
+    "multi-query": (
+        Row("single query", "market1501-multi-query/single"),
+        Row("multi-query", "market1501-multi-query/multi"),
+    ),
     "ablations": tuple(Row(title, f"{_SMALL}-{method}", "0") for title, method in _ABLATIONS),
     "synthetic-ablations": tuple(Row(title, f"synthetic-{method}", "0") for title, method in _ABLATIONS),
 }
