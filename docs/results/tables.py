@@ -176,6 +176,10 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         {piece: f"elsewhere/v5e-pieces#{piece}: " for piece in _PIECES},
         {"GB moved": "bytes", "million cycles": "cycles"},
     ),
+    "tpu-step": Benchmarks(
+        {"the step, before": "elsewhere/before-v5ex4-256", "the step": "elsewhere/v5ex4-256"},
+        {"GB moved": "bytes of a device", "million cycles": "cycles, by the compiler"},
+    ),
     "market": (
         Row("VPM, small network from scratch", f"{_SMALL}-vpm"),
         Row("same models, gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
