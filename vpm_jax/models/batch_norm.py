@@ -27,6 +27,16 @@ def channel_sum(x: Float[Array, "b h w c"]) -> Float[Array, " c"]:
     return lax.platform_dependent(x, cpu=cpu.channel_sum, default=_plain_sum)
 
 
+def _separate(*arrays: Array) -> tuple[Array, ...]:
+    """A barrier, behind which XLA computes again what it would otherwise keep in memory or read twice.
+
+    None on TPU, where three blocks of ResNet-50 move 7.9 GB without it and 9.2 with it.
+    """
+    return lax.platform_dependent(
+        *arrays, tpu=lambda *arrays: arrays, default=lambda *arrays: lax.optimization_barrier(arrays)
+    )
+
+
 def _means(a: Array, b: Array, axis_name: str | None) -> Array:
     """The means [2, C] of two maps [B, h, w, C] over all but the channels, and over the devices in one reduction."""
     means = jnp.stack([channel_sum(a), channel_sum(b)]) / (a.size // a.shape[-1])
@@ -78,7 +88,7 @@ def _normalize_gradient(
     product = masked * difference
     by_bias, by_variance = channel_sum(masked), channel_sum(product)
     # Without the barrier, XLA keeps the wide arrays in memory instead of computing them again from x and g.
-    x, g, by_bias, by_variance = lax.optimization_barrier((x, g, by_bias, by_variance))
+    x, g, by_bias, by_variance = _separate(x, g, by_bias, by_variance)
     difference, masked = wide(x, g)
     means = jnp.stack([by_bias, by_variance]) / (x.size // x.shape[-1])
     mean_gradient, mean_product = lax.pmean(means, axis_name) if axis_name else means
@@ -96,7 +106,7 @@ def add_relu(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"]) -> Float[Ar
 
 
 def _add_relu_gradient(total: Array, g: Array) -> tuple[Array, Array]:
-    total, g = lax.optimization_barrier((total, g))  # otherwise XLA adds again, which reads two arrays instead of one
+    total, g = _separate(total, g)  # otherwise XLA adds again, which reads two arrays instead of one
     g = jnp.where(total > 0, g, 0)
     return g, g
 
