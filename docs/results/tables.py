@@ -144,6 +144,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         {
             "3,368 queries at 2 gammas, 4 x 192": "distractors/small",
             "500 queries, 6 x 2,048": "distractors/large",
+            "3,368 queries at 6 gammas, 6 x 2,048, 2,000 distractors": "distractors/all-queries",
         },
         {
             "seconds of CPU": "distractors: whole evaluation",
