@@ -186,6 +186,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("same models, gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
         Row("VPM, small network, proportions kept", f"{_SMALL}-fit_top"),
         Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py`", "market1501-fast"),
+        Row("same model, gallery cropped too, saturated visibility", "market1501-fast-crops"),
         Row("VPM, ResNet-50 from ImageNet, `configs/market.py:pretrained`", "market1501-pretrained"),
         Row("global feature, small network, same training crops", f"{_SMALL}-baseline"),
         Row("PCB, small network, trained on whole images", f"{_SMALL}-pcb"),
