@@ -86,7 +86,7 @@ class Encoder:
 
     def extract_features(self, detections: Any, frame: np.ndarray) -> np.ndarray:
         """`encode` for `supervision.Detections`, or any object with `xyxy`; the ReIDEncoder of Roboflow's trackers."""
-        return self.encode(frame, detections.xyxy)
+        return self.encode(frame, getattr(detections, "xyxy", detections))
 
     def __call__(self, images: Images) -> np.ndarray:
         """One vector for each image, float32 [N, D], as torchreid's FeatureExtractor gives: crops of people, as paths
@@ -101,16 +101,18 @@ class Encoder:
 
 def _boxes(boxes: Any) -> np.ndarray:
     """Boxes as float64 [N, 4]."""
+    found: object
     try:
         array = np.asarray(boxes, np.float64)
+        found = list(array.shape)
     except (TypeError, ValueError):
-        array = np.empty(())
+        array, found = np.empty(()), "and not an array of numbers"
     if array.size and array.ndim == 2 and array.shape[1] == 4:
         return array
     if not array.size and array.ndim:
         return np.empty((0, 4))
     raise UserError(
-        f"The boxes are {type(boxes).__name__} {list(np.shape(boxes))}, expected numbers [N, 4]: left, top, right and "
-        "bottom of each in pixels.",
+        f"The boxes are {type(boxes).__name__} {found}, expected numbers [N, 4]: left, top, right and bottom of each "
+        "in pixels.",
         code="bad-boxes",
     )
