@@ -11,7 +11,7 @@ import pytest
 from raising import raises
 from tiny_runs import rendered
 
-from vpm_jax import threshold
+from vpm_jax import Gallery, threshold
 from vpm_jax.errors import UserError
 from vpm_jax.search import command as search
 from vpm_jax.verification import BINS, Pairs
@@ -129,6 +129,7 @@ def test_the_command_says_what_its_thresholds_are_of(measured):
     assert record["gammas"]["0.5"]["pairs"]["same"] > 0
     text = (measured / "thresholds.md").read_text()
     assert text.startswith("Recipe synthetic, seed 0, 11 steps, trained and evaluated on")
+    assert "\n\nPercentages with 95 % confidence intervals by identity. TMR is" in text
     assert "| gamma | equal error rate |" in text
     assert (measured / "thresholds.png").read_bytes().startswith(b"\x89PNG")
 
@@ -163,9 +164,11 @@ def test_a_search_keeps_what_is_near_enough(measured, store, tmp_path, capsys):
     assert re.search(said, capsys.readouterr().err)
 
 
-def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path):
+def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path, capsys):
     record = json.loads((measured / "thresholds.json").read_text())
+    capsys.readouterr()
     _, found = results(*store, tmp_path, "--false-match-rate=0.1")
+    assert f"Images below a distance of {found['max_distance']:.3f}:" in capsys.readouterr().out
     distances = [measured["verification"]["0.1"]["distance"] for measured in record["gammas"].values()]
     assert found["max_distance"] in distances
 
@@ -176,5 +179,7 @@ def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path):
     other.write_text("{}")
     with pytest.raises(UserError, match="holds no thresholds"):
         results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
+    with pytest.raises(UserError, match=r"The false match rate is 0\.05, expected one of 0\.1, 0\.01,"):
+        Gallery.open(store[0]).query(store[1], false_match_rate=0.05)
     with pytest.raises(UserError, match=r"too few pairs for a false match rate of 0\.0001"):
         results(*store, tmp_path, "--false-match-rate=0.0001")

@@ -81,7 +81,7 @@ def _numbers(rate: Rate) -> list[float] | None:
 
 
 def table(gammas: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `measure` returns as Markdown, rates in percent with their intervals."""
+    """What `measure` returns as Markdown, with a sentence about its columns."""
 
     def percent(rate: list[float] | None) -> str:
         return "–" if rate is None else "{:.1f} ({:.1f}-{:.1f})".format(*(100 * x for x in rate))
@@ -90,6 +90,9 @@ def table(gammas: Mapping[str, Mapping[str, Any]]) -> str:
         return "–" if value is None else f"{value:.3f}"
 
     lines = [
+        "Percentages with 95 % confidence intervals by identity. TMR is the true match rate, the share of same-person "
+        "pairs below the distance; FMR is the false match rate, that of different-person pairs, as a fraction.",
+        "",
         "| gamma | equal error rate | " + " | ".join(f"TMR at FMR {rate:g} | distance" for rate in RATES) + " |",
         "|---:|" + "---:|" * (1 + 2 * len(RATES)),
     ]
@@ -143,7 +146,14 @@ class Thresholds(NamedTuple):
         return found
 
     def distance(self, gamma: float, false_match_rate: float) -> float | None:
-        """The threshold of the measured gamma nearest to `gamma`; None if too few pairs determine it."""
+        """The threshold of the measured gamma nearest to `gamma`; None if too few pairs determine it.
+
+        Raises:
+          UserError: for a rate that is not one of RATES.
+        """
+        if false_match_rate not in RATES:
+            rates = ", ".join(f"{rate:g}" for rate in RATES)
+            raise UserError(f"The false match rate is {false_match_rate!r}, expected one of {rates}.")
         nearest = min(self.gammas, key=lambda text: abs(float(text) - gamma))
         value = self.gammas[nearest]["verification"][f"{false_match_rate:g}"]["distance"]
         return None if value is None else float(value)

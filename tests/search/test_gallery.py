@@ -131,6 +131,7 @@ def test_nobody_is_near_enough(tmp_path, model, pictures):
         (lambda gallery, path: gallery.add([path], ["a", "b"]), "2 names for 1 images"),
         (lambda gallery, path: gallery.add([path, path]), "2 images have 1 different names"),
         (lambda gallery, path: gallery.query(path, k=0), "k is 0, expected at least 1"),
+        (lambda gallery, path: gallery.query(path, max_distance=np.nan), "max_distance is nan, expected a number of"),
         (lambda gallery, path: gallery.query(path), "holds no images yet"),
     ],
 )

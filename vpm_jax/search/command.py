@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -266,6 +267,8 @@ def _print(rankings: list[Ranking], numbering: str) -> None:
         print(f"\n{printable(ranking.name)} shows regions {visible} of 0 to {count - 1} ({numbering}){crop}.")
         if not ranking.results:
             continue
+        if math.isfinite(ranking.limit):
+            print(f"Images below a distance of {ranking.limit:.3f}:")
         width = max(4 * count, len("weight of each region, %"))
         print(f"rank  distance  {'weight of each region, %':{width}}  image")
         for rank, result in enumerate(ranking.results, 1):

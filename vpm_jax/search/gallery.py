@@ -316,6 +316,8 @@ class Gallery:
         """
         if k < 1:
             raise UserError(f"k is {k}, expected at least 1.")
+        if max_distance is not None and not max_distance >= 0:
+            raise UserError(f"max_distance is {max_distance}, expected a number of at least 0.")
         if self.store is None or not len(self.store):
             raise UserError(f"{self.folder} holds no images yet: run python -m vpm_jax.search index.")
         root, items = self._root, list(each(images))
