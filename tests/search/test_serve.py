@@ -143,6 +143,11 @@ def test_gallery_images_and_kept_uploads_are_queries(client, gallery):
     assert pixels(client.get(f"/upload/{kept['upload']}").content).shape == (160, 60, 3)
 
 
+def test_a_form_is_told_what_to_send(client):
+    answer = client.post("/query", files={"file": QUERY})
+    assert (answer.status_code, answer.json()["code"]) == (415, "a-form")
+
+
 def test_uploads_are_forgotten(monkeypatch, gallery):
     with client_of(serve.Service(gallery)) as client:
         keys = [client.post("/query?keep=true", content=QUERY).json()["upload"] for _ in range(3)]

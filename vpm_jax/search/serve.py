@@ -341,6 +341,9 @@ async def _body(request: Request) -> bytes:
     too_large = Refusal(413, "too-large", f"The upload has more than {UPLOAD_BYTES:,} bytes: make the image smaller.")
     if int(request.headers.get("content-length", 0)) > UPLOAD_BYTES:
         raise too_large
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        sentence = "The body is a form: send the bytes of one file as the body, as curl --data-binary @FILE does."
+        raise Refusal(415, "a-form", sentence)
     data = bytearray()
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
