@@ -352,15 +352,17 @@ def test_a_damaged_description_is_refused(described, tmp_path):
     np.savez(tmp_path / "shapes.npz", features=np.zeros((2, 3, 4)), visibility=np.zeros((2, 2)), model="a")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "text").write_bytes(b"no archive")
     (tmp_path / "short").write_bytes(data[: len(data) // 2])
     (tmp_path / "flipped").write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
     central = data.index(b"PK\x01\x02")  # the first file of the zip's directory: its flags, its compression
     for at, value in ((8, 1), (10, 99)):
         (tmp_path / f"zip {at}").write_bytes(data[: central + at] + bytes([value]) + data[central + at + 1 :])
-    damaged = ("shapes.npz", "arrays.npz", "array.npy", "short", "flipped", "none", ".", "zip 8", "zip 10")
+    damaged = ("shapes.npz", "arrays.npz", "array.npy", "text", "short", "flipped", "none", ".", "zip 8", "zip 10")
     for name in damaged:
-        with pytest.raises(UserError, match="is no saved Description"):
+        with pytest.raises(UserError, match="is no saved Description") as error:
             Description.load(tmp_path / name)
+        assert "pickle" not in str(error.value)  # NumPy's advice to load unsafely
 
 
 def test_descriptions_are_shown_by_their_shapes(described):

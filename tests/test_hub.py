@@ -16,7 +16,7 @@ from raising import raises
 from tiny import assert_equal
 from tiny_runs import make_run
 
-from vpm_jax import VPM
+from vpm_jax import VPM, pretrained
 from vpm_jax import config as config_lib
 
 RANDOM = np.random.default_rng(4)
@@ -133,8 +133,9 @@ def other_weights(folder):
 def test_what_is_no_model_is_refused(saved, tmp_path, change, code):
     shutil.copytree(saved, tmp_path / "a")
     change(tmp_path / "a")
-    with raises(code or "user-error"):
-        VPM.from_pretrained(tmp_path / "a")
+    for load in VPM.from_pretrained, pretrained.load:
+        with raises(code or "user-error"):
+            load(str(tmp_path / "a"))
 
 
 def test_nothing_is_overwritten_or_half_written(model, saved, tmp_path):

@@ -115,7 +115,9 @@ class VPM:
         if not path.exists():
             similar = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # with the name of a network variant
             hint = (
-                f"do you mean {similar[0]}?" if similar else "give the workdir of a training run or an exported file."
+                f"do you mean {similar[0]}?"
+                if similar
+                else "give the workdir of a training run, an exported file or hf://user/name."
             )
             raise UserError(f"{path} does not exist: {hint}")
         if path.suffix == ".stablehlo" and path.is_file():

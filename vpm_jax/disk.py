@@ -128,8 +128,12 @@ def read_arrays(path: str | os.PathLike[str], kind: str) -> Iterator[dict[str, n
     """Gives the arrays of a .npz. An error in reading or using them is a UserError: the file is no saved `kind`."""
     path = Path(os.path.expanduser(path))
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            yield dict(arrays)
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not a .npz")
+            file.seek(0)
+            with np.load(file) as arrays:
+                yield dict(arrays)
     except (*DAMAGED, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is no saved {kind} ({reason}): save it again.") from None

@@ -50,7 +50,8 @@ def load(
     elif not name and kind != "keras":
         raise UserError(f'{key} is "{spec}": expected "{kind}:PATH", {KINDS[kind]}.')
     path = Path(os.path.expanduser(name))
-    if not name or (path.is_dir() and kind in ("", "keras") and not (path / "config.json").is_file()):
+    ours = any((path / file).is_file() for file in (own.CONFIG, own.SAVED))
+    if not name or (path.is_dir() and kind in ("", "keras") and not ours):
         return keras.read_folder(name, data_root, partial)
     if path.is_dir() and kind in ("", "vpm"):
         return own.read_folder(path)

@@ -204,7 +204,10 @@ class Checkpoints:
     def _restore(self, like: Any, step: int | None) -> tuple[int, Any, dict]:
         steps = self._steps()
         if step is None and not steps:
-            raise UserError(f"There is no checkpoint in {self.folder}: train first (python -m vpm_jax.train).")
+            raise UserError(
+                f"There is no checkpoint in {self.folder}: train first (python -m vpm_jax.train), or make a saved "
+                "model a workdir (python -m vpm_jax.convert FOLDER --output RUN)."
+            )
         errors: dict[int, UserError] = {}
         for number in reversed(steps) if step is None else (step,):
             try:
