@@ -31,7 +31,7 @@ def halved(tree):
 
 
 workdir, out, facts = map(Path, sys.argv[1:])
-model = own.read_workdir(workdir)
+model = own.read_folder(workdir)
 small = dataclasses.replace(
     model, params=halved(model.params), batch_stats=halved(model.batch_stats), heads=halved(model.heads)
 )

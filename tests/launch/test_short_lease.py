@@ -199,7 +199,7 @@ def test_what_came_back_is_a_workdir_and_a_result(rehearsal, tmp_path, monkeypat
 
 def test_training_that_the_clock_stops_is_saved_evaluated_and_exported(rehearsal, tmp_path, monkeypatch):
     workdir = rehearsal.home / "vpm-gpu" / "run"
-    extra = rehearsal.environment["VPM_EXTRA"] + " --config.stage2.epochs=1000"
+    extra = rehearsal.environment["VPM_EXTRA"] + " --config.stage2.epochs=1000 --config.checkpoint_seconds=3600"
     out = tmp_path / "out"
     for key, value in (rehearsal.environment | {"VPM_EXTRA": extra, "OUT": str(out)}).items():
         monkeypatch.setenv(key, value)

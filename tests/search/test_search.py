@@ -546,7 +546,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(folder, indexed, tmp_
 def test_a_part_that_the_model_was_not_trained_on_is_warned_of(indexed, folder, capsys, monkeypatch):
     query = ["query", str(folder / "a.jpg"), "--index", str(indexed)]
     for part, expected in [((0.0, 0.5), False), ((0.5, 1.0), True)]:
-        monkeypatch.setattr(search, "visible_heights", lambda *_, part=part: np.array([part]))
+        monkeypatch.setattr("vpm_jax.search.ranking.visible_heights", lambda *_, part=part: np.array([part]))
         assert search.main(query) == 0
         warning = "a.jpg seems to show the bottom part, which no training crop of this model did"
         assert (warning in capsys.readouterr().err) is expected
