@@ -6,6 +6,7 @@ import builtins
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import fake_hub
 import numpy as np
@@ -16,8 +17,9 @@ from raising import raises
 from tiny import assert_equal
 from tiny_runs import make_run
 
-from vpm_jax import VPM, pretrained
+from vpm_jax import VPM, Gallery, pretrained
 from vpm_jax import config as config_lib
+from vpm_jax.api import located
 
 RANDOM = np.random.default_rng(4)
 PICTURES = list(RANDOM.integers(0, 256, (3, 50, 30, 3), np.uint8))
@@ -167,6 +169,18 @@ def test_results_of_the_model_before_go(hub, model, tmp_path):
     model.push("user/name")
     model.push("user/name", results=tmp_path)
     assert hub.repositories["user/name"].keys() == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_a_search_takes_a_model_of_the_hub_and_its_thresholds(hub, model, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thresholds.json").write_text("{}")
+    model.push("user/name", results=tmp_path / "results")
+    address = Path("hf://user/name")  # as commands parse it
+    gallery = Gallery.open(tmp_path / "store", address)
+    assert gallery.model.fingerprint == model.fingerprint
+    assert (located(address) / "thresholds.json").read_text() == "{}"
+    model.push("user/name", results=tmp_path)
+    assert "thresholds.json" not in hub.repositories["user/name"]
 
 
 def test_what_a_hub_does_not_have(hub):

@@ -107,11 +107,7 @@ class VPM:
           UserError: if the model is missing or damaged.
         """
         parallel.prepare_backend()
-        if str(path).startswith("hf://"):
-            from vpm_jax import hub
-
-            path = hub.fetch(str(path))
-        path = Path(os.path.expanduser(path))
+        path = located(path)
         if not path.exists():
             similar = sorted(path.parent.glob(f"{path.stem}-*.safetensors"))  # with the name of a network variant
             hint = (
@@ -154,7 +150,7 @@ class VPM:
 
         Args:
           folder: a name that does not exist, or an empty folder.
-          results: a folder with evaluation*.md and .json to include; default: that of the run.
+          results: a folder with evaluation*.md and .json and thresholds.json to include; default: that of the run.
           name: the model's name in the card; default: that of the folder.
 
         Raises:
@@ -483,6 +479,19 @@ def each(images: Images) -> Iterator[Image]:
         return iter(images)  # type: ignore[arg-type]
     except TypeError:
         return iter([images])  # type: ignore[list-item]  # `read` reports the type
+
+
+# ---- Files ----
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """What `VPM.load` takes as a path of this machine: a model on the Hub is downloaded, see `hub.fetch`."""
+    text = os.fspath(path)
+    if text.startswith("hf:/"):  # a Path has lost the second slash
+        from vpm_jax import hub
+
+        return hub.fetch(hub.SCHEME + text.removeprefix("hf:").lstrip("/"))
+    return Path(os.path.expanduser(path))
 
 
 # ---- The network ----

@@ -5,8 +5,8 @@
     model.push("user/market")
     model = VPM.from_pretrained("hf://user/market")
 
-The folder holds model.safetensors, config.json, README.md (the card) and evaluation*.md and .json. The Hub needs the
-package huggingface_hub (the extra "hub").
+The folder holds model.safetensors, config.json, README.md (the card), evaluation*.md and .json, and thresholds.json.
+The Hub needs the package huggingface_hub (the extra "hub").
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 SCHEME = "hf://"
 CARD = "README.md"
+_THRESHOLDS = "thresholds.json"  # search --false-match-rate reads it beside the model
+_RESULTS = ("evaluation*.md", "evaluation*.json", _THRESHOLDS)
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?")
 
 
@@ -47,7 +49,7 @@ def save(model: VPM, folder: Path, name: str, results: Path | None) -> None:
       model: the model, not an exported program.
       folder: a name that does not exist, or an empty folder.
       name: the model's name in its card.
-      results: a folder whose evaluation*.md and .json are included.
+      results: a folder whose evaluation*.md and .json and thresholds.json are included.
 
     Raises:
       UserError: if the folder is in use or cannot be written, or if the weights do not read back the same. Nothing is
@@ -56,7 +58,7 @@ def save(model: VPM, folder: Path, name: str, results: Path | None) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose a new folder.", code="bad-output")
     config = own.without_paths(model.config)
-    files = [] if results is None else [x for x in results.glob("evaluation*") if x.suffix in (".md", ".json")]
+    files = [] if results is None else [file for pattern in _RESULTS for file in results.glob(pattern)]
     files.sort(key=lambda file: (file.stem != "evaluation", file.name))  # the run's own first
     weights = own.whole(config, model.trained_variables, model.source)
 
@@ -176,7 +178,9 @@ def fetch(address: str) -> Path:
     name, revision = match.groups()
     hub = _package()
     with _reaching(address):
-        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=[own.SAVED, own.CONFIG]))
+        folder = Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=[own.SAVED, own.CONFIG, _THRESHOLDS])
+        )
     missing = [file for file in (own.CONFIG, own.SAVED) if not (folder / file).is_file()]
     if missing:
         raise UserError(
@@ -200,7 +204,7 @@ def push(model: VPM, name: str, private: bool, results: Path | None) -> str:
             message = f"{model.source}, fingerprint {model.fingerprint}"
             # Results of a model that was here before would be taken for this one's.
             api.upload_folder(
-                repo_id=match[1], folder_path=folder, commit_message=message, delete_patterns=["evaluation*"]
+                repo_id=match[1], folder_path=folder, commit_message=message, delete_patterns=list(_RESULTS)
             )
     return str(page)
 

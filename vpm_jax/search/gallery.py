@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpm_jax import config as config_lib
-from vpm_jax.api import VPM, Image, Images, each
+from vpm_jax.api import VPM, Image, Images, each, located
 from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
 from vpm_jax.matching import nearest, pairwise_shares
@@ -99,7 +99,7 @@ class Gallery:
         if model is None:
             raise UserError(f"{folder} records no model: give the workdir of a training run, or an exported file.")
         if not isinstance(model, VPM):
-            recorded = Path(os.path.expanduser(model)).resolve()
+            recorded = located(model).resolve()
             model = VPM.load(recorded)
         if opened is not None:
             opened.check_model(model.fingerprint, model.source)
