@@ -120,6 +120,11 @@ def test_wrong_input_is_refused_in_one_sentence(encoder, frame, boxes, message):
     assert error.value.code in ("bad-frame", "bad-boxes")
 
 
+def test_an_encoder_takes_a_loaded_model():
+    with pytest.raises(UserError, match=r"model is str, expected a VPM: load it with VPM\.load"):
+        Encoder("runs/market", "bgr")
+
+
 def test_colors_must_be_said(model):
     with pytest.raises(TypeError):
         Encoder(model)

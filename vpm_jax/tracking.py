@@ -35,6 +35,8 @@ class Encoder:
     """
 
     def __init__(self, model: VPM, colors: Literal["bgr", "rgb"], batch: int = 64):
+        if not isinstance(model, VPM):
+            raise UserError(f"model is {type(model).__name__}, expected a VPM: load it with VPM.load(PATH).")
         if colors not in ("bgr", "rgb"):
             raise UserError(f"colors is {colors!r}, expected 'bgr' (OpenCV) or 'rgb'.", code="bad-frame")
         self._model, self._bgr, self._batch = model, colors == "bgr", batch

@@ -132,6 +132,8 @@ def test_nobody_is_near_enough(tmp_path, model, pictures):
         (lambda gallery, path: gallery.add([path, path]), "2 images have 1 different names"),
         (lambda gallery, path: gallery.query(path, k=0), "k is 0, expected at least 1"),
         (lambda gallery, path: gallery.query(path, max_distance=np.nan), "max_distance is nan, expected a number of"),
+        (lambda gallery, path: gallery.query(path, max_distance="0.3"), "max_distance is '0.3', expected a number of"),
+        (lambda gallery, path: gallery.query(path, 1, 0.3, 0.01), "are both given: choose one"),
         (lambda gallery, path: gallery.query(path), "holds no images yet"),
     ],
 )

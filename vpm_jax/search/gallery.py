@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,8 +317,10 @@ class Gallery:
         """
         if k < 1:
             raise UserError(f"k is {k}, expected at least 1.")
-        if max_distance is not None and not max_distance >= 0:
-            raise UserError(f"max_distance is {max_distance}, expected a number of at least 0.")
+        if max_distance is not None and not (isinstance(max_distance, Real) and max_distance >= 0):
+            raise UserError(f"max_distance is {max_distance!r}, expected a number of at least 0.")
+        if max_distance is not None and false_match_rate is not None:
+            raise UserError("max_distance and false_match_rate are both given: choose one.")
         if self.store is None or not len(self.store):
             raise UserError(f"{self.folder} holds no images yet: run python -m vpm_jax.search index.")
         root, items = self._root, list(each(images))
