@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from vpm_jax.plots import save
 
@@ -41,6 +42,13 @@ def scaled(pixels: np.ndarray, height: int) -> tuple[int, int]:
     rows, columns = pixels.shape[:2]
     scale = min(height / rows, 4 * height / columns)
     return max(round(scale * columns), 1), max(round(scale * rows), 1)
+
+
+def with_palette(path: Path) -> None:
+    """Halves a PNG file of photographs: 256 colors."""
+    full = Image.open(path).convert("RGB")
+    palette = full.quantize(256, Image.Quantize.MAXCOVERAGE)
+    full.quantize(palette=palette).save(path, format="PNG", optimize=True)
 
 
 def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height: int | None = None) -> np.ndarray:

@@ -272,7 +272,6 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
     if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
         keys = "match.rerank, match.gallery_gammas and eval.multi_query"
         raise UserError(f"--figure explains Eq. 4 alone: leave {keys} unset.")
-    from PIL import Image
 
     from vpm_jax.data.pipeline import eval_picture
 
@@ -298,10 +297,8 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
     with replacing(path) as temporary:
         region_map, visibility = description.region_maps[0], description.visibility[0]
         overlay.ranking(temporary, pixels, frame, region_map, visibility, neighbors, model.grid.cols, titles, about)
-        if path.suffix.lower() == ".png":  # a palette halves the file
-            full = Image.open(temporary).convert("RGB")
-            palette = full.quantize(256, Image.Quantize.MAXCOVERAGE)
-            full.quantize(palette=palette).save(temporary, format="PNG", optimize=True)
+        if path.suffix.lower() == ".png":
+            overlay.with_palette(temporary)
 
 
 def choose(precision: np.ndarray, identity: np.ndarray, count: int) -> Mapping[str, list[int]]:

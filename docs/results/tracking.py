@@ -36,6 +36,7 @@ from vpm_jax.data import synthetic
 from vpm_jax.data.pedestrians.canvas import Canvas
 from vpm_jax.data.pedestrians.figure import Pose, draw_person
 from vpm_jax.data.pedestrians.people import FAMILY, person
+from vpm_jax.overlay import with_palette
 from vpm_jax.tracking import Encoder
 
 FOLDER = Path(__file__).parent / "tracking"
@@ -441,6 +442,7 @@ def picture(frames: list[Frame], tracks: dict[str, Tracks], figures: dict[str, d
         axes.set_xlabel(f"{label}: each video, mean and 95 % interval")
     charts[0].invert_yaxis()
     figure.savefig(FOLDER / "tracking.png", dpi=80)
+    with_palette(FOLDER / "tracking.png")
     plt.close(figure)
 
 
