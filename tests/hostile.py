@@ -663,9 +663,9 @@ class Requests(Door):
         from tiny_runs import make_run
 
         from vpm_jax import VPM, Gallery
-        from vpm_jax.search import serve
+        from vpm_jax.search import serve, web
 
-        serve.UPLOAD_SECONDS, serve.HEADER_SECONDS = 0.4, 0.6
+        web.UPLOAD_SECONDS, web.HEADER_SECONDS = 0.4, 0.6
         make_run(folder / "run")
         (folder / "images").mkdir()
         for turn in range(4):

@@ -21,6 +21,7 @@ from tiny_runs import make_run
 
 import vpm_jax
 from vpm_jax import VPM, Description, UserError, api, cli, convert, models, region_distance
+from vpm_jax.images import read
 
 RANDOM = np.random.default_rng(5)
 PICTURES = RANDOM.integers(0, 256, (5, 80, 30, 3), dtype=np.uint8)
@@ -130,10 +131,10 @@ def test_every_form_of_an_image_is_the_same_image(model, tmp_path):
 def test_a_path_may_start_in_the_home_directory(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(api.read("~/a.png"), PICTURES[0])
+    np.testing.assert_array_equal(read("~/a.png"), PICTURES[0])
     assert cli.path("~/a.png") == tmp_path / "a.png"
     with pytest.raises(UserError, match=r"~nobody\.png cannot be read"):
-        api.read("~nobody.png")
+        read("~nobody.png")
 
 
 def test_pictures_are_upright_and_what_shines_through_is_white(tmp_path):
@@ -142,16 +143,16 @@ def test_pictures_are_upright_and_what_shines_through_is_white(tmp_path):
     upright = np.rot90(PICTURES[0], -1)
     (tmp_path / "a.png").write_bytes(encode(Image.fromarray(PICTURES[0]), exif=tags))
     for form in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), Image.open(tmp_path / "a.png")):
-        np.testing.assert_array_equal(api.read(form), upright)
+        np.testing.assert_array_equal(read(form), upright)
     clear = np.dstack([PICTURES[0], np.zeros((80, 30), np.uint8)])
     for form in (clear, encode(Image.fromarray(clear)), Image.fromarray(clear)):
-        assert (api.read(form) == 255).all()
+        assert (read(form) == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "HSV"])
 def test_every_usual_mode_is_rgb(mode):
     image = Image.fromarray(PICTURES[0]).convert(mode)
-    np.testing.assert_array_equal(api.read(image), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(read(image), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 1), (1, 1), (1, 1, 3), (1, 400, 3), (700, 1, 4)])
@@ -159,7 +160,7 @@ def test_any_size_and_grey(model, shape):
     pixels = RANDOM.integers(0, 256, shape, dtype=np.uint8)
     assert model.prepare(pixels).shape == (64, 32, 3)
     if len(shape) == 2 or shape[2] == 1:
-        assert (np.ptp(api.read(pixels), axis=-1) == 0).all()
+        assert (np.ptp(read(pixels), axis=-1) == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""vpm_jax.hub: a model comes back as it left, by folder and by hub, and what is no model is refused in one sentence."""
+"""vpm_jax.hub: a model comes back as it left, by folder and by hub; a folder without one is refused in a sentence."""
 
 from __future__ import annotations
 

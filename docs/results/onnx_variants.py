@@ -40,7 +40,7 @@ Step = Callable[..., dict[str, Any]]
 
 def inputs(model: VPM, split: Split, crop: Crop = WHOLE) -> tuple[np.ndarray, ...]:
     """The network's inputs for the images of a split, cropped."""
-    from vpm_jax.api import read
+    from vpm_jax.images import read
 
     return model.inputs([read(split.read(i), split.names[i], crop) for i in range(len(split))])
 

@@ -206,3 +206,10 @@ def test_the_commands_search_in_two_stages(tmp_path, run, pictures):
     query = ["query", str(pictures[0]), "--index", str(store), "--json", str(ranking)]
     assert command.main([*query, "--candidates", "2", "--top", "1"]) == 0
     assert json.loads(ranking.read_text())["queries"][0]["results"][0]["image"] == "1.png"
+
+
+def test_thresholds_are_beside_the_model(tmp_path, model):
+    (tmp_path / "model.safetensors").touch()
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        gallery = Gallery(tmp_path / "store", model, None, str(path), [], "float16")
+        assert gallery.thresholds_file == tmp_path / "thresholds.json"

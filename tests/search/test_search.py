@@ -20,7 +20,7 @@ from images import encode, oriented, with_size
 from PIL import Image
 from tiny_runs import make_run
 
-from vpm_jax import VPM, api, cli
+from vpm_jax import VPM, cli, images
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError
 from vpm_jax.regions import WHOLE, GalleryCrop
@@ -399,14 +399,14 @@ def test_crops_count_once_all_pictures_have_theirs(folder, run, model, monkeypat
 
 
 def test_a_picture_that_goes_while_its_crops_are_made(folder, run, monkeypatch, tmp_path, capsys):
-    read = api.read
+    read = images.read
 
     def vanishing(image, name="the image", crop=WHOLE):
         if crop != WHOLE and Path(image).name == "a.jpg":
             Path(image).unlink(missing_ok=True)
         return read(image, name, crop)
 
-    monkeypatch.setattr(api, "read", vanishing)
+    monkeypatch.setattr(images, "read", vanishing)
     assert index(folder, run, "--crops", "0.5") == cli.INCOMPLETE
     said = capsys.readouterr()
     assert "a.jpg cannot be read" in said.err and "1 of 9 images disappeared during indexing: index again." in said.err

@@ -33,7 +33,7 @@ pytest.importorskip("httpx2", reason="starlette's test client needs it")
 from serving import ask, running, talk
 from starlette.testclient import TestClient
 
-from vpm_jax.search import serve
+from vpm_jax.search import serve, web
 
 TOKEN = "a-token-of-32-letters-and-digits"
 
@@ -174,7 +174,7 @@ REFUSED = [
         422,
         "not-an-image",
     ),
-    ("POST", "/query", bytes(serve.UPLOAD_BYTES + 1), 413, "too-large"),
+    ("POST", "/query", bytes(web.UPLOAD_BYTES + 1), 413, "too-large"),
     ("POST", "/query?image=0123456789abcdef", b"", 404, "no-such-image"),
     ("POST", "/query?image=..%2F..%2Fetc%2Fpasswd", b"", 404, "no-such-image"),
     ("POST", "/query?upload=AAAAAAAAAAAAAAAAAAAAAA", b"", 410, "upload-gone"),
@@ -304,7 +304,7 @@ def test_everybody_gets_their_own_ranking(gallery):
 
 
 def test_too_many_at_once_are_told_so(gallery, monkeypatch):
-    monkeypatch.setattr(serve, "REQUESTS", 2)
+    monkeypatch.setattr(web, "REQUESTS", 2)
     with running(gallery) as address, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: ask(f"{address}query", QUERY), range(8)))
         assert {status for status, _ in answers} == {200, 503}
@@ -355,7 +355,7 @@ def test_uploads_are_never_written_to_disk(client):
     global WRITTEN
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
     data = encode(noise, "PNG")
-    assert 6e6 < len(data) < serve.UPLOAD_BYTES  # larger than what parsers of forms keep in memory
+    assert 6e6 < len(data) < web.UPLOAD_BYTES  # larger than what parsers of forms keep in memory
     client.post("/query", content=data)  # compiles
     sys.addaudithook(note_writing)  # for the rest of the process
     WRITTEN = []
@@ -386,7 +386,7 @@ def test_openapi_describes_the_answers(client, service):
     assert told.endswith(f"expected: {', '.join(given)}.")
     assert given["k"]["maximum"] == serve.MOST and given["k"]["default"] == serve.TOP
     assert f"{serve.UPLOAD_PIXELS:,}" in (body := described["paths"]["/query"]["post"]["requestBody"]["description"])
-    assert f"{serve.UPLOAD_BYTES // 2**20} MiB" in body
+    assert f"{web.UPLOAD_BYTES // 2**20} MiB" in body
 
 
 def test_the_page_asks_nobody_else(client):
@@ -416,8 +416,8 @@ def test_thresholds_are_those_of_what_the_query_shows(gallery):
 
 
 def test_slow_and_broken_requests_end(gallery, monkeypatch):
-    monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.3)
-    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(web, "UPLOAD_SECONDS", 0.3)
+    monkeypatch.setattr(web, "HEADER_SECONDS", 0.5)
     head = b"POST /query HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n"
     with running(gallery) as address:
         started = time.monotonic()
@@ -454,7 +454,7 @@ def test_other_hosts_than_the_loopback_need_a_token(gallery, host):
     [("127.0.0.1", 1), ("127.1.2.3", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0), ("10.0.0.1", 0), ("x.org", 0)],
 )
 def test_what_is_the_loopback(host, local):
-    assert serve.is_loopback(host) == bool(local)
+    assert web.is_loopback(host) == bool(local)
 
 
 def test_the_command_says_what_is_wrong(gallery, tmp_path, monkeypatch):

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.queries < max(CLIENTS) or args.rounds < 1:
         raise UserError(f"--queries and --rounds: expected at least {max(CLIENTS)}, one for each client, and 1.")
     parallel.prepare_backend()
-    from vpm_jax import api
     from vpm_jax.benchmark.limits import describe
+    from vpm_jax.images import read
     from vpm_jax.regions import Crop
     from vpm_jax.search.gallery import Gallery
     from vpm_jax.search.serve import BATCH, TOP
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     def in_python(batch: int) -> float:
         """Queries per second without a server."""
-        halves = [api.read(image, crop=Crop(0, 0, 0.5, 1)) for image in images]
+        halves = [read(image, crop=Crop(0, 0, 0.5, 1)) for image in images]
         chunks = [halves[start : start + batch] for start in range(0, len(halves), batch)]
         gallery.query(chunks[0], TOP)  # compiles
         begun = clocks["here"]()

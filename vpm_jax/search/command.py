@@ -304,20 +304,17 @@ def serve(
     gallery = Gallery.open(store_folder, model_path, candidates=candidates)
     if not len(gallery):
         raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
-    serving.serve(gallery, host, port, token, _thresholds(gallery, model_path, thresholds))
+    serving.serve(gallery, host, port, token, _thresholds(gallery, thresholds))
     return 0
 
 
-def _thresholds(gallery: Gallery, model_path: Path | None, given: Path | None) -> Thresholds | None:
-    """The thresholds in the `given` file, or those beside the model if there are any that apply."""
-    assert gallery.store is not None
-    path = given or (model_path or gallery.store.path("model") or Path()) / "thresholds.json"
-    if given is None and (stored_crops(gallery.store) or not path.exists()):  # they hold for whole images
-        return None
+def _thresholds(gallery: Gallery, given: Path | None) -> Thresholds | None:
+    """The thresholds in the `given` file, or those of the model if there are any that apply."""
     try:
-        return Thresholds.read(path, gallery.model.fingerprint, gallery.model.config.match)
+        return gallery.thresholds(given)
     except UserError as error:
         if given is not None:
             raise
-        print(f"No false match rates: {error}", file=sys.stderr)
+        if gallery.thresholds_file.exists():
+            print(f"No false match rates: {error}", file=sys.stderr)
         return None

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vpm_jax import api
-from vpm_jax.api import VPM, Image
+from vpm_jax import images as images_lib
+from vpm_jax.api import VPM
 from vpm_jax.data import decode
 from vpm_jax.description import Description
 from vpm_jax.errors import UserError
+from vpm_jax.images import Image
 from vpm_jax.machine import threads
 from vpm_jax.progress import Progress
 from vpm_jax.regions import UNCUT, GalleryCrop
@@ -90,7 +91,7 @@ def describe(
 
     def read(entry: Entry) -> np.ndarray | UserError:
         try:
-            return api.read(image_of(entry.name), entry.name, kept.crop)
+            return images_lib.read(image_of(entry.name), entry.name, kept.crop)
         except UserError as error:
             return error
 

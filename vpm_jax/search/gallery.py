@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpm_jax import config as config_lib
-from vpm_jax.api import VPM, Image, Images, each, located
+from vpm_jax.api import VPM, located
 from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
+from vpm_jax.images import Image, Images, each
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.progress import Progress
 from vpm_jax.reduction import Reduction
@@ -330,8 +331,7 @@ class Gallery:
             verified.result()
         limit: list[float] = [np.inf if max_distance is None else max_distance] * len(items)
         if false_match_rate is not None:
-            path = Path(self._model_path) / "thresholds.json" if thresholds is None else Path(thresholds)
-            limit = self._limits(queries, path, false_match_rate)
+            limit = self._limits(queries, thresholds, false_match_rate)
         crops = [UNCUT, *(crop for crop, complete in stored_crops(self.store).items() if complete)]
         rankings: dict[int, Ranking] = {}
         for crop, rows in route(queries, crops, self.model.grid).items():
@@ -379,20 +379,37 @@ class Gallery:
             rankings.append(results)
         return rankings
 
-    def _limits(self, queries: Description, path: Path, false_match_rate: float) -> list[float]:
-        """The thresholds of queries for a false match rate, by how much of a person each shows."""
+    @property
+    def thresholds_file(self) -> Path:
+        """Where python -m vpm_jax.threshold writes for the model: beside an exported file, in any other's folder."""
+        path = Path(self._model_path)
+        return (path.parent if path.is_file() else path) / "thresholds.json"
+
+    def thresholds(self, path: str | os.PathLike[str] | None = None) -> Thresholds:
+        """The distances measured for false match rates, from a file (default: `thresholds_file`).
+
+        Raises:
+          UserError: if it is missing, damaged or of another model, and for a gallery with crops.
+        """
         if self._crops:
             raise UserError(
                 f"{self.folder} has crops, and thresholds are measured with whole images: use --max-distance, or an "
                 "index without --crops."
             )
-        measured = Thresholds.read(path, self.model.fingerprint, self.model.config.match)
+        file = self.thresholds_file if path is None else Path(path)
+        return Thresholds.read(file, self.model.fingerprint, self.model.config.match)
+
+    def _limits(
+        self, queries: Description, path: str | os.PathLike[str] | None, false_match_rate: float
+    ) -> list[float]:
+        """The thresholds of queries for a false match rate, by how much of a person each shows."""
+        measured = self.thresholds(path)
         top, bottom = visible_heights(queries.region_maps, self.model.grid).T
         found = [measured.distance(gamma, false_match_rate) for gamma in bottom - top]
         if None in found:
             raise UserError(
-                f"{path} has too few pairs for a false match rate of {false_match_rate:g}: choose a larger rate, or "
-                "measure on more images."
+                f"{path or self.thresholds_file} has too few pairs for a false match rate of {false_match_rate:g}: "
+                "choose a larger rate, or measure on more images."
             )
         return [distance for distance in found if distance is not None]
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpm_jax import api, html
-from vpm_jax.api import VPM, Image
+from vpm_jax import html
+from vpm_jax.api import VPM
 from vpm_jax.description import Description, unfamiliar_parts
 from vpm_jax.errors import UserError, printable
+from vpm_jax.images import Image, read
 from vpm_jax.overlay import LOW_WEIGHT
 from vpm_jax.regions import UNCUT, GalleryCrop, RegionGrid, visible_heights
 from vpm_jax.search.store import Store
@@ -148,7 +149,7 @@ def page(model: VPM, store: Store, rankings: list[Ranking]) -> str:
 def _section(ranking: Ranking, columns: int) -> str:
     name = printable(os.path.basename(ranking.name))
     region_map, visibility = ranking.query.region_maps[0], ranking.query.visibility[0]
-    regions = html.regions(api.read(ranking.image), region_map, visibility, f"query {name}", columns)
+    regions = html.regions(read(ranking.image), region_map, visibility, f"query {name}", columns)
     caption = f"shows regions {region_numbers(ranking.visible)}{compared_with(ranking)}"
     body = html.row([html.card(regions, caption, "query", "Query")], wide=True)
     if ranking.results:
@@ -164,7 +165,7 @@ def _section(ranking: Ranking, columns: int) -> str:
 def _card(rank: int, result: Result, longest: float, columns: int) -> str:
     name = printable(result.name)
     try:
-        body = html.picture(api.read(result.path), f"rank {rank}: {name}")
+        body = html.picture(read(result.path), f"rank {rank}: {name}")
     except UserError:
         body = '<p class="soft">This image is missing or cannot be read.</p>'
     if result.changed:

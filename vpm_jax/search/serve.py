@@ -11,13 +11,11 @@ import base64
 import contextlib
 import hashlib
 import importlib.resources
-import ipaddress
 import math
 import os
 import re
 import secrets
 import socket
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,59 +23,40 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
-import h11
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
-from vpm_jax import api, html
+from vpm_jax import html
+from vpm_jax import images as images_lib
 from vpm_jax.data.decode import decode
 from vpm_jax.errors import UserError, printable
 from vpm_jax.overlay import LOW_WEIGHT, overlay, region_colors
-from vpm_jax.regions import WHOLE, Crop, visible_heights
+from vpm_jax.regions import visible_heights
 from vpm_jax.search import ranking as ranking_lib
+from vpm_jax.search import web
 from vpm_jax.search.gallery import Gallery
 from vpm_jax.search.ranking import Ranking
 from vpm_jax.thresholds import RATES, Thresholds
 
-UPLOAD_BYTES = 10 * 2**20
 UPLOAD_PIXELS = 25_000_000
-UPLOAD_SECONDS = 20.0  # for a whole upload
-HEADER_SECONDS = 10.0  # for a request's header
 KEPT_BYTES = 64 * 2**20  # of all uploads that links refer to
 KEPT_SECONDS = 3600.0
 BATCH = 8  # queries
 DECODED = 2 * BATCH  # images in memory, of UPLOAD_PIXELS each at most
-REQUESTS, CONNECTIONS = 64, 256  # at once; more get 503
+CONNECTIONS = 256  # at once; more get 503
 TOP, MOST = 50, 500  # results: by default, and at most
 MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 256, 256, 1024  # pixels
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
-
-
-class Refusal(UserError):
-    """A request that gets an error for an answer."""
-
-    def __init__(self, status: int, code: str, sentence: str):
-        super().__init__(sentence, code=code)
-        self.status = status
-
-    def response(self) -> Response:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        if self.status in (408, 413):  # the rest of the upload is not read
-            headers["Connection"] = "close"
-        return JSONResponse({"error": str(self), "code": self.code}, self.status, headers)
 
 
 class Batches(Generic[Item, Answer]):
@@ -141,7 +120,7 @@ class Uploads:
     def __getitem__(self, key: str) -> bytes:
         self._forget()
         if key not in self._data:
-            raise Refusal(
+            raise web.Refusal(
                 410,
                 "upload-gone",
                 f"This upload is no longer in memory: uploads are kept for {KEPT_SECONDS / 60:.0f} minutes, until "
@@ -213,7 +192,7 @@ class Service:
                 "numbering": ranking_lib.numbering(model.grid),
                 "colors": [f"rgb({red},{green},{blue})" for red, green, blue in colors],
                 "low_weight": LOW_WEIGHT,
-                "upload_bytes": UPLOAD_BYTES,
+                "upload_bytes": web.UPLOAD_BYTES,
                 "upload_pixels": UPLOAD_PIXELS,
             }
         )
@@ -221,19 +200,19 @@ class Service:
     # ---- Images ----
 
     async def gallery(self, request: Request) -> Response:
-        given = _parameters(request, "start", "count")
-        start, count = _whole(given, "start", 0, 0, 10**9), _whole(given, "count", 24, 1, 200)
+        given = web.parameters(request, "start", "count")
+        start, count = web.whole(given, "start", 0, 0, 10**9), web.whole(given, "count", 24, 1, 200)
         entries = self._entries[start : start + count]
         images = [{"id": identifier(entry.name), "image": _name(entry.name)} for entry in entries]
         return JSONResponse({"total": len(self._entries), "start": start, "images": images})
 
     async def image(self, request: Request) -> Response:
-        height = _whole(_parameters(request, "height"), "height", THUMBNAIL_HEIGHT, 1, IMAGE_HEIGHT)
+        height = web.whole(web.parameters(request, "height"), "height", THUMBNAIL_HEIGHT, 1, IMAGE_HEIGHT)
         pixels = await self._decoded(partial(self._gallery_image, request.path_params["id"]))
         return _jpeg(pixels, height)
 
     async def upload(self, request: Request) -> Response:
-        _parameters(request)
+        web.parameters(request)
         data = self._uploads[request.path_params["key"]]
         return _jpeg(await self._decoded(partial(_uploaded, data)), IMAGE_HEIGHT)
 
@@ -244,34 +223,34 @@ class Service:
     def _gallery_image(self, name: str) -> np.ndarray:
         path = self._root / self._entries[self._row(name)].name
         try:
-            return api.read(path)
+            return images_lib.read(path)
         except UserError:  # the sentence holds the path
-            raise Refusal(404, "unreadable", "The file of this image is missing or cannot be read.") from None
+            raise web.Refusal(404, "unreadable", "The file of this image is missing or cannot be read.") from None
 
     def _row(self, name: str) -> int:
         if name not in self._rows:
-            raise Refusal(404, "no-such-image", "The gallery has no image of this id: see /gallery.")
+            raise web.Refusal(404, "no-such-image", "The gallery has no image of this id: see /gallery.")
         return self._rows[name]
 
     # ---- Queries ----
 
     async def query(self, request: Request) -> Response:
-        given = _parameters(request, "image", "upload", "box", "k", "max_distance", "region_map", "keep")
-        k, limit, box = _whole(given, "k", TOP, 1, MOST), _distance(given), _box(given)
-        draw, keep = _flag(given, "region_map", True), _flag(given, "keep", False)
+        given = web.parameters(request, "image", "upload", "box", "k", "max_distance", "region_map", "keep")
+        k, limit, box = web.whole(given, "k", TOP, 1, MOST), web.distance(given), web.box(given)
+        draw, keep = web.flag(given, "region_map", True), web.flag(given, "keep", False)
         source: dict[str, Any] = {"image": None, "id": None, "upload": None}
         if ("image" in given) + ("upload" in given) > 1:
-            raise Refusal(400, "two-images", "Both image and upload are given: choose one.")
+            raise web.Refusal(400, "two-images", "Both image and upload are given: choose one.")
         if "image" in given:
             row = self._row(given["image"])
             source |= {"image": _name(self._entries[row].name), "id": given["image"]}
             read: Callable[[], np.ndarray] = partial(self._gallery_image, given["image"])
         else:
-            data = self._uploads[given["upload"]] if "upload" in given else await _body(request)
+            data = self._uploads[given["upload"]] if "upload" in given else await web.body(request)
             read = partial(_uploaded, data)
         async with self._slots:
             pixels = await run_in_threadpool(read)
-            inside = np.ascontiguousarray(api.read(pixels, crop=box))
+            inside = np.ascontiguousarray(images_lib.read(pixels, crop=box))
             size = list(pixels.shape[:2])
             del pixels
             ranked = _Query(inside, k, limit, draw)
@@ -330,91 +309,11 @@ def _uploaded(data: bytes) -> np.ndarray:
         return decode(data, "The upload", upright=True, most=UPLOAD_PIXELS)
     except UserError as error:
         code = "not-an-image" if error.code == "user-error" else error.code
-        raise Refusal(413 if code == "too-many-pixels" else 422, code, str(error)) from None
+        raise web.Refusal(413 if code == "too-many-pixels" else 422, code, str(error)) from None
 
 
 def _jpeg(pixels: np.ndarray, height: int) -> Response:
     return Response(html.jpeg(pixels, height), media_type="image/jpeg")
-
-
-async def _body(request: Request) -> bytes:
-    too_large = Refusal(413, "too-large", f"The upload has more than {UPLOAD_BYTES:,} bytes: make the image smaller.")
-    if int(request.headers.get("content-length", 0)) > UPLOAD_BYTES:
-        raise too_large
-    if request.headers.get("content-type", "").startswith("multipart/"):
-        sentence = "The body is a form: send the bytes of one file as the body, as curl --data-binary @FILE does."
-        raise Refusal(415, "a-form", sentence)
-    data = bytearray()
-    try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > UPLOAD_BYTES:
-                    raise too_large
-    except TimeoutError:
-        raise Refusal(408, "too-slow", f"The upload took more than {UPLOAD_SECONDS:.0f} seconds: try again.") from None
-    if not data:
-        sentence = "There is no image: send the bytes of a file as the body, or set image or upload."
-        raise Refusal(400, "no-image", sentence)
-    return bytes(data)
-
-
-# ---- Parameters ----
-
-
-def _parameters(request: Request, *known: str) -> dict[str, str]:
-    given = request.query_params
-    for name in given:
-        if name not in known:
-            choices = ", ".join(known) or "none"
-            raise Refusal(400, "unknown-parameter", f"There is no parameter {name[:40]!r}; expected: {choices}.")
-        if len(given.getlist(name)) > 1:
-            raise Refusal(400, "bad-parameter", f"{name} is given twice: choose one value.")
-    return dict(given)
-
-
-def _whole(given: dict[str, str], name: str, default: int, least: int, most: int) -> int:
-    text = given.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, expected a whole number from {least} to {most}.")
-    return int(text)
-
-
-def _flag(given: dict[str, str], name: str, default: bool) -> bool:
-    text = given.get(name, str(default).lower())
-    if text not in ("true", "false"):
-        raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, expected true or false.")
-    return text == "true"
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text[:40])
-    except ValueError:
-        return math.nan
-
-
-def _distance(given: dict[str, str]) -> float:
-    if "max_distance" not in given:
-        return math.inf
-    text = given["max_distance"]
-    if not _number(text) >= 0:  # not a number, too
-        raise Refusal(400, "bad-parameter", f"max_distance is {text[:40]!r}, expected a number of at least 0.")
-    return _number(text)
-
-
-def _box(given: dict[str, str]) -> Crop:
-    if "box" not in given:
-        return WHOLE
-    numbers = [_number(text) for text in given["box"].split(",")[:5]]
-    if len(numbers) == 4:
-        left, top, right, bottom = numbers
-        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
-            return Crop(top, left, bottom - top, right - left)
-    sentence = (
-        f"box is {given['box'][:80]!r}, expected left,top,right,bottom as fractions of the image, such as 0,0,1,0.5."
-    )
-    raise Refusal(400, "bad-box", sentence)
 
 
 # ---- The application ----
@@ -431,98 +330,22 @@ def application(service: Service, token: str | None = None, hosts: set[str] | No
     """
 
     async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
+        assert isinstance(error, web.Refusal)
         return error.response()
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
-            return Refusal(
+            return web.Refusal(
                 405, "wrong-method", f"{request.method[:20]} is not possible here: see /openapi.json."
             ).response()
-        return Refusal(error.status_code, "no-such-page", "There is nothing here: see /openapi.json.").response()
+        return web.Refusal(error.status_code, "no-such-page", "There is nothing here: see /openapi.json.").response()
 
-    async def failed(request: Request, error: Exception) -> Response:  # raised again: _Guard logs it
-        return Refusal(500, "failed", "The server could not answer: its log says why.").response()
+    async def failed(request: Request, error: Exception) -> Response:  # raised again: web.Guard logs it
+        return web.Refusal(500, "failed", "The server could not answer: its log says why.").response()
 
-    handlers = {Refusal: refused, HTTPException: unknown, Exception: failed}
-    return _Guard(Starlette(routes=service.routes(), exception_handlers=handlers), token, hosts)
-
-
-class _Guard:
-    """Checks who asks, sets headers, and turns whatever goes wrong into JSON."""
-
-    PUBLIC = ("/", "/openapi.json")  # hold nothing about the gallery
-    HEADERS = {
-        "Cache-Control": "no-store",
-        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-    }
-
-    def __init__(self, app: ASGIApp, token: str | None, hosts: set[str] | None):
-        self._app, self._token, self._hosts, self._active = app, token, hosts, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self.HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        self._active += 1
-        try:
-            self._check(scope)
-            await self._app(scope, receive, sending)
-        except Refusal as error:
-            await error.response()(scope, receive, sending)
-        except ClientDisconnect:
-            pass
-        except Exception as error:
-            place = _place(error)
-            print(f"{scope['method']} {printable(scope['path'][:80])!r} failed{place}: {error!r}", file=sys.stderr)
-        finally:
-            self._active -= 1
-
-    def _check(self, scope: Scope) -> None:
-        if self._active > REQUESTS:
-            raise Refusal(503, "busy", f"The server is answering {REQUESTS} requests: try again in a moment.")
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts is not None and _hostname(host) not in self._hosts:
-            names = ", ".join(sorted(self._hosts))
-            raise Refusal(
-                403, "wrong-host", f"This server is called {names} here: open it by that name, or set --token."
-            )
-        if origin is not None and origin.partition("//")[2] != host:
-            raise Refusal(403, "cross-site", "A page of another site asked: only the page of this server may.")
-        if self._token is not None and scope["path"] not in self.PUBLIC:
-            given = headers.get("authorization", "")
-            if not secrets.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-                sentence = "This needs the token that the server printed, as Authorization: Bearer TOKEN."
-                raise Refusal(401, "no-token", sentence)
-
-
-def _hostname(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _place(error: BaseException) -> str:
-    """Where the error was raised, for the log."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    return "" if step is None else f" ({Path(step.tb_frame.f_code.co_filename).name}, line {step.tb_lineno})"
+    handlers = {web.Refusal: refused, HTTPException: unknown, Exception: failed}
+    return web.Guard(Starlette(routes=service.routes(), exception_handlers=handlers), token, hosts)
 
 
 def _resource(name: str) -> bytes:
@@ -547,38 +370,6 @@ def _page() -> tuple[str, str]:
 # ---- The server ----
 
 
-class _Protocol(H11Protocol):
-    """Closes a connection that does not send the whole header of a request in time."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._late: asyncio.TimerHandle | None = None
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._late is not None:
-            self._late.cancel()
-        super().connection_lost(exc)
-
-    def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            if self._late is not None:
-                self._late.cancel()
-            self._late = None
-        elif self._late is None:
-            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
-
-
-def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def prepared(
     gallery: Gallery, host: str, port: int, token: str | None, thresholds: Thresholds | None
 ) -> tuple[uvicorn.Server, socket.socket, str]:
@@ -590,7 +381,7 @@ def prepared(
         reason = (error.strerror or str(error)).partition(" (while")[0]
         sentence = f"{host} port {port} cannot be used ({reason}): choose another --port or --host."
         raise UserError(sentence, code="bad-address") from None
-    local = is_loopback(host)
+    local = web.is_loopback(host)
     if token is None and not local:
         token = secrets.token_urlsafe(24)
     hosts = {"localhost", "127.0.0.1", "::1", host} if local and token is None else None
@@ -601,7 +392,7 @@ def prepared(
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     settings = uvicorn.Config(
         application(service, token, hosts),
-        http=_Protocol,
+        http=web.Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
