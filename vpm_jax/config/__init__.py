@@ -105,7 +105,7 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
 
 def keep(config: ConfigDict, keeps: Callable[[Key], bool]) -> FrozenConfigDict:
     """The config with the default of every key that `keeps` rejects: equal, and equally hashed, if the others are."""
-    kept = default().copy_and_resolve_references()
+    kept = default()
     for name, value in flatten(config).items():
         if keeps(_KEY[name]):
             set_key(kept, name, value)
