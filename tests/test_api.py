@@ -191,7 +191,7 @@ def test_any_size_and_grey(model, shape):
         (lambda: encode(Image.new("L", (10000, 10000)), "JPEG"), "image 1 has 10000 x 10000 pixels"),
     ],
 )
-def test_what_is_no_image_is_one_sentence_that_names_it(model, bad, sentence):
+def test_an_unreadable_image_is_one_sentence_that_names_it(model, bad, sentence):
     with pytest.raises(UserError) as error:
         model([PICTURES[0], bad() if callable(bad) else bad])
     assert sentence in str(error.value) and "\n" not in str(error.value)
@@ -296,7 +296,7 @@ def test_the_fingerprint_is_of_what_matters(run, model):
         assert (api.fingerprint(config, changed_variables) != model.fingerprint) is matters
 
 
-def test_what_is_no_model_is_one_sentence(run, tmp_path):
+def test_a_path_without_a_model_is_one_sentence(run, tmp_path):
     convert.main([str(run[0]), "--output", str(tmp_path / "backbone.safetensors"), "--backbone-only"])
     [backbone] = tmp_path.glob("backbone-*.safetensors")
     (tmp_path / "README.md").write_text("# Read me")

@@ -171,7 +171,7 @@ def test_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch, spec, file
 
 
 @pytest.mark.parametrize("spec", ["markte", "market.py", "none/market.py:small", "C:\\none.py", "a:b.py", ""])
-def test_what_is_no_config_lists_the_recipes(tmp_path, monkeypatch, spec):
+def test_an_unknown_config_lists_the_recipes(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match=r"^--config .*no such file, expected a recipe \(duke, market, .*config\.json\.$"

@@ -90,6 +90,7 @@ def test_the_card_says_what_the_model_is(model, saved):
     assert card.startswith("---\nlibrary_name: vpm_jax\n") and "license: other" in card
     for words in ("Market-1501 and DukeMTMC-reID", "r18.pth", model.fingerprint, "| 1 | 12.3 |", "On Partial-REID."):
         assert words in card
+    assert "from the weights torchvision:r18.pth." in card
     assert card.index("| 1 | 12.3 |") < card.index("On Partial-REID.")
     for file in saved.iterdir():
         assert b"/home/me" not in file.read_bytes(), file.name
@@ -132,7 +133,7 @@ def other_weights(folder):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"<html>not found</html>"), None),
     ],
 )
-def test_what_is_no_model_is_refused(saved, tmp_path, change, code):
+def test_a_folder_without_a_model_is_refused(saved, tmp_path, change, code):
     shutil.copytree(saved, tmp_path / "a")
     change(tmp_path / "a")
     for load in VPM.from_pretrained, pretrained.load:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_runs import tiny_run
 
-from vpm_jax import VPM, evaluation, export, extents, parallel
+from vpm_jax import VPM, UserError, evaluation, export, extents, parallel
 from vpm_jax import config as config_lib
 from vpm_jax import search as search_command
 from vpm_jax.data.decode import decode
@@ -60,6 +60,14 @@ def test_extreme_pictures_are_described(model):
     pictures = [np.full(size, 90, np.uint8) for size in [(1, 400, 3), (400, 1, 3), (1, 1, 3)]]
     described = model(pictures)
     assert np.isfinite(described.features).all() and (described.visibility.sum(1) >= 0.99).all()
+
+
+@pytest.mark.parametrize(("places", "sentence"), [(2, "only 2 places"), (4, "only 3 images")])
+def test_every_image_has_a_place(model, places, sentence):
+    pictures = [np.full((20, 16, 3), 90, np.uint8)] * 3
+    assert len(model(pictures, places=[(1, 0.5)] * 3)) == 3
+    with pytest.raises(UserError, match=f"There are {sentence}: give a place for each image"):
+        model(pictures, places=[(1, 0.5)] * places)
 
 
 def test_an_export_takes_what_is_covered_too(run, model, query, tmp_path):

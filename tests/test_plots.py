@@ -206,7 +206,7 @@ def test_titles_name_the_network_and_the_seeds():
     assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]
 
 
-def test_a_damaged_log_is_drawn_without_what_is_no_number(tmp_path):
+def test_a_damaged_log_is_drawn_from_its_numbers(tmp_path):
     lines = [{"step": 1, "loss": 2.0, "images_per_second": 3.0}, {"step": 10**20, "loss": 1.0}]
     lines += [{"step": 2, "loss": 1.5, "images_per_second": [4.0, 4.0]}]
     log = tmp_path / "metrics.jsonl"

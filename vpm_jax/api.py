@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +252,7 @@ class VPM:
             raise UserError(f"batch is {batch}, expected at least 1.")
         parallel.check_process()
 
-        items: Iterable[tuple[Image, Place | None]] = (
-            ((image, None) for image in each(images)) if places is None else zip(each(images), places, strict=True)
-        )
-        numbered = enumerate(items)
+        numbered = enumerate(_placed(images, places))
 
         def fill(out: np.ndarray, valid: np.ndarray, item: tuple[int, tuple[Image, Place | None]]) -> None:
             number, (image, place) = item
@@ -398,7 +396,20 @@ class VPM:
         return description
 
 
-# ---- Files ----
+# ---- Places and files ----
+
+
+def _placed(images: Images, places: Places | None) -> Iterator[tuple[Image, Place | None]]:
+    """Images with their places. Raises UserError, after the last pair, if there are more of one than of the other."""
+    if places is None:
+        yield from ((image, None) for image in each(images))
+        return
+    missing: Any = object()
+    for number, (image, place) in enumerate(zip_longest(each(images), places, fillvalue=missing)):
+        if image is missing or place is missing:
+            what = "images" if image is missing else "places"
+            raise UserError(f"There are only {number} {what}: give a place for each image.")
+        yield image, place
 
 
 def located(path: str | os.PathLike[str]) -> Path:

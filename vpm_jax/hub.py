@@ -94,7 +94,8 @@ def card(model: VPM, name: str, evaluations: list[str]) -> str:
     metadata = ["---", "library_name: vpm_jax", *tags, *license_, "---"]
     m, data = config.model, config.data
     kinds = " and ".join(sorted(config_lib.crops(config)))
-    start = "random weights" if config.pretrained == "none" else f"ImageNet weights ({config.pretrained})"
+    known = {"none": "random weights", "keras": "Keras's ImageNet weights"}
+    start = known.get(config.pretrained, f"the weights {config.pretrained}")
     title = paper.title(paper.method_of(config))
     results = "\n\n".join(evaluations).strip() or "No evaluation came with this model."
     return "\n".join(

@@ -30,6 +30,7 @@ from vpm_jax.benchmark.report import hardware, versions
 from vpm_jax.benchmark.timing import best
 from vpm_jax.data import datasets, sources
 from vpm_jax.data.split import Split
+from vpm_jax.images import read
 from vpm_jax.matching import pairwise_distance
 from vpm_jax.regions import WHOLE, Crop
 
@@ -40,8 +41,6 @@ Step = Callable[..., dict[str, Any]]
 
 def inputs(model: VPM, split: Split, crop: Crop = WHOLE) -> tuple[np.ndarray, ...]:
     """The network's inputs for the images of a split, cropped."""
-    from vpm_jax.images import read
-
     return model.inputs([read(split.read(i), split.names[i], crop) for i in range(len(split))])
 
 

@@ -148,7 +148,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage
         (encode(Image.fromarray(PICTURE), "ICO"), r"\d+ bytes"),
     ],
 )
-def test_what_is_no_image(data, found):
+def test_other_data_are_not_images(data, found):
     with pytest.raises(UserError, match=rf"a\.jpg is not an image: found {found}"):
         decode(data, "a.jpg")
 

@@ -248,7 +248,7 @@ def test_errors_name_the_line(tmp_path, text, line, parts):
         (ROWS.splitlines()[0].encode(), "own.csv lists no image"),
     ],
 )
-def test_what_is_no_table(tmp_path, data, part):
+def test_other_data_are_not_tables(tmp_path, data, part):
     fails(config(make(tmp_path, data), "csv"), str(tmp_path), part)
 
 

@@ -171,7 +171,7 @@ def test_a_compressed_zip_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02", b"<html>not found</html>", bytes(4096)])
-def test_what_is_no_such_file(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.pth is "):
         read(tmp_path / "a.pth")

@@ -87,6 +87,7 @@ def test_an_image_of_the_same_name_takes_its_place(tmp_path, model, pictures):
 def test_added_images_outlive_another_index_of_the_folder(tmp_path, run, model, pictures):
     folder, store = pictures[0].parent, tmp_path / "store"
     assert command.main(["index", str(folder), "--workdir", str(run), "--index", str(store)]) == 0
+    assert Gallery.open(store).index(str(folder)).new == 0
     elsewhere = tmp_path / "x.png"
     Image.fromarray(picture()).save(elsewhere)
     gallery = Gallery.open(store)  # the recorded model

@@ -241,7 +241,7 @@ def test_another_folder_or_model_is_refused(folder, run, tmp_path, capsys):
         (".git", "holds no images"),
     ],
 )
-def test_what_is_no_folder_of_images(folder, run, name, sentence):
+def test_a_folder_without_images_is_refused(folder, run, name, sentence):
     (folder / ".git" / "x.jpg").unlink()
     with pytest.raises(UserError, match=sentence):
         search.main(

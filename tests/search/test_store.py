@@ -239,7 +239,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("path", [".", "nowhere", "store/features-0.bin"])
-def test_what_is_no_store(folder, path):
+def test_a_folder_without_a_store_is_refused(folder, path):
     with pytest.raises(UserError, match=r"holds no feature store \(no store\.json\): create one with"):
         Store(folder.parent / path)
 

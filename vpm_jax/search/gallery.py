@@ -145,7 +145,7 @@ class Gallery:
             raise UserError(f"{len(errors)} of {len(items)} images could not be added: {errors[0]}")
         return update
 
-    def index(self, folder: Path, crops: Iterable[float] | None = None, batch: int = 64) -> Update:
+    def index(self, folder: str | os.PathLike[str], crops: Iterable[float] | None = None, batch: int = 64) -> Update:
         """Makes the gallery hold the images under `folder`, at any depth, and those that `add` named or found
         elsewhere. Describes only new and changed files. Prints progress, and what cannot be read to stderr.
 
@@ -158,6 +158,7 @@ class Gallery:
           UserError: for a folder without images, a gallery of another folder, crops that the model does not support,
             and as `search.store.Writer`.
         """
+        folder = Path(os.path.expanduser(folder))
         images, others = list_images(folder)
         if self._root != Path() and self._root.is_dir() and not self._root.samefile(folder):  # it may have moved
             raise UserError(f"{self.folder} is the index of {self._root}: give that folder, or another --index.")
@@ -396,7 +397,7 @@ class Gallery:
                 f"{self.folder} has crops, and thresholds are measured with whole images: use --max-distance, or an "
                 "index without --crops."
             )
-        file = self.thresholds_file if path is None else Path(path)
+        file = self.thresholds_file if path is None else Path(os.path.expanduser(path))
         return Thresholds.read(file, self.model.fingerprint, self.model.config.match)
 
     def _limits(
