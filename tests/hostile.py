@@ -763,7 +763,7 @@ class Requests(Door):
         return method + b" " + target, self.request(target, b"" if method == b"POST" else None, method)
 
     def of_parameters(self, random):
-        names = b"image upload box k max_distance keep height start count %00 x".split()
+        names = b"image upload box place k max_distance keep height start count %00 x".split()
         values = b"0 -1 1e999 nan true 0,0,1,1 0,0,1,1,1 1,1,0,0 0,0,1e-9,1 0,0,inf,1 %ff %F0%9F%98%80 ' <x>".split()
         values += [b"", b"9" * 5000, b"../../secret.txt", self.id, b"A" * 22]
         pairs = [random.choice(names) + b"=" + random.choice(values) for _ in range(random.randint(1, 3))]

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import tiny_run
+from raising import raises
+from tiny_runs import make_run, tiny_run
 
 from vpm_jax import VPM, UserError, evaluation, export, extents, parallel
 from vpm_jax import config as config_lib
@@ -54,6 +55,29 @@ def test_a_picture_is_described_as_an_evaluation_describes_it(model, query):
     assert not covered[:, h // 2 :].any()  # half a person covers half of the map
     assert (visible_heights(expected.region_maps, model.grid)[:, 1] <= 1).all()
     np.testing.assert_array_equal(model.prepare(pictures[0])[len(pictures[0]) // 4 :][-1, 0], [124, 116, 104])
+
+
+def test_a_known_place_has_a_name(model, query):
+    pictures = [eval_picture(query, i, crop) for i, crop in enumerate(eval_crops("bottom", 0.5, 3))]
+    h = model(pictures).region_maps.shape[1]
+    default, named = model(pictures), {place: model(pictures, places=place) for place in model.places}
+    for (place, described), y in zip(named.items(), (0, 0.5, 1), strict=True):
+        np.testing.assert_array_equal(described.features, model(pictures, places=[(y, 0.5)] * 3).features)
+        rows = described.region_maps.sum(-1).any((0, 2))
+        start = round(y * h / 2)
+        np.testing.assert_array_equal(np.flatnonzero(rows), np.arange(start, start + h // 2), err_msg=place)
+    np.testing.assert_array_equal(named["top"].features, default.features)
+    mixed = model(pictures, places=["bottom", None, (0.5, 0.5)]).features
+    np.testing.assert_allclose(mixed[0], named["bottom"].features[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[1], default.features[1], atol=1e-5)
+    np.testing.assert_allclose(mixed[2], named["center"].features[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["left", "random", (1, 2), (-0.1, 0), (np.nan, 0), (0.5,), 1, ("a", "b"), b"top"])
+def test_a_wrong_place_is_named(model, place):
+    with raises("bad-place") as error:
+        model([np.zeros((8, 8, 3), np.uint8)], places=[place])
+    assert "expected top, center, bottom, or the fractions" in str(error.value)
 
 
 def test_extreme_pictures_are_described(model):
@@ -121,5 +145,18 @@ def test_a_search_finds_padded_pictures(run, model, query, tmp_path, capsys):
     for i in range(6):
         assert ranked[f"{i}.png"] == pytest.approx(expected[i], abs=2e-3)  # the store holds float16
     assert "<svg" in (tmp_path / "a.html").read_text() or "<img" in (tmp_path / "a.html").read_text()
+    told = [*arguments, "--place", "bottom", "--json", str(tmp_path / "b.json")]
+    assert search_command.main(told) == 0
+    [bottom] = json.loads((tmp_path / "b.json").read_text())["queries"]
+    shown = model(str(tmp_path / "half.png"), places="bottom").visibility[0]
+    assert bottom["place"] == "bottom" and bottom["visibility"] == pytest.approx(shown.tolist(), rel=1e-4)
+    assert answer["place"] is None and answer["visibility"] != bottom["visibility"]
+    make_run(tmp_path / "stretched")
+    index = ["index", str(folder), "--workdir", str(tmp_path / "stretched"), "--index", str(tmp_path / "other")]
+    assert search_command.main(index) == 0
+    with pytest.raises(UserError, match=r"^--place bottom: .* stretches images"):
+        search_command.main(
+            ["query", str(tmp_path / "half.png"), "--index", str(tmp_path / "other"), "--place", "bottom"]
+        )
     assert extents.main([str(folder), "--workdir", str(run)]) == 0
     assert evaluation.matching_in_words(model.config)

@@ -31,11 +31,11 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax import models, parallel, pretrained
-from vpm_jax.data.fit import Fit
+from vpm_jax.data.fit import Fit, Place
 from vpm_jax.description import Describer, Description, Variables, check_finite, fetch
 from vpm_jax.disk import intact
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import covered
+from vpm_jax.geometry import KNOWN_PLACES, covered
 from vpm_jax.images import Image, Images, each, read
 from vpm_jax.keys import FEATURES, keys_with
 from vpm_jax.machine import threads
@@ -44,8 +44,7 @@ from vpm_jax.pretrained import own
 from vpm_jax.reduction import Reduction
 from vpm_jax.regions import WHOLE, Crop, RegionGrid
 
-Place = tuple[float, float]
-Places = Iterable[Place]
+Places = str | Iterable[Place | None]  # a place for all images, or one for each
 Step = Callable[..., dict[str, jax.Array]]
 
 
@@ -58,6 +57,7 @@ class VPM:
       image_size: (H, W) in pixels that every image is resized to.
       step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices. A
         model of padded images (data.fit) takes valid bool [B, h, w] too: see `inputs`.
+      places: where `features` can be told that an image lies; () for a model that stretches images.
       source: where the model came from, in words.
       variables: {"params", "batch_stats"} on the host; None for an exported program.
     """
@@ -79,6 +79,7 @@ class VPM:
         self.image_size = (int(config.data.height), int(config.data.width))
         self._folder: Path | None = None  # that it was loaded from
         self._fit = Fit(config.data)
+        self.places = KNOWN_PLACES if self._fit.pads else ()
         self._map_shape = models.feature_map_shape(config)
 
     def __repr__(self) -> str:
@@ -233,12 +234,13 @@ class VPM:
         Args:
           images: iterators are read one batch at a time.
           batch: images per batch; affects speed and memory only.
-          places: where each image lies on the input, if that is known and the model pads images (data.fit): the
-            fractions of the free height above it and of the free width to its left, (1, 0.5) for a lower body.
-            Default: data.place. A model trained on images at the top mistakes legs there for shoulders.
+          places: where the images lie on the input, if that is known and the model pads images (data.fit): "top",
+            "center" or "bottom" for all, or one of these for each, or the fractions of the free height above it and of
+            the free width to its left; None is data.place. A model trained on images at the top mistakes legs there
+            for shoulders: "bottom" is for legs.
 
         Raises:
-          UserError: for an invalid image, with its name or index.
+          UserError: for an invalid image, with its name or index, or an invalid place.
         """
         batches = list(self.stream(images, batch, places))
         return Description.concatenate(batches) if batches else self._nothing
@@ -401,8 +403,8 @@ class VPM:
 
 def _placed(images: Images, places: Places | None) -> Iterator[tuple[Image, Place | None]]:
     """Images with their places. Raises UserError, after the last pair, if there are more of one than of the other."""
-    if places is None:
-        yield from ((image, None) for image in each(images))
+    if places is None or isinstance(places, str):
+        yield from ((image, places) for image in each(images))
         return
     missing: Any = object()
     for number, (image, place) in enumerate(zip_longest(each(images), places, fillvalue=missing)):

@@ -10,6 +10,7 @@ Boxes are (top, left, bottom, right) in pixels of the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -20,7 +21,8 @@ STEMS = {"7x7": (7, 2), "3x3": (3, 2), "4x4": (4, 4)}  # kernel and stride; "7x7
 
 # The position of a padded image: the fractions of the free height above it and of the free width to its left. "random"
 # draws them in training and uses the center in evaluation.
-PLACES = {"top": (0.0, 0.5), "center": (0.5, 0.5), "random": (0.5, 0.5)}
+PLACES = {"top": (0.0, 0.5), "center": (0.5, 0.5), "bottom": (1.0, 0.5), "random": (0.5, 0.5)}
+KNOWN_PLACES = ("top", "center", "bottom")  # of an image whose visible part the user knows
 
 
 def feature_shape(
@@ -53,6 +55,20 @@ def fit_box(
     width = min(max(round(canvas[1] / max(relative, 1.0)), 1), canvas[1])
     top, left = round(place[0] * (canvas[0] - height)), round(place[1] * (canvas[1] - width))
     return top, left, top + height, left + width
+
+
+def place_between(
+    before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float], otherwise: tuple[float, float]
+) -> np.ndarray:
+    """The places, in fractions [..., 2], of what is shown of a whole; `otherwise` along an axis that misses nothing.
+
+    Args:
+      before, after: how much is missing above and to the left, and below and to the right, in any unit, [..., 2].
+      otherwise: a place.
+    """
+    before = np.asarray(before, float)
+    missing = before + after
+    return np.divide(before, missing, out=np.broadcast_to(otherwise, missing.shape).astype(float), where=missing > 0)
 
 
 def covered_cells(start: int, stop: int, length: int, cells: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import PLACES
+from vpm_jax.geometry import PLACES, place_between
 from vpm_jax.images import Image, Images, each
 from vpm_jax.matching import embedding, match_visibility
 from vpm_jax.models import feature_map_shape
@@ -73,13 +73,12 @@ class Encoder:
         size = whole[:, 2:] - whole[:, :2]
         before, after = (shown - whole)[:, :2] / size, (whole - shown)[:, 2:] / size
         extent = (shown[:, 2:] - shown[:, :2]) / size
-        places = np.tile(PLACES[model.config.data.place][::-1], (len(whole), 1))
-        np.divide(before, before + after, out=places, where=before + after > 0)
+        places = place_between(before[:, ::-1], after[:, ::-1], PLACES[model.config.data.place])
         first, last = np.floor(shown[:, :2]).astype(int), np.ceil(shown[:, 2:]).astype(int)
         crops = (
             self._rgb(frame[top:bottom, left:right]) for (left, top), (right, bottom) in zip(first, last, strict=True)
         )
-        described = model.features(crops, self._batch, ((y, x) for x, y in places))
+        described = model.features(crops, self._batch, places.tolist())
         shape = feature_map_shape(model.config)
         inside = np.zeros(described.visibility.shape, bool)
         for row, (left, top), (across, down) in zip(inside, before.tolist(), extent.tolist(), strict=True):

@@ -25,6 +25,7 @@ from tiny_runs import make_run
 from vpm_jax import VPM, Gallery, benchmark
 from vpm_jax.benchmark.serve import load
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import KNOWN_PLACES
 from vpm_jax.search import command, ranking
 from vpm_jax.thresholds import RATES, Thresholds
 
@@ -46,8 +47,19 @@ def picture(seed: int, height: int = 80, width: int = 30) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve")
-    make_run(folder / "run")
+    return indexed(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A gallery of a model of padded images, and its server's client."""
+    gallery = indexed(tmp_path_factory.mktemp("padded"), data__fit="pad", data__aspect=2.0)
+    with client_of(serve.Service(gallery)) as client:
+        yield gallery, client
+
+
+def indexed(folder, **changes):
+    make_run(folder / "run", **changes)
     (folder / "pictures" / "deep").mkdir(parents=True)
     for number in range(11):
         picture(number).save(folder / "pictures" / f"{number}.png")
@@ -83,7 +95,7 @@ def assert_same(told, expected: ranking.Ranking) -> None:
     """The JSON of an answer is that of a ranking from Python."""
     record = ranking.query_record(expected)
     assert told["visibility"] == pytest.approx(record["visibility"], rel=1e-3, abs=1e-5)
-    for key in ("visible", "compared_with", "max_distance"):
+    for key in ("visible", "compared_with", "max_distance", "place"):
         assert told[key] == record[key]
     assert [line["image"] for line in told["results"]] == [line["image"] for line in record["results"]]
     for line, other in zip(told["results"], record["results"], strict=True):
@@ -112,6 +124,43 @@ def test_a_box_is_a_partial_image(client, gallery, box):
     left, top, right, bottom = np.rint(np.multiply(box, (60, 160, 60, 160))).astype(int)
     assert_same(answer, gallery.query([pixels(QUERY)[top:bottom, left:right]], 50)[0])
     assert answer["box"] == pytest.approx(box)
+
+
+@pytest.mark.parametrize(
+    ("box", "asked", "place"),
+    [
+        ((0, 0, 1, 1), None, None),
+        ((0, 0, 1, 0.5), None, (0, 0.5)),
+        ((0, 0.5, 1, 1), None, (1, 0.5)),
+        ((0, 0.25, 1, 0.75), None, (0.5, 0.5)),
+        ((0, 0.2, 1, 0.6), None, (1 / 3, 0.5)),
+        ((0.5, 0, 1, 1), None, (0, 0.8)),  # the image fills three quarters of the input's width
+        ((0, 0.5, 1, 1), "top", "top"),
+        ((0, 0, 1, 0.5), "bottom", "bottom"),
+    ],
+)
+def test_a_padded_model_sees_a_box_where_it_lies_or_where_it_is_told(padded, box, asked, place):
+    gallery, client = padded
+    words = f"&place={asked}" if asked else ""
+    answer = client.post(f"/query?box={','.join(map(str, box))}{words}", content=QUERY).json()
+    left, top, right, bottom = np.rint(np.multiply(box, (60, 160, 60, 160))).astype(int)
+    [expected] = gallery.query([pixels(QUERY)[top:bottom, left:right]], 50, places=[place])
+    if isinstance(place, tuple):
+        assert answer["place"] == pytest.approx(place, abs=1e-3)
+        expected = expected._replace(place=answer["place"])
+    assert_same(answer, expected)
+
+
+def test_only_a_padded_model_is_told_where_a_picture_lies(padded, client):
+    _, told = padded
+    assert told.get("/about").json()["places"] == ["top", "center", "bottom"]
+    assert client.get("/about").json()["places"] == []
+    for one, value, sentence in (
+        (client, "bottom", "place is 'bottom', and this model takes none: leave it out."),
+        (told, "left", "place is 'left', expected top, center, bottom."),
+    ):
+        answer = one.post(f"/query?place={value}", content=QUERY)
+        assert (answer.status_code, answer.json()) == (400, {"error": sentence, "code": "bad-parameter"})
 
 
 def test_a_box_is_on_the_upright_image(client, gallery):
@@ -384,6 +433,7 @@ def test_openapi_describes_the_answers(client, service):
     given = {one["name"]: one["schema"] for one in described["paths"]["/query"]["post"]["parameters"]}
     told = client.post("/query?nothing=1").json()["error"]
     assert told.endswith(f"expected: {', '.join(given)}.")
+    assert given["place"]["enum"] == list(KNOWN_PLACES)
     assert given["k"]["maximum"] == serve.MOST and given["k"]["default"] == serve.TOP
     assert f"{serve.UPLOAD_PIXELS:,}" in (body := described["paths"]["/query"]["post"]["requestBody"]["description"])
     assert f"{web.UPLOAD_BYTES // 2**20} MiB" in body
@@ -662,6 +712,44 @@ def test_the_page_offers_measured_thresholds(browser, gallery):
         page.get_by_role("button", name="10 %", exact=True).click()  # the rate of 0.1
         assert names(page) == expected(gallery, (0, 0, 1, 1), limit + 0.1) and len(names(page)) == 4
         assert float(page.input_value("#limit")) == pytest.approx(limit + 0.1, abs=1e-4)
+
+
+def test_the_page_asks_what_part_is_visible_where_the_model_needs_it(browser, gallery, padded):
+    with running(padded[0]) as address:
+        with opened(browser, address) as page:
+            page.wait_for_selector("#tiles img[src]")
+            drop(page)
+            page.get_by_role("button", name="Upper half").click()
+            settle(page)
+            pressed = page.locator("#parts [aria-pressed=true]")
+            assert pressed.all_inner_texts() == ["Auto"] and "place" not in page.url
+            by_box = names(page)
+            page.get_by_role("button", name="Auto").focus()
+            for key in ("Tab", "Tab", "Tab"):
+                page.keyboard.press(key)
+            with page.expect_response("**/query?*place=bottom*"):
+                page.keyboard.press("Enter")
+            settle(page)
+            shown, link = names(page), page.url
+            assert pressed.all_inner_texts() == ["Bottom"] and "place=bottom" in link
+            [ranked] = padded[0].query([pixels(QUERY)[:80]], 50, places="bottom")
+            assert shown == [result.name.split()[-1] for result in ranked.results] != by_box
+            page.go_back()
+            page.wait_for_function("document.querySelector('#parts [aria-pressed=true]').value === ''")
+            settle(page)
+            assert names(page) == by_box
+        with opened(browser, link, viewport={"width": 400, "height": 800}) as page:
+            page.wait_for_selector("#results .card img[src]")
+            assert names(page) == shown and page.url == link
+            assert page.locator("#parts [aria-pressed=true]").all_inner_texts() == ["Bottom"]
+            assert page.locator("html").evaluate("html => html.scrollWidth") == 400
+            page.locator("#results .pick").first.click()
+            page.wait_for_url("**/#image=*")
+            assert "place" not in page.url
+    with running(gallery) as address, opened(browser, address) as page:
+        page.wait_for_selector("#tiles img[src]")
+        drop(page)
+        assert not page.locator("#parts").is_visible()
 
 
 def test_the_page_says_what_is_wrong(browser, gallery):

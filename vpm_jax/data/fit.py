@@ -7,7 +7,11 @@ from ml_collections import ConfigDict
 
 from vpm_jax.data.decode import FILTERS, resize
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import PLACES, Box, fit_box
+from vpm_jax.geometry import KNOWN_PLACES, PLACES, Box, fit_box
+
+# The position of a padded image: one of KNOWN_PLACES, or the fractions of the free height above it and of the free
+# width to its left.
+Place = str | tuple[float, float]
 
 
 class Fit:
@@ -29,17 +33,35 @@ class Fit:
         if self.pads and not self._aspect:
             raise UserError("config.data.fit is 'pad' but data.aspect is 0: set it to a whole person's height / width.")
 
-    def __call__(self, pixels: np.ndarray, out: np.ndarray, place: tuple[float, float] | None = None) -> Box:
+    def __call__(self, pixels: np.ndarray, out: np.ndarray, place: Place | None = None) -> Box:
         """Writes an image, uint8 [h, w, 3], into `out`, uint8 [H, W, 3], padded with the mean color.
 
-        Returns the box of `out` that the image covers. `place` is that of `geometry.fit_box`, by default
-        config.data.place.
+        Returns the box of `out` that the image covers. The default of `place` is config.data.place. Raises UserError
+        for one that does not exist.
         """
+        position = self.place if place is None else _position(place)
         canvas = out.shape[0], out.shape[1]
         if not self.pads:
             resize(pixels, canvas, self._filter, out)
             return 0, 0, *canvas
-        top, left, bottom, right = box = fit_box(pixels.shape[:2], canvas, self._aspect, place or self.place)
+        top, left, bottom, right = box = fit_box(pixels.shape[:2], canvas, self._aspect, position)
         out[:] = self.fill
         out[top:bottom, left:right] = resize(pixels, (bottom - top, right - left), self._filter)
         return box
+
+
+def _position(place: Place) -> tuple[float, float]:
+    if isinstance(place, str):
+        numbers: tuple[float, ...] = PLACES[place] if place in KNOWN_PLACES else ()
+    else:
+        try:
+            numbers = tuple(map(float, place))
+        except (TypeError, ValueError):
+            numbers = ()
+    if len(numbers) != 2 or not all(0 <= number <= 1 for number in numbers):
+        raise UserError(
+            f"The place of an image is {place!r}, expected {', '.join(KNOWN_PLACES)}, or the fractions of the free "
+            "height above it and of the free width to its left, such as (1, 0.5).",
+            code="bad-place",
+        )
+    return numbers[0], numbers[1]

@@ -26,6 +26,7 @@ from pathlib import Path
 from vpm_jax import cli
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
+from vpm_jax.geometry import KNOWN_PLACES
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES
 from vpm_jax.search.gallery import Gallery, stored_crops
@@ -92,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="of --false-match-rate (default: the run's thresholds.json)",
     )
+    querying.add_argument(
+        "--place",
+        choices=KNOWN_PLACES,
+        help="which part of a person the images show, if that is known: for a model of padded images (data.fit=pad), "
+        "which takes them for the part at data.place",
+    )
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
     serving = commands.add_parser(
@@ -134,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "serve":
         return serve(args.index, model, args.host, args.port, args.token, args.thresholds, args.candidates)
     limit_settings = args.max_distance, args.false_match_rate, args.thresholds
-    return query(args.images, args.index, model, args.top, args.json, args.html, *limit_settings, args.candidates)
+    output = args.json, args.html
+    return query(args.images, args.index, model, args.top, *output, *limit_settings, args.candidates, args.place)
 
 
 def _positive(text: str) -> int:
@@ -218,6 +226,7 @@ def query(
     false_match_rate: float | None = None,
     thresholds: Path | None = None,
     candidates: int | None = None,
+    place: str | None = None,
 ) -> int:
     """Prints and writes the ranking of the store for each query image; returns the exit code.
 
@@ -225,13 +234,16 @@ def query(
     in the run's workdir) holds for `false_match_rate` and the visible height of the query.
 
     Raises:
-      UserError: for an image that cannot be read, or a store that is damaged, empty or of another model.
+      UserError: for an image that cannot be read, a store that is damaged, empty or of another model, or a place if
+        the model does not pad images.
     """
     for flag, file in (("--json", json_file if json_file != "-" else None), ("--html", html_file)):
         if file:
             cli.check_output(flag, Path(file))
     gallery = Gallery.open(store_folder, model_path, candidates=candidates)
-    rankings = gallery.query(images, top, max_distance, false_match_rate, thresholds)
+    if place is not None and not gallery.model.places:
+        raise UserError(f"--place {place}: {gallery.model.source} stretches images to its input; leave it out.")
+    rankings = gallery.query(images, top, max_distance, false_match_rate, thresholds, place)
     model, store = gallery.model, gallery.store
     assert store is not None
     if json_file:

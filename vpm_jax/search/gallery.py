@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpm_jax import config as config_lib
-from vpm_jax.api import VPM, located
+from vpm_jax.api import VPM, Places, located
 from vpm_jax.description import Description, route
 from vpm_jax.errors import UserError
 from vpm_jax.images import Image, Images, each
@@ -300,6 +300,7 @@ class Gallery:
         max_distance: float | None = None,
         false_match_rate: float | None = None,
         thresholds: str | os.PathLike[str] | None = None,
+        places: Places | None = None,
     ) -> list[Ranking]:
         """Ranks the k nearest images of the gallery for each query image, by Eq. 4, with the distance of each region.
 
@@ -312,6 +313,7 @@ class Gallery:
           false_match_rate: instead of `max_distance`, the distance measured for this rate and for what the query shows.
           thresholds: a file that python -m vpm_jax.threshold wrote, for `false_match_rate` (default: thresholds.json in
             the model's workdir).
+          places: as for `VPM.features`: which part of a person the images show, if that is known.
 
         Raises:
           UserError: for an image that cannot be read, an empty or damaged gallery, thresholds that do not apply, or
@@ -326,9 +328,10 @@ class Gallery:
         if self.store is None or not len(self.store):
             raise UserError(f"{self.folder} holds no images yet: run python -m vpm_jax.search index.")
         root, items = self._root, list(each(images))
+        placed = [places] * len(items) if places is None or isinstance(places, str) else list(places)
         with ThreadPoolExecutor(1) as pool:
             verified = pool.submit(self._stored, UNCUT)
-            queries = self.model.features(items)
+            queries = self.model.features(items, places=placed)
             verified.result()
         limit: list[float] = [np.inf if max_distance is None else max_distance] * len(items)
         if false_match_rate is not None:
@@ -342,7 +345,8 @@ class Gallery:
                 closest = min((result.distance for result in results), default=np.inf)
                 image = items[row]
                 name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {row}"
-                rankings[int(row)] = Ranking(name, image, queries[row], within, crop, limit[row], closest)
+                about = crop, limit[row], closest, placed[row]
+                rankings[int(row)] = Ranking(name, image, queries[row], within, *about)
         return [rankings[row] for row in range(len(items))]
 
     def _stored(self, crop: GalleryCrop) -> Store:

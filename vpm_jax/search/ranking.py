@@ -10,6 +10,7 @@ import numpy as np
 
 from vpm_jax import html
 from vpm_jax.api import VPM
+from vpm_jax.data.fit import Place
 from vpm_jax.description import Description, unfamiliar_parts
 from vpm_jax.errors import UserError, printable
 from vpm_jax.images import Image, read
@@ -48,6 +49,7 @@ class Ranking(NamedTuple):
     crop: GalleryCrop = UNCUT  # the gallery crop that the query was compared with
     limit: float = np.inf  # the distance from which on an image does not show the same person
     nearest: float = np.inf  # the distance of the nearest image, within the limit or not
+    place: Place | None = None  # where the query was said to lie (see `VPM.features`)
 
     @property
     def visible(self) -> np.ndarray:
@@ -85,6 +87,7 @@ def query_record(ranking: Ranking) -> dict[str, Any]:
 
     return {
         "image": ranking.name,
+        "place": ranking.place,
         "visibility": rounded(ranking.query.visibility[0]),
         "visible": [int(i) for i in np.flatnonzero(ranking.visible)],
         "compared_with": str(ranking.crop),

@@ -36,10 +36,13 @@ from starlette.types import ASGIApp
 
 from vpm_jax import html
 from vpm_jax import images as images_lib
+from vpm_jax.api import VPM
 from vpm_jax.data.decode import decode
+from vpm_jax.data.fit import Place
 from vpm_jax.errors import UserError, printable
+from vpm_jax.geometry import PLACES, fit_box, place_between
 from vpm_jax.overlay import LOW_WEIGHT, overlay, region_colors
-from vpm_jax.regions import visible_heights
+from vpm_jax.regions import WHOLE, Crop, visible_heights
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search import web
 from vpm_jax.search.gallery import Gallery
@@ -140,6 +143,7 @@ class _Query(NamedTuple):
     """What the worker ranks."""
 
     pixels: np.ndarray  # uint8 [H, W, 3], inside the box
+    place: Place | None = None
     k: int = TOP
     max_distance: float = math.inf
     draw: bool = True  # the region map
@@ -189,6 +193,7 @@ class Service:
                 "gallery": printable(self._root.name),
                 "images": len(self._entries),
                 "model": {"fingerprint": model.fingerprint, "grid": [model.grid.rows, model.grid.cols]},
+                "places": model.places,
                 "numbering": ranking_lib.numbering(model.grid),
                 "colors": [f"rgb({red},{green},{blue})" for red, green, blue in colors],
                 "low_weight": LOW_WEIGHT,
@@ -235,8 +240,9 @@ class Service:
     # ---- Queries ----
 
     async def query(self, request: Request) -> Response:
-        given = web.parameters(request, "image", "upload", "box", "k", "max_distance", "region_map", "keep")
+        given = web.parameters(request, "image", "upload", "box", "place", "k", "max_distance", "region_map", "keep")
         k, limit, box = web.whole(given, "k", TOP, 1, MOST), web.distance(given), web.box(given)
+        place: Place | None = web.choice(given, "place", self._gallery.model.places)
         draw, keep = web.flag(given, "region_map", True), web.flag(given, "keep", False)
         source: dict[str, Any] = {"image": None, "id": None, "upload": None}
         if ("image" in given) + ("upload" in given) > 1:
@@ -251,9 +257,10 @@ class Service:
         async with self._slots:
             pixels = await run_in_threadpool(read)
             inside = np.ascontiguousarray(images_lib.read(pixels, crop=box))
-            size = list(pixels.shape[:2])
+            size = pixels.shape[:2]
+            place = place or _place(self._gallery.model, size, box)
             del pixels
-            ranked = _Query(inside, k, limit, draw)
+            ranked = _Query(inside, place, k, limit, draw)
             ranking = await self._ranking(ranked)
             answer = await run_in_threadpool(self._record, ranked, ranking)
         if "upload" in given:
@@ -266,7 +273,8 @@ class Service:
     def rank(self, queries: list[_Query]) -> list[Ranking]:
         """A batch of queries, with more results than they ask for."""
         k = max(TOP, *(query.k for query in queries))  # few values, since each compiles
-        return self._gallery.query([query.pixels for query in queries], k)
+        images, places = [query.pixels for query in queries], [query.place for query in queries]
+        return self._gallery.query(images, k, places=places)
 
     def _record(self, query: _Query, ranking: Ranking) -> dict[str, Any]:
         model = self._gallery.model
@@ -292,6 +300,18 @@ class Service:
             "nearest": None if math.isinf(ranking.nearest) else float(f"{ranking.nearest:.6g}"),
             "thresholds": thresholds,
         }
+
+
+def _place(model: VPM, size: tuple[int, int], box: Crop) -> Place | None:
+    """Where a model of padded images is to see a box: where it lies on the image."""
+    if not model.places or box == WHOLE:
+        return None
+    (height, width), data = model.image_size, model.config.data
+    top, left, bottom, right = fit_box(size, model.image_size, data.aspect, PLACES[data.place])
+    before = top + box.top * (bottom - top), left + box.left * (right - left)
+    after = height - before[0] - box.height * (bottom - top), width - before[1] - box.width * (right - left)
+    y, x = place_between(before, np.maximum(after, 0), PLACES[data.place]).round(4).tolist()
+    return y, x
 
 
 def identifier(name: str) -> str:

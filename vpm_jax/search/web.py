@@ -70,6 +70,14 @@ def flag(given: dict[str, str], name: str, default: bool) -> bool:
     return text == "true"
 
 
+def choice(given: dict[str, str], name: str, values: tuple[str, ...]) -> str | None:
+    text = given.get(name)
+    if text is not None and text not in values:
+        expected = f"expected {', '.join(values)}" if values else "and this model takes none: leave it out"
+        raise Refusal(400, "bad-parameter", f"{name} is {text[:40]!r}, {expected}.")
+    return text
+
+
 def _number(text: str) -> float:
     try:
         return float(text[:40])
