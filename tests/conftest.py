@@ -5,6 +5,7 @@ This file is imported before any test module, hence before JAX starts a backend 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker
     for variable in ("NPROC", "OMP_NUM_THREADS"):  # of XLA, of PyTorch
         os.environ.setdefault(variable, "1")
 prepare_backend()
+gc.set_threshold(100_000, 20, 100)  # a collection reads every object of JAX's: they took a twentieth of the time
 jaxtyping.install_import_hook(
     [f"vpm_jax.{name}" for name in ("regions", "losses", "models.vpm", "step", "matching", "metrics", "reranking")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
@@ -56,12 +58,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(threads(), 8) if os.environ["JAX_PLATFORMS"] == "cpu" and threads() > 1 else 0
 
 
-# Files that take long go first, so that no worker is left with one of them at the end.
-LONG = ("test_train", "test_hosts", "test_search", "test_short_lease", "test_models", "test_benchmark")
+# Files that take long go first, the longest before all, so that no worker is left with one of them at the end.
+LONG = ("train", "hosts", "losses", "step", "parity", "reproduce", "export", "devices", "benchmark", "evaluate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -348,6 +348,7 @@ def test_the_reference_gradient_itself():
         np.testing.assert_allclose(gradient[place], (up - down) / (2 * step), atol=1e-7)
 
 
+@jit_only
 def test_triplet_loss_in_the_papers_setting(run):
     # 8 x 8 images, 6 regions of 256 channels, L2-normalised as the step does, keep-top crops.
     random = np.random.default_rng(8)
@@ -368,6 +369,7 @@ def test_triplet_loss_in_the_papers_setting(run):
     np.testing.assert_allclose(gradient, expected, atol=1e-4)
 
 
+@jit_only
 def test_triplet_by_hand(run):
     # One channel, one region: positions on a line. Anchor 0: positive at 3, negative at 1: 3 - 1 + 1 = 3.
     # Anchor 1 (at 3): positive at 0, negative at 1: 3 - 2 + 1 = 2. The negative has no positive but itself.
@@ -412,6 +414,7 @@ def test_triplet_masked_equals_the_subset(run, hinge):
     assert float(count) == float(subset_count) > 0
 
 
+@jit_only
 @pytest.mark.parametrize("offset", [0, 1e1, 1e3])
 def test_triplet_of_what_all_features_share_mines_the_same_pairs(run, offset):
     random = np.random.default_rng(0)
@@ -462,6 +465,7 @@ def half(strategy):
     return project_regions(draw_crop(strategy, 0.5, (0, 0, 0)), RegionGrid(6), (24, 8))[1]
 
 
+@jit_only
 @pytest.mark.parametrize(
     ("identity", "crops", "anchors"),
     [
@@ -500,6 +504,7 @@ def test_triplet_of_a_batch_that_shows_nothing(run):
     assert float(total) == float(count) == 0 and not np.asarray(gradient).any()
 
 
+@jit_only
 @pytest.mark.parametrize("apart", [0.0, 1e-30, 1e-20, 1e-8, 1e-4])
 @pytest.mark.parametrize("base", [0.0, 1.0])
 def test_triplet_gradients_of_identical_features_are_finite(run, apart, base):

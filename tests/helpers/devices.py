@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 
 BATCH, IDENTITIES, REGIONS = 16, 4, 3
-RECIPES = ("market", "market_released")
+RUNS = ("market:jit", "market:pmap", "market_released:jit", "market_released:pmap")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 2, 4, 8), help="divisors of 16")
-    parser.add_argument("--kinds", nargs="+", default=("jit", "pmap"))
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RECIPE:KIND")
     parser.add_argument("--json", action="store_true", help="one JSON line for each comparison instead of a table")
     args = parser.parse_args(argv)
     # Before JAX starts: the virtual devices, and float64.
@@ -35,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vpm_jax.parallel import prepare_backend
 
     prepare_backend()
-    for recipe in args.recipes:
-        for row in compare(recipe, args.dtype, args.steps, args.devices, args.kinds):
+    for run in args.runs:
+        recipe, kind = run.split(":")
+        for row in compare(recipe, args.dtype, args.steps, args.devices, kind):
             if args.json:
                 print(json.dumps(row), flush=True)
             else:
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kinds: Sequence[str]):
-    """Yields a row of differences from one device for each kind and number of devices."""
+def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kind: str):
+    """Yields a row of differences from one device for each number of devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -91,25 +91,22 @@ def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kinds: S
         )
 
     metrics, mined, last = run("jit", 1)
-    for kind in kinds:
-        for count in counts:
-            if (kind, count) == ("jit", 1):
-                continue
-            other_metrics, other_mined, other_last = run(kind, count)
-            yield {
-                "recipe": recipe,
-                "kind": kind,
-                "devices": count,
-                "metrics": difference(other_metrics, metrics),
-                "state": difference(other_last, last),
-                "other_triplets": sum(
-                    int((a[0] != b[0]).any(0).sum()) for a, b in zip(mined, other_mined, strict=True)
-                ),
-                "anchors": BATCH * steps,
-                "gap": min(float(gap) for _, gap in mined),
-                "loss": float(metrics[-1]["loss"]),
-                "triplet": float(metrics[-1]["loss_triplet"]),
-            }
+    for count in counts:
+        if (kind, count) == ("jit", 1):
+            continue
+        other_metrics, other_mined, other_last = run(kind, count)
+        yield {
+            "recipe": recipe,
+            "kind": kind,
+            "devices": count,
+            "metrics": difference(other_metrics, metrics),
+            "state": difference(other_last, last),
+            "other_triplets": sum(int((a[0] != b[0]).any(0).sum()) for a, b in zip(mined, other_mined, strict=True)),
+            "anchors": BATCH * steps,
+            "gap": min(float(gap) for _, gap in mined),
+            "loss": float(metrics[-1]["loss"]),
+            "triplet": float(metrics[-1]["loss_triplet"]),
+        }
 
 
 def new_batch(config, seed: int) -> dict:
