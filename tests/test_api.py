@@ -201,8 +201,9 @@ def test_an_unreadable_image_is_one_sentence_that_names_it(model, bad, sentence)
 def test_what_are_no_images(model, images, sentence):
     with pytest.raises(UserError, match=sentence):
         model(images)
-    with pytest.raises(UserError, match="batch is 0"):
-        model(PICTURES, batch=0)
+    for batch in (0, 2.5, "8", None, True):
+        with pytest.raises(UserError, match=f"^batch is {batch!r}, expected a whole number of at least 1"):
+            model(PICTURES, batch=batch)
 
 
 # ---- Matching ----
@@ -316,6 +317,9 @@ def test_a_path_without_a_model_is_one_sentence(run, tmp_path):
         with pytest.raises(UserError, match=sentence) as error:
             VPM.load(tmp_path / name)
         assert "\n" not in str(error.value)
+    for wrong in (None, 5, b"run", VPM):
+        with pytest.raises(UserError, match=rf"is given as {type(wrong).__name__}, expected the path of"):
+            VPM.load(wrong)
 
 
 def test_weights_that_have_diverged_say_so(run):

@@ -112,6 +112,11 @@ def test_nobody_has_no_vectors(model, encoder, boxes):
         (FRAME, None, r"NoneType \[\], expected numbers"),
         (FRAME / 255, BOXES, r"The frame is float64 \(120, 160, 3\), expected uint8"),
         (FRAME[..., 0], BOXES, r"The frame is uint8 \(120, 160\)"),
+        (FRAME[None], BOXES, r"The frame is uint8 \(1, 120, 160, 3\)"),
+        (FRAME[:0], BOXES, r"The frame is uint8 \(0, 160, 3\)"),
+        ("frame.jpg", BOXES, "The frame is str, expected uint8"),
+        ([[1], [1, 2]], BOXES, "The frame is list, expected uint8"),
+        (None, BOXES, "The frame is NoneType, expected uint8"),
     ],
 )
 def test_wrong_input_is_refused_in_one_sentence(encoder, frame, boxes, message):

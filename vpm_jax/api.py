@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import zip_longest
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,8 @@ class VPM:
 
         Reads at most one batch ahead, so generators may be endless.
         """
-        if batch < 1:
-            raise UserError(f"batch is {batch}, expected at least 1.")
+        if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
+            raise UserError(f"batch is {batch!r}, expected a whole number of at least 1.")
         parallel.check_process()
 
         numbered = enumerate(_placed(images, places))
@@ -416,6 +417,10 @@ def _placed(images: Images, places: Places | None) -> Iterator[tuple[Image, Plac
 
 def located(path: str | os.PathLike[str]) -> Path:
     """What `VPM.load` takes as a path of this machine: a model on the Hub is downloaded, see `hub.fetch`."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(
+            f"The model is given as {type(path).__name__}, expected the path of a run or of an exported file."
+        )
     text = os.fspath(path)
     if text.startswith("hf:/"):  # a Path has lost the second slash
         from vpm_jax import hub

@@ -52,11 +52,13 @@ class Encoder:
         Raises:
           UserError: for another frame, and for boxes that are not finite, have no area or lie outside the frame.
         """
-        model, frame = self._model, np.asarray(frame)
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
+        model, found = self._model, type(frame).__name__
+        if hasattr(frame, "__array__"):
+            frame = np.asarray(frame)
+            found = f"{frame.dtype} {frame.shape}"
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,) or not frame.size:
             raise UserError(
-                f"The frame is {frame.dtype} {frame.shape}, expected uint8 [H, W, 3] with values from 0 to 255.",
-                code="bad-frame",
+                f"The frame is {found}, expected uint8 [H, W, 3] with values from 0 to 255.", code="bad-frame"
             )
         whole = _boxes(boxes)
         height, width = frame.shape[:2]
