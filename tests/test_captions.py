@@ -46,6 +46,7 @@ def changed(**changes):
         ({"eval__same_camera": "keep"}, "market1501", 0, "own camera are ranked"),
         ({"match__rerank": True}, "market1501", 0, "distances are re-ranked"),
         ({"match__gallery_gammas": (0.5,)}, "market1501", 0, "the gallery is also cropped"),
+        ({"match__gallery_whole": True}, "market1501", 0, "the regions of gallery images weigh the same"),
         ({"data__distractors": "images"}, "market1501", 0, "more distractors"),
     ],
 )

@@ -233,6 +233,16 @@ def test_a_value_that_no_part_can_use_is_refused_with_its_key(key, value, expect
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(("key", "value"), [("rerank", True), ("gallery_gammas", (0.5,))])
+def test_a_gallery_of_whole_people_is_neither_cropped_nor_reranked(key, value):
+    config = default()
+    config.match.gallery_whole = True
+    check(config)
+    config.match[key] = value
+    with pytest.raises(UserError, match=f"match.{key}.*turn off one of them"):
+        check(config)
+
+
 def test_channels_that_do_not_divide_into_groups_are_refused():
     config = default()
     config.model.locator_groups = 7

@@ -175,6 +175,9 @@ def test_matching_and_gammas_may_change(whole, tmp_path, capsys):
 def test_a_workdir_keeps_the_runs_own_evaluation(whole, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     own = [workdir / name for name in ("evaluation.json", "evaluation.md", "gamma.png")]
+    record = json.loads(own[0].read_text())
+    del record["match"]["gallery_whole"]  # as an earlier version wrote it
+    own[0].write_text(json.dumps(record))
     before = [path.read_bytes() for path in own]
 
     def files() -> list[str]:
@@ -189,14 +192,19 @@ def test_a_workdir_keeps_the_runs_own_evaluation(whole, tmp_path, capsys):
     assert evaluation_of("--config.eval.gammas=1.0") == "evaluation-1"
     assert files() == ["evaluation-1.json", "evaluation-1.md", "gamma-1.png"]
     assert evaluation_of("--rerank", "--config.match.rerank_k1=4") == "evaluation-2"
+    assert evaluation_of("--config.match.vector=True", "--config.match.gallery_whole=True") == "evaluation-3"
+    text = (workdir / "evaluation-3.md").read_text()
+    assert "\nMatching: one vector per image instead of Eq. 4, soft visibility of queries, equal weights in the" in text
+    with pytest.raises(UserError, match=r"match\.gallery_whole and match\.rerank are both on"):
+        evaluation_of("--rerank", "--config.match.gallery_whole=True")
     assert evaluation_of("--config.eval.gammas=1.0") == "evaluation-1"  # the same again
     moved = shutil.copytree(json.loads((workdir / "config.json").read_text())["data"]["root"], tmp_path / "data")
     other = shutil.copytree(next(moved.glob("synthetic-v*train8-*")), tmp_path / "other")
     sorted((other / "query").iterdir())[0].unlink()
-    assert evaluation_of("--root", str(other)) == "evaluation-3"  # a test set without one query
+    assert evaluation_of("--root", str(other)) == "evaluation-4"  # a test set without one query
     another = shutil.copytree(workdir, tmp_path / "another")  # other weights by the same settings, in a run's workdir
     assert evaluate.main(["--workdir", str(another), "--output", str(workdir)]) == 0
-    assert [path.read_bytes() for path in own] == before and (workdir / "evaluation-4.json").exists()
+    assert [path.read_bytes() for path in own] == before and (workdir / "evaluation-5.json").exists()
 
 
 def test_pictures_move_aside_with_their_tables(whole, tmp_path):

@@ -243,6 +243,24 @@ def test_embeddings_are_unit_vectors_and_nothing_is_zero():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [0] + [1] * (len(features) - 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_gallery_of_whole_people_weighs_its_regions_equally(vector):
+    features, weight, others, other_weight = example()
+    match = default().match
+    match.vector = vector
+    query, gallery = Description(features, weight), Description(others, other_weight)
+    equal = Description(others, np.ones_like(other_weight))
+    expected = [f(match, query, equal) for f in (matching.pairwise_distance, matching.pairwise_shares)]
+    assert not np.allclose(expected[0], matching.pairwise_distance(match, query, gallery), atol=1e-3)
+    match.gallery_whole = True
+    distance = matching.pairwise_distance(match, query, gallery)
+    np.testing.assert_array_equal(distance, expected[0])
+    np.testing.assert_array_equal(matching.pairwise_shares(match, query, gallery), expected[1])
+    nearest, index = matching.nearest(match, query, gallery, 3)
+    np.testing.assert_array_equal(index, np.argsort(distance, axis=1, kind="stable")[:, :3])
+    np.testing.assert_allclose(nearest, np.sort(distance, axis=1)[:, :3], atol=1e-5)
+
+
 @pytest.mark.parametrize("visibility", ["soft", "saturated", "uniform"])
 def test_matching_by_vectors_is_their_distance(visibility):
     features, weight, others, other_weight = example()

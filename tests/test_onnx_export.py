@@ -56,10 +56,11 @@ def test_it_computes_what_the_model_does(tmp_path, changes):
     uncovered = [(given[0], np.zeros_like(valid)) for valid in given[1:]]
     for inputs in (given, *uncovered):
         expected = {name: np.asarray(x) for name, x in live.step(*inputs).items()}
-        expected["embedding"] = live.embedding(Description(**expected))
+        described = Description(**expected)
+        expected |= {"embedding": live.embedding(described), "embedding_whole": live.embedding(described, whole=True)}
         for count in (1, 3):
             out = step(*(x[:count] for x in inputs))
-            assert list(out) == ["embedding", "features", "visibility", "region_maps"]
+            assert list(out) == ["embedding", "features", "visibility", "region_maps", "embedding_whole"]
             for name in out:
                 scale = max(1, expected[name].sum(axis=-1).max()) if name == "visibility" else 1
                 np.testing.assert_allclose(
@@ -125,16 +126,23 @@ def wrong_kernel(graph, name, x, *rest, operator=onnx_export._Graph.__call__, **
     return operator(graph, name, x, *rest, **attributes)
 
 
+def wrong_share(graph, name, x, *rest, operator=onnx_export._Graph.__call__, **attributes):
+    if name == "Mul" and x.startswith("Flatten"):
+        x = operator(graph, "Add", x, 1e-4)
+    return operator(graph, name, x, *rest, **attributes)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda patch: patch.setattr(onnx_export._Graph, "__call__", wrong_kernel),
         lambda patch: patch.setattr(onnx_export, "_match_visibility", lambda g, x, mode: g("Mul", x, x)),
+        lambda patch: patch.setattr(onnx_export._Graph, "__call__", wrong_share),
         lambda patch: patch.setattr(
             onnx_export, "serialize", lambda *args, whole=onnx_export.serialize: whole(*args)[:2000]
         ),
     ],
-    ids=["features", "embedding", "damaged"],
+    ids=["features", "embedding", "embedding of a whole image", "damaged"],
 )
 def test_a_wrong_file_is_never_kept(run, tmp_path, monkeypatch, change):
     (tmp_path / "a.onnx").write_text("what was there before")

@@ -140,6 +140,13 @@ def test_files_of_another_evaluation_stay(output, whole, tmp_path):
     with pytest.raises(UserError, match="saved holds features of another evaluation"):
         command(whole, tmp_path, "--save", "features", "--config.eval.flip=true")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    about = json.loads((folder / "about.json").read_text())
+    del about["matching"]["match"]["gallery_whole"]  # as an earlier version wrote it
+    (folder / "about.json").write_text(json.dumps(about))
+    again = ["--features", folder, "--save", "distances", "ranking"]
+    with pytest.raises(UserError, match="saved holds distances and ranking of another evaluation"):
+        command(whole, tmp_path, *again, "--config.match.gallery_whole=true")
+    command(whole, tmp_path, *again)
     command(whole, tmp_path, "--features", folder, "--save", "ranking", "--config.eval.gammas=1.0")  # the same matching
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

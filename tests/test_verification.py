@@ -173,9 +173,13 @@ def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path, ca
     assert found["max_distance"] in distances
 
     other = tmp_path / "other.json"
-    other.write_text(json.dumps(record | {"model": "0" * 16}))
-    with raises("other-model"):
-        results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
+    older = {key: value for key, value in record["match"].items() if key != "gallery_whole"}
+    other.write_text(json.dumps(record | {"match": older}))
+    assert results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")[1] == found
+    for change in ({"model": "0" * 16}, {"match": older | {"gallery_whole": True}}):
+        other.write_text(json.dumps(record | change))
+        with raises("other-model"):
+            results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
     other.write_text("{}")
     with pytest.raises(UserError, match="holds no thresholds"):
         results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")

@@ -60,6 +60,7 @@ def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]
         (config.eval.multi_query, "each query stands for several boxes"),
         (config.match.rerank, "distances are re-ranked"),
         (config.match.vector, "images are compared as single vectors"),
+        (config.match.gallery_whole, "the regions of gallery images weigh the same"),
         (config.match.gallery_gammas, "the gallery is also cropped"),
         (config.data.distractors, "the gallery has more distractors"),
     ]
@@ -156,7 +157,8 @@ def matching(match: Mapping[str, Any]) -> str:
     crops = f"; the gallery also cropped to {gammas}, each query compared with the closest crop" * bool(gammas)
     squared = "squared " * match["squared"]
     equation = "one vector per image instead of Eq. 4" if match.get("vector") else "Eq. 4"
-    return f"{equation}, {match['visibility']} visibility, {squared}distances{features}{reranked}{crops}"
+    whole = " of queries, equal weights in the gallery" * bool(match.get("gallery_whole"))
+    return f"{equation}, {match['visibility']} visibility{whole}, {squared}distances{features}{reranked}{crops}"
 
 
 def comparability(reasons: Any) -> list[str]:

@@ -121,7 +121,7 @@ def open_run(
         overrides = ["--config.data.root=", *overrides]
     trained, config = read_run(workdir, overrides)
     config.match.rerank = config.match.rerank or rerank
-    config_lib.check_gallery_gammas(config)
+    config_lib.check(config)
     data = config.data.copy_and_resolve_references()  # of the evaluation; config.data is that of the training
     if dataset_name:
         data.name, data.holdout_identities = dataset_name, 0
@@ -433,7 +433,7 @@ def _picture(name: str) -> str:
 def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
     """Whether a file holds anything but an evaluation of the same run with the same settings.
 
-    Settings that an earlier version did not record count as equal.
+    Of settings that an earlier version did not record, those of matching had their defaults; others count as equal.
     """
     if not file.exists():
         return False
@@ -442,6 +442,7 @@ def _is_other(file: Path, record: Mapping[str, Any]) -> bool:
         pairs = [
             (earlier[key], now[key]) for key in ("run", "dataset", "test_set", "same_camera", "input") if key in earlier
         ]
+        earlier["match"] = json.loads(json.dumps(config_lib.default().match.to_dict())) | earlier["match"]
         for group in ("protocol", "match"):
             pairs += [(value, now[group].get(key)) for key, value in earlier[group].items()]
         pairs.append((earlier["protocol"].get("multi_query"), now["protocol"].get("multi_query")))

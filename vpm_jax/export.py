@@ -2,8 +2,8 @@
 
   stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
                TPU. It needs only JAX, not this package; FILE.json beside it documents inputs and outputs.
-  onnx         the same network for ONNX Runtime, in float32, with one vector per image as the first output; needs the
-               packages onnx and onnxruntime
+  onnx         the same network for ONNX Runtime, in float32, with one vector per image as the first output and one for
+               galleries of whole people as the last; needs the packages onnx and onnxruntime
   safetensors  the parameters for PyTorch, as written by python -m vpm_jax.convert
 
 vpm_jax.VPM.load reads StableHLO and safetensors. A file is kept only if its outputs match the live model's.
@@ -120,9 +120,10 @@ def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:
     """Writes `model` as ONNX, for ONNX Runtime; returns the largest difference from the model.
 
     It takes `VPM.inputs` as "images" and, for a model of padded images, "valid", for any batch size. It returns
-    "embedding", float32 [b, P * C] (`VPM.embedding`), and the arrays of a `Description`. The metadata holds what is
-    in the JSON beside a .stablehlo, each entry as JSON. `kernels` is the dtype of the kernels. With int8,
-    convolutions compute in int8, calibrated on images of the run's training set, and the difference is that of vectors.
+    "embedding", float32 [b, P * C] (`VPM.embedding`), the arrays of a `Description`, and "embedding_whole", which is
+    `VPM.embedding` with whole=True. The metadata holds what is in the JSON beside a .stablehlo, each entry as JSON.
+    `kernels` is the dtype of the kernels. With int8, convolutions compute in int8, calibrated on images of the run's
+    training set, and the difference is that of vectors.
 
     Raises:
       UserError: as `write_stablehlo`, and without the packages onnx and onnxruntime.
@@ -131,8 +132,12 @@ def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:
     image = dict(about["input"])
     inputs = [image, image.pop("valid")] if "valid" in image else [image]
     regions, channels = about["output"]["features"]["shape"][1:]
-    about["output"] = {"embedding": {"dtype": "float32", "shape": ["b", regions * channels]}} | about["output"]
+    vector = {"dtype": "float32", "shape": ["b", regions * channels]}
+    about["output"] = {"embedding": vector} | about["output"] | {"embedding_whole": vector}
     about["meaning"]["embedding"] = "[image, region * channel], of unit length; an inner product is a similarity"
+    about["meaning"]["embedding_whole"] = (
+        "the same of an image that shows a whole person: give it for all images of a gallery, and embedding for queries"
+    )
     named = dict(zip(onnx_export.INPUTS, inputs, strict=False))
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     if kernels == "int8":
@@ -173,14 +178,15 @@ def _vector_difference(model: VPM, step: Callable[..., dict[str, Any]], images: 
 
 
 def _checked_embedding(model: VPM, step: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`step`, which raises UserError if the embedding is not that of its features and visibility."""
+    """`step`, which raises UserError if the embeddings are not those of its features and visibility."""
 
     def checked(*inputs: np.ndarray) -> dict[str, Any]:
         out = step(*inputs)
-        weight = match_visibility(out["visibility"], model.config.match.visibility)
-        difference = np.abs(out["embedding"] - embedding(out["features"], weight)).max()
-        if not difference <= 1e-5:
-            raise _wrong(f"embedding differs from that of its features by {difference:.1e}, expected at most 1e-5")
+        for name, mode in (("embedding", model.config.match.visibility), ("embedding_whole", "uniform")):
+            expected = embedding(out["features"], match_visibility(out["visibility"], mode))
+            difference = np.abs(out[name] - expected).max()
+            if not difference <= 1e-5:
+                raise _wrong(f"{name} differs from that of its features by {difference:.1e}, expected at most 1e-5")
         return out
 
     return checked

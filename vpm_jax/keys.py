@@ -331,6 +331,12 @@ KEYS = (
         "compare one vector per image (matching.embedding), not regions",
         flags=EVALUATION,
     ),
+    Key(
+        "match.gallery_whole",
+        False,
+        "weigh the regions of gallery images equally, as those of whole people",
+        flags=EVALUATION,
+    ),
     # Gallery crops keep the same side as data.crop. Each query is compared with the crop that shows the same extent,
     # estimated from its region map. Each ratio costs another pass over the gallery; () is the paper's protocol.
     Key("match.gallery_gammas", (), "kept area ratios of gallery crops besides whole images", INNER_RATIOS, EVALUATION),

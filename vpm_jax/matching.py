@@ -30,27 +30,32 @@ from vpm_jax.topk import top_k
 
 def pairwise_distance(match: ConfigDict, query: Described, gallery: Described) -> Float32[np.ndarray, "q g"]:
     """Eq. 4 with the settings of config.match; without re-ranking and gallery crops. See `region_distance`."""
-    return region_distance(*_weighted(match, query), *_weighted(match, gallery), match.squared)
+    return region_distance(*_weighted(match, query), *_weighted(match, gallery, True), match.squared)
 
 
 def pairwise_shares(
     match: ConfigDict, query: Described, gallery: Described
 ) -> tuple[Float32[np.ndarray, "q g p"], Float32[np.ndarray, "q g p"]]:
     """The per-region terms of `pairwise_distance` without match.vector: see `local_distances`."""
-    weights = (match_visibility(images.visibility, match.visibility) for images in (query, gallery))
-    return local_distances(query.features, next(weights), gallery.features, next(weights), match.squared)
+    weights = _weight(match, query), _weight(match, gallery, True)
+    return local_distances(query.features, weights[0], gallery.features, weights[1], match.squared)
 
 
 def nearest(
     match: ConfigDict, query: Described, gallery: Described, k: int
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The k gallery images nearest to each query by `pairwise_distance`: see `top_k`."""
-    return top_k(*_weighted(match, query), _weighted(match, gallery), k, match.squared)
+    return top_k(*_weighted(match, query), _weighted(match, gallery, True), k, match.squared)
 
 
-def _weighted(match: ConfigDict, images: Described) -> tuple[Any, np.ndarray]:
-    """(features, the visibility weights that config.match asks for); with match.vector, of a single region."""
-    weight = match_visibility(images.visibility, match.visibility)
+def _weight(match: ConfigDict, images: Described, gallery: bool = False) -> np.ndarray:
+    """The visibility weights that config.match asks for."""
+    return match_visibility(images.visibility, "uniform" if gallery and match.gallery_whole else match.visibility)
+
+
+def _weighted(match: ConfigDict, images: Described, gallery: bool = False) -> tuple[Any, np.ndarray]:
+    """(features, `_weight`); with match.vector, of a single region."""
+    weight = _weight(match, images, gallery)
     if not match.vector:
         return images.features, weight
     return _Vectors(images.features, weight), np.asarray(weight.any(axis=1, keepdims=True), np.float32)

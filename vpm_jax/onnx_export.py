@@ -162,7 +162,7 @@ class _Graph:
 
 
 def _outputs(g: _Graph, model: VPM, images: str, valid: str | None = None) -> dict[str, str]:
-    """The names of the outputs of `step.make_feature_step` with region maps, and of the embedding."""
+    """The names of the outputs of `step.make_feature_step` with region maps, and of both embeddings."""
     config = model.config
     if config.eval.flip:  # the mirror images are the second half of the batch
         images = g("Concat", images, _mirror(g, images, 2), axis=0)
@@ -187,6 +187,7 @@ def _outputs(g: _Graph, model: VPM, images: str, valid: str | None = None) -> di
         "features": features,
         "visibility": visibility,
         "region_maps": g("Transpose", probability, perm=[0, 2, 3, 1]),
+        "embedding_whole": g("Mul", g("Flatten", features, axis=1), model.grid.count**-0.5),
     }
 
 

@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import config as config_lib
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.split import Split
 from vpm_jax.description import CroppedSplit, Description, FeatureSource, Variables
@@ -49,6 +50,8 @@ class Request(NamedTuple):
         """Raises UserError if the folder holds such files of another evaluation."""
         expected = {"features": self.about, "matching": self.about | {"match": _match(config)}}
         for part, found in _read_about(self.folder).items():
+            if "match" in found:  # earlier versions had fewer settings
+                found["match"] = _match(config_lib.default()) | found["match"]
             files = {kind for kind in self.kinds if (kind == "features") == (part == "features")}
             if files and any(found.get(key) != value for key, value in expected[part].items()):
                 raise UserError(

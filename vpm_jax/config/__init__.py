@@ -205,6 +205,11 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
             'Config key match.feature is "after" but model.neck is "none": set model.neck to "bn".',
         ),
         (
+            config.match.gallery_whole and config.match.rerank,
+            "Config keys match.gallery_whole and match.rerank are both on: re-ranking needs the same weights for "
+            "queries and gallery; turn off one of them.",
+        ),
+        (
             not config.stage1.epochs + config.stage2.epochs,
             "Config keys stage1.epochs and stage2.epochs are both 0: there is nothing to train.",
         ),
@@ -226,6 +231,7 @@ def check_gallery_gammas(config: ConfigDict) -> None:
             "the model cannot estimate how much a query shows: expected at least two rows of regions and no stripes",
         ),
         (config.match.rerank, "match.rerank is on: turn off one of them"),
+        (config.match.gallery_whole, "match.gallery_whole is on: turn off one of them"),
         (config.eval.multi_query, "eval.multi_query is on: turn off one of them"),
         (
             set(HEIGHTS.get(config.eval.crop, ())) - set(known),
