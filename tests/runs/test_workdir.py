@@ -28,7 +28,7 @@ from vpm_jax.runs.workdir import WorkdirLock, find_run, read_run, with_absolute_
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(Lock, "BEAT", 0.05)
-    monkeypatch.setattr(Lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(Lock, "PATIENCE", 0.3)
 
 
 def left_behind(folder, **changes) -> None:
