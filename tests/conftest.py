@@ -124,6 +124,16 @@ def whole(pedestrians: Path, shared: Path) -> Path:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture of matplotlib is one pixel: drawing them takes half the time of a tiny run."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    pixel = Image.new("L", (1, 1))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: pixel.save(path, "PNG"))
+
+
+@pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """Every figure that a test saves, to look inside."""
     from matplotlib.figure import Figure

@@ -23,6 +23,8 @@ from vpm_jax.models.resnet import ResNet
 from vpm_jax.pretrained import Network, heads, load, own
 from vpm_jax.runs.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def run(*arguments) -> int:
     return convert.main([str(a) for a in arguments])

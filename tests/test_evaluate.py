@@ -26,6 +26,8 @@ from vpm_jax.evaluation import matching_in_words, ranked
 from vpm_jax.matching import region_distance
 from vpm_jax.reranking import rerank
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def trained(whole):

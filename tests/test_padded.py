@@ -20,6 +20,8 @@ from vpm_jax.description import Describer
 from vpm_jax.regions import visible_heights
 from vpm_jax.training import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
 
 

@@ -20,6 +20,8 @@ from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def command(workdir: Path, output: Path, *arguments) -> dict:
     """`evaluate` on another dataset: the one record that it wrote."""

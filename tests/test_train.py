@@ -30,6 +30,8 @@ from vpm_jax.runs import workdir as workdir_lib
 from vpm_jax.schedule import ends_epochs, stage_of
 from vpm_jax.step import make_feature_step
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def at_step(monkeypatch, number: int, act) -> None:
     """Calls act() while step `number` is under way."""
