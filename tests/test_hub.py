@@ -229,6 +229,7 @@ def test_without_the_package_it_says_what_to_install(model, monkeypatch):
         {},
         {"model__depth": 50, "model__stem": "3x3", "model__stride_on": "1x1", "model__last_stride": 2},
         {"model__stem": "4x4", "model__strides": (1, 2, 1), "model__grid": (2, 2), "model__bn_epsilon": 1e-3},
+        {"data__fit": "pad", "data__aspect": 2.5, "model__last_stride": 1},
     ],
 )
 def test_the_module_of_the_docs_computes_the_same(tmp_path, changes):
@@ -240,8 +241,8 @@ def test_the_module_of_the_docs_computes_the_same(tmp_path, changes):
     model = VPM.load(tmp_path / "run")
     model.save_pretrained(tmp_path / "a")
     with torch.inference_mode():
-        images = torch.from_numpy(*model.inputs(PICTURES))
-        features, visibility = names["TorchVPM"](tmp_path / "a" / "model.safetensors").eval()(images)
+        inputs = map(torch.from_numpy, model.inputs(PICTURES))
+        features, visibility = names["TorchVPM"](tmp_path / "a" / "model.safetensors").eval()(*inputs)
     described = model(PICTURES)
     np.testing.assert_allclose(features, described.features, atol=1e-4)
     np.testing.assert_allclose(visibility, described.visibility, rtol=1e-4)

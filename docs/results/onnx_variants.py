@@ -109,9 +109,9 @@ def torch_step(folder: Path, model: VPM) -> Step:
     torch.set_num_threads(1)
     network = names["TorchVPM"](folder / "saved" / "model.safetensors").eval()
 
-    def step(images: np.ndarray) -> dict[str, Any]:
+    def step(*arrays: np.ndarray) -> dict[str, Any]:
         with torch.inference_mode():
-            features, visibility = network(torch.from_numpy(images))
+            features, visibility = network(*map(torch.from_numpy, arrays))
         return {"features": features.numpy(), "visibility": visibility.numpy()}
 
     return step
@@ -154,7 +154,7 @@ def main() -> None:
         files = variants(folder, model)
         steps: dict[str, tuple[Step, float | None]] = {"JAX, float32": (model.step, None)}
         steps |= {f"ONNX Runtime, {name}": (session(path), path.stat().st_size / 2**20) for name, path in files.items()}
-        if find_spec("torch") and model.config.data.fit == "stretch":  # what that module computes
+        if find_spec("torch"):
             steps["PyTorch, float32"] = (torch_step(folder, model), None)
         sample = tuple(x[:BATCH] for x in whole)
         rows, figures, ours = [], {}, None
