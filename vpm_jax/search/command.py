@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     querying.add_argument(
         "--place",
         choices=KNOWN_PLACES,
-        help="which part of a person the images show, if that is known: for a model of padded images (data.fit=pad), "
-        "which takes them for the part at data.place",
+        help="which part of a person the images show; without it, a model of padded images (data.fit=pad) takes them "
+        "for the part at data.place",
     )
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
