@@ -56,6 +56,10 @@ def test_damaged_exif_changes_nothing():
     at = data.index(b"Exif")
     broken = data[: at + 6] + b"\xff" * 20 + data[at + 26 :]
     np.testing.assert_array_equal(decode(broken, "a", upright=True), decode(broken, "a"))
+    # A short JFIF header: libjpeg-turbo decodes the file, Pillow does not open it.
+    at = data.index(b"JFIF")
+    broken = data[: at - 2] + b"\0\6JFIF" + data[at + 14 :]
+    np.testing.assert_array_equal(decode(broken, "a", upright=True), decode(broken, "a"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

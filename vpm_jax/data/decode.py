@@ -71,7 +71,7 @@ def decode(data: bytes, name: str, upright: bool = False, most: int | None = Non
                 f"{name} is a damaged JPEG ({error}, {len(data)} bytes): {_WHAT_TO_DO}", code="damaged-image"
             ) from None
         if upright and b"Exif" in data[:_HEADER]:
-            turn = _turn(Image.open(io.BytesIO(data)))
+            turn = _turn(data)
             return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
         return pixels
     try:
@@ -148,9 +148,10 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     return simplejpeg.decode_jpeg_header(data)[:2]
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """The rotation or reflection that makes the image upright, from its EXIF orientation; None if none is needed."""
+def _turn(image: Image.Image | bytes) -> Image.Transpose | None:
+    """The rotation or reflection that makes a Pillow image or a JPEG upright; None if none is needed or known."""
     try:
+        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
         return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
     except _DAMAGED:  # only the EXIF data are unreadable
         return None
