@@ -271,8 +271,14 @@ def test_lists_are_checked(tmp_path):
     for name in ("list_train.txt", "list_query.txt"):
         whole = (root / name).read_bytes()
         last = len(whole.splitlines()) + 1
-        for line in (b"0000/0000_000_01_x.jpg\n", b"0000/0000_000_01_x.jpg one\n", b"0000/0000.jpg 0\n"):
-            (root / name).write_bytes(whole + line)
+        there = whole.split()[0]
+        for line in (
+            b"0000/0000_000_01_x.jpg",
+            b"0000/0000_000_01_x.jpg one",
+            b"0000/0000.jpg 0",
+            there + b" 9999999999",
+        ):
+            (root / name).write_bytes(whole + line + b"\n")
             fails(config(root, "msmt17"), f"Line {last} of {name}", "expected a path and an identity")
         (root / name).write_bytes(whole + b"0009/0009_000_01_gone.jpg 9\n")
         fails(config(root, "msmt17"), "cannot be used", "0009/0009_000_01_gone.jpg")

@@ -308,7 +308,7 @@ def _rows(tree: Tree, name: str, layout: Layout) -> Iterator[tuple[str, int, int
             continue
         image, _, identity = text.strip().replace("\\", "/").rpartition(" ")
         camera = layout.name.match(_base(image))
-        if not identity.isdecimal() or not camera:
+        if not re.fullmatch(r"[0-9]{1,9}", identity) or not camera:
             raise UserError(
                 f"Line {line} of {name} ({tree.where[0].lower()}{tree.where[1:]}) is {text.strip()!r}, "
                 f"expected a path and an identity, with images named {layout.example}."
