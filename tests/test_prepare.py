@@ -92,11 +92,14 @@ def test_other_images_are_not_taken_for_prepared_ones(tmp_path, capsys):
         main(["csv", "--source", str(tmp_path / "one"), "--output", output])
 
 
-def test_already_prepared(prepared, folder, capsys):
+def test_already_prepared(prepared, folder, capsys, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
     main(["market1501", "--source", "nowhere", "--output", str(prepared.parent.parent)])
     out = capsys.readouterr().out
     assert out.startswith("Already prepared") and str(prepared) in out and "9 training" in out
+    monkeypatch.setenv("HOME", str(folder.parent))
+    main(["market1501", "--source=~/images", "--output", str(prepared.parent.parent)])
+    assert "the same images as ~/images" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if folder.exists():
         dataset = _load(args.dataset, str(folder))
         compared = f"not compared with {args.source}, which does not exist" if args.source else "no --source to compare"
-        if args.source and Path(args.source).exists():
+        if args.source and data_root(args.source).exists():
             compared = f"the same images as {args.source}"
             if differences := _differences(dataset, _load(args.dataset, args.source)):
                 raise UserError(
@@ -105,13 +104,9 @@ def _differences(prepared: Dataset, source: Dataset) -> str:
         before, now = Inventory.of(a), Inventory.of(b)
         if before != now:
             return f"{name}: {before.differences(now) or 'other images under the same names'}"
-        if not np.array_equal(a.identity, b.identity) or not _same_cameras(a.camera, b.camera):
+        if not np.array_equal(a.identity, b.identity) or not np.array_equal(a.camera, b.camera):
             return f"{name}: other identities or cameras"
     return ""
-
-
-def _same_cameras(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def _sizes(dataset: Dataset) -> str:
