@@ -286,7 +286,7 @@ def test_lists_are_checked(tmp_path):
     (root / "list_val.txt").unlink()
     notes = load_dataset(config(root, "msmt17")).notes
     assert "There is no list_val.txt." in notes
-    assert "Left out 1 images of train that are in no list: 0000/0000_001_15_0303noon_0016_1.jpg." in notes
+    assert "Left out 1 image of train missing from the lists: 0000/0000_001_15_0303noon_0016_1.jpg." in notes
     (root / "list_gallery.txt").unlink()
     fails(config(root, "msmt17"), "has no list_gallery.txt")
 

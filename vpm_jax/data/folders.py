@@ -18,7 +18,7 @@ import numpy as np
 from vpm_jax.data.datasets import DATASETS, Entry, Layout
 from vpm_jax.data.decode import SUFFIXES, UNSUPPORTED
 from vpm_jax.data.files import ARCHIVE_SUFFIXES, FolderTree, Tree, ZipTree, below, open_zip
-from vpm_jax.data.split import Listing, Reader, number_identities, some
+from vpm_jax.data.split import Listing, Reader, counted, number_identities, some
 from vpm_jax.errors import UserError
 
 PREPARED = "dataset_info.json"  # which TFDS writes into a prepared dataset
@@ -160,8 +160,8 @@ def list_splits(place: Place, name: str) -> tuple[Reader, dict[str, Listing], li
     listings, notes = list_images(tree, entry.layout, folders)
     ignored = [file for split in folders for file in listings[split].ignored]
     if ignored:
-        files = "file" if len(ignored) == 1 else "files"
-        notes.insert(0, f"Ignored {len(ignored):,} {files} not named like an image of a person: {some(ignored)}.")
+        files = counted(len(ignored), "file")
+        notes.insert(0, f"Ignored {files} not named like an image of a person: {some(ignored)}.")
     if variant := _variant((tree.inside.rstrip("/") if isinstance(tree, ZipTree) else place.path.name), entry):
         notes.append(f"These are the {variant} images of {entry.title}.")
     return tree.reader, listings, notes
@@ -206,9 +206,8 @@ def _by_names(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict
     notes = []
     for name in layout.unused:
         if folder := _find(tree, name):
-            images = sum(_is_image(file) for file in below(tree, folder, layout.depth)[0])
-            plural = "s" * (images != 1)
-            notes.append(f"Left out {folder} ({images:,} image{plural}), which the protocol does not use.")
+            images = counted(sum(map(_is_image, below(tree, folder, layout.depth)[0])), "image")
+            notes.append(f"Left out {folder} ({images}), which the protocol does not use.")
     return listings, notes
 
 
@@ -231,7 +230,7 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
     if not kept and not unusable:
         content = "no file"
         if ignored:
-            content = f"no image among {len(ignored):,} file{'s' * (len(ignored) > 1)} such as {_base(ignored[0])}"
+            content = f"no image among {counted(len(ignored), 'file')} such as {_base(ignored[0])}"
         raise UserError(
             f"{tree.where} has {content} in {folder}; expected images named {layout.example}: "
             "complete it from the official archive."
@@ -297,7 +296,8 @@ def _by_lists(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict
             first = int(numbers.max(initial=0)) + 1
     for folder, images in files.items():
         if unlisted := sorted(filter(_is_image, images - listed[folder])):
-            notes.append(f"Left out {len(unlisted):,} images of {folder} that are in no list: {some(unlisted)}.")
+            left_out = counted(len(unlisted), "image")
+            notes.append(f"Left out {left_out} of {folder} missing from the lists: {some(unlisted)}.")
     return listings, notes
 
 

@@ -17,7 +17,7 @@ from vpm_jax.data import folders, synthetic, table
 from vpm_jax.data.datasets import DATASETS, TITLES, further_sets
 from vpm_jax.data.files import FolderReader
 from vpm_jax.data.folders import Place
-from vpm_jax.data.split import Dataset, Listing, Reader, Split, join, some
+from vpm_jax.data.split import Dataset, Listing, Reader, Split, counted, join, some
 from vpm_jax.errors import UserError, printable
 
 _FLAGS = "--config.data.root (evaluate and benchmark data: --root, prepare: --source)"
@@ -44,11 +44,9 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
         "skip". Counts that differ from the official ones are only notes, because people use subsets.
     """
     place, splits, notes = _load(config_data, preparing)
-    train, query, gallery = (splits[split] for split in ("train", "query", "gallery"))
     notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
     unofficial = tuple(_unofficial(config_data.name, splits, _has_distractors(config_data)))
-    dataset = Dataset(config_data.name, train, query, gallery, tuple(notes), splits.get("multi_query"))
-    dataset = replace(dataset, unofficial=unofficial)
+    dataset = Dataset(config_data.name, **splits, notes=tuple(notes), unofficial=unofficial)
     if config_data.distractors:
         dataset = _with_distractors(dataset, config_data, place)
     dataset = _hold_out(dataset, config_data.holdout_identities)
@@ -82,7 +80,10 @@ def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict
         others = folder != synthetic.folder_name(**config_data.synthetic)
         notes += [f"These are the pedestrians of {folder}, not those of config.data.synthetic."] * others
     if place.form == "prepared":
-        splits = _prepared_splits(place, name, notes)
+        from vpm_jax.data import arrayrecord  # TFDS takes a second to import
+
+        splits, prepared_notes = arrayrecord.read(place.path.absolute(), name)
+        notes += prepared_notes
     else:
         splits = _file_splits(place, config_data, notes, preparing)
     for split in {"train", "query", "gallery"} - set(splits):
@@ -117,11 +118,11 @@ def _people_only(train: Split, has_distractors: bool, place: Place, notes: list[
     zeros = int((train.identity == 0).sum()) if has_distractors else 0
     if zeros and not preparing:
         notes.append(
-            f"Left out {_count(zeros, 'training image')} of identity 0, which means distractor: if it is a person, "
+            f"Left out {counted(zeros, 'training image')} of identity 0, which means distractor: if it is a person, "
             "set config.data.identity_zero=person."
         )
     if junk := int((train.identity < 0).sum()):
-        notes.append(f"Left out {_count(junk, 'training image')} of identity -1, which means junk.")
+        notes.append(f"Left out {counted(junk, 'training image')} of identity -1, which means junk.")
     return train.take(~excluded)
 
 
@@ -148,7 +149,7 @@ def _with_distractors(dataset: Dataset, config_data: ConfigDict, place: Place) -
     _refuse_unusable({"distractors": listing}, config_data.corrupt, notes)
     camera = None if dataset.gallery.camera is None else listing.camera
     more = Split("gallery", listing.names, listing.identity, camera, reader)
-    notes.append(f"Added {_count(len(more), 'distractor')} from {path.name} to the gallery.")
+    notes.append(f"Added {counted(len(more), 'distractor')} from {path.name} to the gallery.")
     return replace(dataset, gallery=join(dataset.gallery, more), notes=tuple(notes))
 
 
@@ -184,7 +185,7 @@ def _with_further(dataset: Dataset, config_data: ConfigDict, place: Place) -> Da
         summary = further_notes[0].replace(f" from {further_place}", "")  # notes stand on artefacts, paths do not
         notes += [f"Also trained on: {summary}", *further_notes[1:]]
     images, identities = len(train), train.num_identities
-    notes.append(f"Together {_count(images, 'training image')} of {_count(identities, 'identity', 'identities')}.")
+    notes.append(f"Together {counted(images, 'training image')} of {counted(identities, 'identity', 'identities')}.")
     return replace(dataset, train=train, notes=tuple(notes))
 
 
@@ -259,7 +260,7 @@ def _refuse_unusable(listings: dict[str, Listing], corrupt: str, notes: list[str
     for split, listing in listings.items():
         if not listing.unusable:
             continue
-        count = _count(len(listing.unusable), "image")
+        count = counted(len(listing.unusable), "image")
         problem = f"{count} of {len(listing.unusable) + len(listing.names):,} ({split}) cannot be used"
         if corrupt == "skip" or split == "multi_query":
             notes.append(f"Left out: {problem}, such as broken links: {some(listing.unusable)}.")
@@ -271,21 +272,13 @@ def _refuse_unusable(listings: dict[str, Listing], corrupt: str, notes: list[str
             )
 
 
-def _prepared_splits(place: Place, name: str, notes: list[str]) -> dict[str, Split]:
-    from vpm_jax.data import arrayrecord  # TFDS takes a second to import
-
-    splits, prepared_notes = arrayrecord.read(place.path.absolute(), name)
-    notes += prepared_notes
-    return splits
-
-
 def _summary(name: str, place: Place, splits: dict[str, Split], has_distractors: bool) -> str:
     counts = []
     for split, title in (("train", "training image"), ("query", "query image"), ("gallery", "gallery image")):
         if not len(splits[split]):
             continue
         images, identities = _counts(splits[split], has_distractors)
-        counts.append(f"{_count(images, title)} of {_count(identities, 'identity', 'identities')}")
+        counts.append(f"{counted(images, title)} of {counted(identities, 'identity', 'identities')}")
     junk = int((splits["gallery"].identity == -1).sum())
     tail = f" ({junk:,} more are junk, never ranked)." if junk else "."
     return f"{TITLES[name]} from {place}: {', '.join(counts)}{tail}"
@@ -305,13 +298,13 @@ def _unexpected(name: str, splits: dict[str, Split], has_distractors: bool) -> l
     people = {split: set(_people(splits[split], has_distractors).tolist()) for split in ("train", "query", "gallery")}
     both = people["train"] & (people["query"] | people["gallery"])
     if both:
-        notes.append(f"{_count(len(both), 'identity is', 'identities are')} in both the training and the test set.")
+        notes.append(f"{counted(len(both), 'identity is', 'identities are')} in both the training and the test set.")
     absent = people["query"] - people["gallery"]
     if absent:
-        notes.append(f"{_count(len(absent), 'query identity has', 'query identities have')} no image in the gallery.")
+        notes.append(f"{counted(len(absent), 'query identity has', 'query identities have')} no image in the gallery.")
     if has_distractors and (zeros := int((splits["query"].identity == 0).sum())):
         notes.append(
-            f"{_count(zeros, 'query is', 'queries are')} of identity 0, which means distractor: if it is a person, "
+            f"{counted(zeros, 'query is', 'queries are')} of identity 0, which means distractor: if it is a person, "
             "set config.data.identity_zero=person."
         )
     return notes
@@ -373,7 +366,3 @@ def _hold_out(dataset: Dataset, count: int) -> Dataset:
         held_out=count,
         unofficial=tuple(split for split in dataset.unofficial if split == "train"),
     )
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -134,19 +134,24 @@ def boxes(query: Split, multi_query: Split) -> tuple[Split, np.ndarray, np.ndarr
     return images, np.concatenate([group[group >= 0], group_of_query[alone]]), group_of_query
 
 
-def number(texts: Collection[str], start: int) -> dict[str, int]:
-    """Numbers texts from `start`: whole numbers first, in numeric order, then the rest in alphabetical order."""
+def number(texts: Collection[str]) -> dict[str, int]:
+    """Numbers texts from 1: whole numbers first, in numeric order, then the rest in alphabetical order."""
 
     def order(text: str) -> tuple[bool, int, str]:
         whole = re.fullmatch(r"-?[0-9]{1,18}", text)
         return not whole, int(text) if whole else 0, text
 
-    return {text: i for i, text in enumerate(sorted(set(texts), key=order), start)}
+    return {text: i for i, text in enumerate(sorted(set(texts), key=order), 1)}
 
 
 def number_identities(texts: Collection[str]) -> dict[str, int]:
-    """Numbers identities from 1 with `number`. Junk, "-1", stays -1."""
-    return number(set(texts) - {"-1"}, 1) | {"-1": -1}
+    """Numbers identities with `number`. Junk, "-1", stays -1."""
+    return number(set(texts) - {"-1"}) | {"-1": -1}
+
+
+def counted(n: int, one: str, many: str = "") -> str:
+    """3, "image" -> "3 images"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def some(names: Sequence[str]) -> str:

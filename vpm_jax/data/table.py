@@ -214,7 +214,7 @@ def _cameras(path: Path, rows: list[_Row]) -> np.ndarray | None:
             raise _error(path, row.line, "the camera is empty", "fill it in, or remove the column")
     if all(re.fullmatch(r"[0-9]{1,9}", row.camera) for row in rows):
         return np.array([int(row.camera) for row in rows], np.int32)
-    numbers = number({row.camera for row in rows}, 1)
+    numbers = number({row.camera for row in rows})
     return np.array([numbers[row.camera] for row in rows], np.int32)
 
 
