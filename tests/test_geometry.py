@@ -11,7 +11,7 @@ from tiny import Given
 
 from vpm_jax import losses, models
 from vpm_jax.data.pipeline import eval_batches, train_batches
-from vpm_jax.data.sampling import plan
+from vpm_jax.data.sampling import Sampler
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import PLACES, covered, covered_cells, fit_box
 from vpm_jax.regions import RegionGrid, axis_labels, draw_crop, project_regions, visible_heights
@@ -108,9 +108,9 @@ def test_a_padded_crop_is_as_large_as_in_the_whole_picture():
 def test_random_places_are_drawn_for_training_alone_and_change_nothing_else():
     config = small_config(threads=0, fit="pad", aspect=2.0)
     labels = split_of([np.zeros((4, 2, 3), np.uint8)] * 20).labels()
-    top = plan(config, labels, 3)
+    top = Sampler(config, labels).plan(3)
     config.data.place = "random"
-    drawn = plan(config, labels, 3)
+    drawn = Sampler(config, labels).plan(3)
     assert (top.places == (0, 0.5)).all() and len(np.unique(drawn.places)) == 16
     for field in ("indices", "flips", "shifts", "jitters", "erased"):
         np.testing.assert_array_equal(getattr(top, field), getattr(drawn, field))

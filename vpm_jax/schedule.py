@@ -8,8 +8,6 @@ from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
 
-SAMPLINGS = ("plain", "pk")
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,31 +44,19 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
     identities // stage.identities steps of a "pk" stage (751 // 8 = 93), at least one.
 
     Args:
-      config: the experiment's config.
+      config: the experiment's config, checked by `vpm_jax.config.check`.
       num_images, num_identities: of the training set. Not needed for a resolved config, whose `steps_per_epoch` are
         set; otherwise an epoch without them is one step.
 
     Raises:
-      UserError: if a value is out of range, the stages differ in batch size, no stage has epochs, or a "pk" stage
-        needs more identities than the training set has.
+      UserError: if the stages differ in batch size, or a "pk" stage needs more identities than the training set has.
     """
     stages: list[Stage] = []
     first_step = 0
     for index, name in enumerate(("stage1", "stage2"), start=1):
         values = config[name]
-        if values.epochs < 0 or values.steps_per_epoch < 0:
-            raise UserError(
-                f"config.{name} has {values.epochs} epochs of {values.steps_per_epoch} steps, expected at least 0."
-            )
         if not values.epochs:
             continue
-        if values.sampling not in SAMPLINGS:
-            raise UserError(f"config.{name}.sampling is {values.sampling!r}, expected one of {', '.join(SAMPLINGS)}.")
-        if values.identities < 1 or values.images_per_identity < 1:
-            raise UserError(
-                f"config.{name} has batches of {values.identities} x {values.images_per_identity} images, "
-                "expected at least 1 x 1."
-            )
         if values.sampling == "pk" and num_identities is not None and values.identities > num_identities:
             raise UserError(
                 f"config.{name}.identities is {values.identities}, but the training set has {num_identities}: "
@@ -94,8 +80,6 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
         )
         first_step = stage.end_step
         stages.append(stage)
-    if not stages:
-        raise UserError("config.stage1.epochs and config.stage2.epochs are both 0: there is nothing to train.")
     if len({stage.batch for stage in stages}) > 1:
         sizes = " and ".join(f"{s.identities} x {s.images_per_identity} images in {s.name}" for s in stages)
         raise UserError(f"A batch has {sizes}, expected the same number in both: the step is compiled for one size.")

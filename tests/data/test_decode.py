@@ -194,8 +194,3 @@ def test_resize(filter):
     # Halved, each pixel is near the mean of four (the picture is linear but where its blue wraps around).
     mean = box.reshape(40, 2, 16, 2, 3).mean((1, 3))[..., :2]
     assert np.abs(out[1][2:-2, 2:-2, :2] - mean[2:-2, 2:-2]).max() <= 1
-
-
-def test_unknown_filter():
-    with pytest.raises(UserError, match=r"config\.data\.resize is 'best'"):
-        resize(PICTURE, (4, 4), "best")

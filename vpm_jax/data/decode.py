@@ -169,16 +169,11 @@ def resize(
         which do not (except "area"). When enlarging Market-1501 images to 384 x 128, "linear" is within 1 gray level of
         Pillow's bilinear (mean 0.3) and "cubic" within 15 of its bicubic (mean 0.8).
       out: a contiguous array to write the result into.
-
-    Raises:
-      UserError: for an unknown filter.
     """
     if out is None:
         out = np.empty((*size, 3), np.uint8)
     if filter in _OPENCV:
         cv2.resize(image, (size[1], size[0]), dst=out, interpolation=_OPENCV[filter])
-    elif filter in _PILLOW:
-        out[:] = Image.fromarray(image).resize((size[1], size[0]), _PILLOW[filter])
     else:
-        raise UserError(f"config.data.resize is {filter!r}, expected one of {', '.join(FILTERS)}.")
+        out[:] = Image.fromarray(image).resize((size[1], size[0]), _PILLOW[filter])
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax.data.decode import FILTERS, resize
+from vpm_jax.data.decode import resize
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import KNOWN_PLACES, PLACES, Box, fit_box
 
@@ -21,15 +21,13 @@ class Fit:
       data: config.data of a resolved config.
 
     Raises:
-      UserError: for an unknown resize filter, or padding without data.aspect.
+      UserError: for padding without data.aspect.
     """
 
     def __init__(self, data: ConfigDict):
         self.pads, self.place = data.fit == "pad", PLACES[data.place]
         self.fill = np.rint(255 * np.array(data.mean)).astype(np.uint8)
         self._aspect, self._filter = float(data.aspect), data.resize
-        if self._filter not in FILTERS:
-            raise UserError(f"config.data.resize is {self._filter!r}, expected one of {', '.join(FILTERS)}.")
         if self.pads and not self._aspect:
             raise UserError("config.data.fit is 'pad' but data.aspect is 0: set it to a whole person's height / width.")
 

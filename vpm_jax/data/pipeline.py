@@ -33,7 +33,7 @@ from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import Box, covered_cells, feature_shape
 from vpm_jax.machine import threads
-from vpm_jax.regions import CROPS, Crop, RegionGrid, axis_labels, draw_crop, pixel_box
+from vpm_jax.regions import Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 from vpm_jax.schedule import stage_at
 
 Arrays = dict[str, np.ndarray]
@@ -124,13 +124,7 @@ class _Loader:
                 f"A batch of {batch} images cannot be divided among {host_count} hosts: choose a multiple of that "
                 "number."
             )
-        self._split, self._names = split, split.names
-        if min(config.data.height, config.data.width) < 1:
-            raise UserError(
-                f"config.data is {config.data.height} x {config.data.width} pixels, expected at least 1 x 1."
-            )
-        self._fit = Fit(config.data)
-        self._model = config.model
+        self._split, self._fit, self._model = split, Fit(config.data), config.model
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
 
@@ -140,7 +134,7 @@ class _Loader:
 
     def read(self, index: int) -> np.ndarray:
         """The decoded image. Raises UserError if it cannot be read."""
-        return decode(self._split.read(index), self._names[index], self._split.upright)
+        return decode(self._split.read(index), self._split.names[index], self._split.upright)
 
     def _put(
         self,
@@ -309,7 +303,7 @@ def train_batches(
     are projected from the box of whole pixels that was cut.
 
     Args:
-      config: of the experiment.
+      config: of the experiment, checked by `vpm_jax.config.check`.
       split: the training images.
       shape: (h, w) of the feature map that the labels are for; None: the model's, (h, 1) for a row locator.
       start_step: the first step.
@@ -321,7 +315,8 @@ def train_batches(
       An iterator; `close()` ends its threads and processes.
 
     Raises:
-      UserError: at once for values out of range; while iterating for an image that cannot be read.
+      UserError: at once as `Sampler`, and for a batch that `host_count` does not divide; while iterating for an image
+        that cannot be read.
       ValueError: for steps outside the schedule.
     """
     loader = _TrainLoader(config, split, shape, host_index, host_count)
@@ -345,7 +340,7 @@ def eval_batches(
     every run.
 
     Args:
-      config: of the experiment.
+      config: of the experiment, checked by `vpm_jax.config.check`.
       split: query or gallery.
       crop: one of vpm_jax.regions.CROPS; the default keeps images whole.
       gamma: the kept area ratio, in (0, 1].
@@ -356,15 +351,13 @@ def eval_batches(
       An iterator; `close()` ends its threads and processes.
 
     Raises:
-      UserError: at once for values out of range; while iterating for an image that cannot be read.
+      UserError: at once for a batch that is empty or that `host_count` does not divide; while iterating for an image
+        that cannot be read.
+      ValueError: for an unknown crop or a gamma out of range.
     """
     batch = int(config.eval.batch)
     if batch < 1:
         raise UserError(f"config.eval.batch is {batch}, expected at least 1.")
-    if crop not in CROPS:
-        raise UserError(f"config.eval.crop is {crop!r}, expected one of {', '.join(CROPS)}.")
-    if not 0 < gamma <= 1:
-        raise UserError(f"Gamma is {gamma}, expected a kept area ratio in (0, 1]: check config.eval.gammas.")
     loader = _EvalLoader(config, split, crop, gamma, batch, host_index, host_count)
     return _run(config, loader, 0, -(-len(split) // batch))
 
@@ -385,8 +378,6 @@ def _end_with_parent() -> None:
 def _run(config: ConfigDict, loader: _Loader, start: int, stop: int) -> Generator[Any]:
     """Yields loader(start), ..., loader(stop - 1), computed ahead in threads and processes."""
     workers, count = int(config.data.workers), int(config.data.threads)
-    if count < 0 or workers < 0:
-        raise UserError(f"config.data has {count} threads and {workers} workers, expected non-negative numbers.")
     count = count or min(8, -(-threads() // max(1, workers)))
     dataset = (
         grain.MapDataset.range(start, stop)

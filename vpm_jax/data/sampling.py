@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import PLACES
-from vpm_jax.regions import CROPS, Crop, draw_crop
+from vpm_jax.regions import Crop, draw_crop
 from vpm_jax.schedule import Stage, schedule, stage_at
 
 # The purpose of a random stream, a part of its key.
@@ -40,14 +40,10 @@ def uniform(key: tuple[int, ...], count: int) -> np.ndarray:
     return (raw >> np.uint64(11)) * 2.0**-53
 
 
-def _shuffled(key: tuple[int, ...], count: int) -> np.ndarray:
-    return np.argsort(uniform(key, count), kind="stable")
-
-
 @lru_cache(maxsize=8)  # a batch needs one pass, rarely two, and loader threads may be several steps apart
 def _pass_order(seed: int, stage: int, number: int, count: int) -> np.ndarray:
     """The order of one pass over `count` images or identities, int64 [count]."""
-    order = _shuffled((seed, stage, _ORDER, number), count)
+    order = np.argsort(uniform((seed, stage, _ORDER, number), count), kind="stable")
     order.flags.writeable = False
     return order
 
@@ -74,11 +70,11 @@ class Sampler:
     evenly as possible.
 
     Args:
-      config: of the experiment.
+      config: of the experiment, checked by `vpm_jax.config.check`.
       labels: int [N], the identities of the split's images, 0..K-1.
 
     Raises:
-      UserError: as `schedule`, and for crop, gamma, flip or seed out of range.
+      UserError: as `schedule`, and for a split without images.
     """
 
     def __init__(self, config: ConfigDict, labels: np.ndarray):
@@ -95,17 +91,6 @@ class Sampler:
         self._pad, self._jitter = config.data.pad, config.data.jitter
         self._erasing, self._erasing_area = config.data.erasing, config.data.erasing_area
         self._place = config.data.place
-        if self._seed < 0:
-            raise UserError(f"config.seed is {self._seed}, expected 0 or more.")
-        if self._crop not in CROPS:
-            raise UserError(f"config.data.crop is {self._crop!r}, expected one of {', '.join(CROPS)}.")
-        if len(self._gamma) < 2 or not self._gamma[0] > 0 or (np.diff(self._gamma) < 0).any():
-            raise UserError(
-                f"config.data.gamma is {config.data.gamma}, expected (low, high) with 0 < low <= high, or ascending "
-                "quantiles above 0."
-            )
-        if not 0 <= self._flip <= 1:
-            raise UserError(f"config.data.flip is {self._flip}, expected a probability in [0, 1].")
 
     @property
     def batch(self) -> int:
@@ -181,8 +166,3 @@ class Sampler:
             draws = uniform((*key, slot), rounds * len(images)).reshape(rounds, -1)
             picked.append(images[np.argsort(draws, axis=1, kind="stable").reshape(-1)[:wanted]])
         return np.concatenate(picked)
-
-
-def plan(config: ConfigDict, labels: np.ndarray, step: int) -> Plan:
-    """`Sampler(config, labels).plan(step)`. For many steps, keep a Sampler."""
-    return Sampler(config, labels).plan(step)
