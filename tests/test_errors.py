@@ -9,7 +9,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpm_jax.errors import UserError, printable
+from vpm_jax.errors import UserError, first_line, printable
 
 
 def test_an_error_has_a_code_wherever_it_goes():
@@ -26,6 +26,10 @@ def test_any_name_can_be_shown(name):
     assert shown == printable(shown) and len(shown.splitlines()) <= 1
     control = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
     assert "\\" in shown if control else shown == name
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\none.\ntwo")) == "one" and first_line(ValueError()) == "ValueError"
 
 
 def test_a_name_does_not_break_a_line():

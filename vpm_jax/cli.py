@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.disk import disk_trouble, no_writing
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import EVALUATE, KEYS, LISTED, RETIRED, in_words, keys_with
 
 INCOMPLETE = 3  # exit code of a command that finished with some of its work left out
@@ -93,10 +93,6 @@ def _fail(sentence: str, code: int = 1) -> NoReturn:
         sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 class Parser(argparse.ArgumentParser):

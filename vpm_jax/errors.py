@@ -1,4 +1,4 @@
-"""UserError, and names as text."""
+"""UserError, and names and errors as text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def encodable(text: object) -> str:
     """The text with bytes of file names that are not UTF-8 as backslash escapes, since they cannot be encoded."""
     escaped = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", str(text))
     return escaped.encode("utf-8", "backslashreplace").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's message, without a final period; the name of its type if there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 class UserError(Exception):

@@ -26,7 +26,7 @@ from vpm_jax import __version__, captions, paper
 from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.disk import disk_trouble, make_folder, write_atomically, writing
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.pretrained import own
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _reaching(address: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         problem = "has no such revision: check what follows the @"
     except Exception as error:
-        reason = disk_trouble(error) or str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = disk_trouble(error) or first_line(error)
         problem = f"failed ({reason}): try again, or save the model with VPM.save_pretrained and copy the folder"
         if isinstance(error, errors.LocalEntryNotFoundError) or re.search(
             "Connect|Timeout|Offline", type(error).__name__

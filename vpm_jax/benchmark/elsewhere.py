@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli
 from vpm_jax.benchmark import program
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed, random_batch
 from vpm_jax.benchmark.timing import clocked
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -204,7 +203,7 @@ def topology(target: str, count: int) -> list[Any]:
         return list(topologies.get_topology_desc(target, "tpu").devices)
     except Exception as error:
         raise UserError(
-            f"Cannot compile for {target} here ({cli.first_line(error)}): this needs Linux, the library of pip install "
+            f"Cannot compile for {target} here ({first_line(error)}): this needs Linux, the library of pip install "
             f"'.[{'cuda' if gpu else 'tpu'}]', and for a TPU a valid shape."
         ) from error
 

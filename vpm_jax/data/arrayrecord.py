@@ -25,7 +25,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.disk import check_utf8, disk_trouble, intact, sealed
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 
 VERSION = "1.0.0"
 INDEX = "index.json"
@@ -115,7 +115,7 @@ def write(
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        trouble = disk_trouble(error) or f"{_line(error)}: choose another output"
+        trouble = disk_trouble(error) or f"{first_line(error)}: choose another output"
         raise UserError(f"{folder} could not be written and was removed: {trouble}.") from error
     return folder
 
@@ -152,7 +152,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Split], list[str]]:
         dataset_name, notes = info.name, [str(note) for note in index["notes"]]
     except Exception as error:  # TFDS and its formats raise many types
         raise UserError(
-            f"The prepared folder {folder} is damaged ({_line(error)}): "
+            f"The prepared folder {folder} is damaged ({first_line(error)}): "
             "delete it and run python -m vpm_jax.prepare again."
         ) from error
     if dataset_name != name:
@@ -182,7 +182,7 @@ class Reader:
             return features["image"].bytes_list.value[0]
         except Exception as error:
             raise UserError(
-                f"The image {name} in the prepared folder {self.folder} cannot be read ({_line(error)}): "
+                f"The image {name} in the prepared folder {self.folder} cannot be read ({first_line(error)}): "
                 "delete the folder and run python -m vpm_jax.prepare again."
             ) from error
 
@@ -192,8 +192,3 @@ def _open(folder: str, split: str, process: int) -> Any:
     """The TFDS data source of a split's serialized examples, one per process (`process` is its id)."""
     builder = tfds.builder_from_directory(folder)
     return builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
-
-def _line(error: Exception) -> str:
-    """The error message on one line, without the final period."""
-    return " ".join(f"{error}".split())[:200].rstrip(".") or type(error).__name__

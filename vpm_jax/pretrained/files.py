@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.pretrained import torchfile
 from vpm_jax.pretrained.weights import File
 
@@ -61,8 +61,9 @@ def _read_npz(path: Path) -> File:
         metadata = json.loads(str(tensors.pop("metadata"))) if "metadata" in tensors else {}
         return File(path, tensors, {str(key): str(value) for key, value in metadata.items()})
     except Exception as error:  # damaged bytes raise many types in zipfile and NumPy
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged, or holds more than arrays ({reason}): fetch or write it again.") from None
+        raise UserError(
+            f"{path} is damaged, or holds more than arrays ({first_line(error)}): fetch or write it again."
+        ) from None
 
 
 def _read_safetensors(path: Path) -> File:
@@ -73,6 +74,5 @@ def _read_safetensors(path: Path) -> File:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
     except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or truncated ({reason}): fetch or save it again.") from None
+        raise UserError(f"{path} is damaged or truncated ({first_line(error)}): fetch or save it again.") from None
     return File(path, _unwrap(tensors), metadata)

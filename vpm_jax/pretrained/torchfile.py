@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 ADVICE = 'save only the weights, with torch.save(model.state_dict(), "weights.pth") or as .safetensors'
@@ -51,8 +51,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # damaged bytes raise many types in zipfile, pickletools and struct
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is damaged or truncated ({reason}): fetch or save it again.") from None
+        raise UserError(f"{path} is damaged or truncated ({first_line(error)}): fetch or save it again.") from None
 
 
 class _Refused(Exception):

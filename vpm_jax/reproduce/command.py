@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli, evaluation, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.disk import make_folder
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, results
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Method, Run
@@ -289,7 +289,7 @@ def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
             return 0, f"failed: {error}"
         except Exception as error:  # continue with the other runs
             traceback.print_exc()
-            return 0, f"failed: {type(error).__name__}: {cli.first_line(error)}"
+            return 0, f"failed: {type(error).__name__}: {first_line(error)}"
         finally:
             jax.clear_caches()
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import cli
 from vpm_jax import config as config_lib
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import EVALUATE, KEYS, LISTED, NO_RESULT, PROCESS, PROTOCOL, keys_with
 
 Changes = Mapping[str, Any]
@@ -326,7 +326,7 @@ def ingredients(path: Path) -> dict[str, Method]:
         screen = {name: dict(keys) for name, keys in values["SCREEN"].items()}
         evaluated = {name: (of, dict(keys)) for name, (of, keys) in values.get("EVALUATED", {}).items()}
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {cli.first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"{path} lists no ingredients ({reason}): expected a Python file with SCREEN = {{name: {{key: value}}}}, "
             "such as configs/market_plus.py."

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vpm_jax.disk import check_utf8, disk_trouble, writing
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.runs import hosts
 
 _DAMAGED = ": it is damaged."
@@ -245,8 +245,8 @@ class Checkpoints:
             if checksum is not None and _checksum(state, meta) != checksum:
                 raise ValueError("its checksum does not match")
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"The checkpoint {self.folder / str(step)} cannot be read ({reason}){_DAMAGED}") from error
+            name = f"The checkpoint {self.folder / str(step)}"
+            raise UserError(f"{name} cannot be read ({first_line(error)}){_DAMAGED}") from error
         return state, meta
 
     def meta(self) -> dict:

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.data.split import Dataset
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import PROCESS, keys_with
 
 T = TypeVar("T")
@@ -70,11 +70,10 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
             heartbeat_timeout_seconds=round(2 * args.timeout) + 30,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
         where = args.coordinator or "the coordinator that the cluster names"
         raise UserError(
-            f"The processes could not join at {where} within {_JOIN_TIMEOUT} s ({reason}): start all of them, on hosts "
-            "that can reach that address, with a free port."
+            f"The processes could not join at {where} within {_JOIN_TIMEOUT} s ({first_line(error)}): start all of "
+            "them, on hosts that can reach that address, with a free port."
         ) from error
     watch = _Watch(args.timeout)
     try:
@@ -184,8 +183,7 @@ class _Watch:
     """
 
     def __init__(self, timeout: float):
-        client: Any = distributed.global_state.client
-        self._client = client
+        self._client: Any = distributed.global_state.client
         self._index = jax.process_index()
         self._timeout, self._ended = timeout, threading.Event()
         self._client.key_value_set(f"vpm_jax/host/{self._index}", socket.gethostname())
@@ -206,7 +204,7 @@ class _Watch:
         sentence = "Interrupted." if isinstance(error, KeyboardInterrupt) else cli.explain(error)
         if sentence is None:
             traceback.print_exception(error)
-            sentence = f"{type(error).__name__}: {cli.first_line(error)}"
+            sentence = f"{type(error).__name__}: {first_line(error)}"
         else:
             print(f"error: {sentence}", file=sys.stderr)
         with contextlib.suppress(Exception):

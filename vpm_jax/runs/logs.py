@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vpm_jax.disk import write_atomically, writing
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 
 
 class Records:
@@ -104,10 +104,9 @@ class Wandb:
                 config=dict(config),
             )
         except Exception as error:  # many types: no login, no network, no such project
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"Weights & Biases did not start ({reason}): log in (wandb login), work offline (WANDB_MODE=offline), "
-                'or set tracker="none".'
+                f"Weights & Biases did not start ({first_line(error)}): log in (wandb login), work offline "
+                '(WANDB_MODE=offline), or set tracker="none".'
             ) from error
 
     def write(self, record: dict[str, Any]) -> None:

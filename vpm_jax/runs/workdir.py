@@ -16,7 +16,7 @@ from vpm_jax.data.datasets import further_sets
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.sources import data_root, root_of_further
 from vpm_jax.disk import check_utf8, write_atomically
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import EVALUATE, WEIGHTS, in_words, keys_with
 from vpm_jax.runs import hosts
 from vpm_jax.runs.locks import Lock
@@ -124,7 +124,7 @@ def _read_data(workdir: Path) -> dict[str, Any]:
         return {"inventory": Inventory.from_json(record), "paths": paths}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {cli.first_line(error)}): restore it, or delete it to "
+            f"{file} is damaged ({type(error).__name__}: {first_line(error)}): restore it, or delete it to "
             "continue without checking that the training set is the same."
         ) from error
 
