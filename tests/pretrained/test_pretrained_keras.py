@@ -143,8 +143,9 @@ def test_keras_alone_looks_under_the_data_root_and_beside_a_dataset(small, tmp_p
     (tmp_path / "Market-1501").mkdir()
     assert load("keras", tmp_path).bn_epsilon == 2e-3
     assert load("keras", tmp_path / "Market-1501").bn_epsilon == 2e-3
-    monkeypatch.setenv("VPM_DATA", str(tmp_path))
-    assert load("keras").bn_epsilon == 2e-3
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("VPM_DATA", f"~/{tmp_path.name}")
+    assert load("keras").bn_epsilon == load("keras", tmp_path / "gone" / "gone").bn_epsilon == 2e-3
 
 
 def test_following_the_advice_mends_a_damaged_folder(small, tmp_path):
@@ -219,6 +220,10 @@ def damage(folder: Path, kind: str) -> str:
         case "not a layers model":
             (folder / "model.json").write_text('{"weightsManifest": []}')
             return "not a TensorFlow.js layers model (KeyError('modelTopology'))"
+        case "a shape without numbers":
+            model["weightsManifest"][0]["weights"][0]["shape"] = ["four"]
+            (folder / "model.json").write_text(json.dumps(model))
+            return "not a TensorFlow.js layers model (ValueError"
         case "half precision":
             model["weightsManifest"][0]["weights"][0]["dtype"] = "float16"
             (folder / "model.json").write_text(json.dumps(model))
@@ -259,6 +264,7 @@ def damage(folder: Path, kind: str) -> str:
         "longer shard",
         "truncated json",
         "not a layers model",
+        "a shape without numbers",
         "half precision",
         "missing tensors",
         "unexpected tensor",

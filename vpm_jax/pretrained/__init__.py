@@ -51,12 +51,10 @@ def load(
         raise UserError(f'{key} is "{spec}": expected "{kind}:PATH", {KINDS[kind]}.')
     path = Path(os.path.expanduser(name))
     ours = any((path / file).is_file() for file in (own.CONFIG, own.SAVED))
-    if not name or (path.is_dir() and kind in ("", "keras") and not ours):
+    if (kind == "keras" and not path.is_file()) or (not kind and path.is_dir() and not ours):
         return keras.read_folder(name, data_root, partial)
     if path.is_dir() and kind in ("", "vpm"):
         return own.read_folder(path)
-    if kind == "keras" and not path.is_file():
-        return keras.read_folder(name, data_root, partial)  # raises, with advice
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f'{key} is "{spec}", but {path} {problem}: expected {KINDS[kind or "torchvision"]}.')

@@ -12,13 +12,14 @@ Old (res2a_branch2a) and new (conv2_block1_1_conv) names are supported.
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from vpm_jax.data.sources import data_root
 from vpm_jax.errors import UserError
 from vpm_jax.pretrained.weights import (
     File,
@@ -28,6 +29,7 @@ from vpm_jax.pretrained.weights import (
     dtype_note,
     nested,
     some,
+    split_name,
     take,
 )
 
@@ -44,9 +46,9 @@ CAFFE_MEAN = (123.68, 116.779, 103.939)
 CAFFE_STD = (1 / 255, 1 / 255, 1 / 255)
 
 
-def read_folder(path: str, data_root: str | os.PathLike, partial: bool = False) -> Pretrained:
+def read_folder(path: str, root: str | os.PathLike, partial: bool = False) -> Pretrained:
     """Reads a folder with model.json and its shards; without `path`, one in the data folders."""
-    folder, advice = _find_keras([Path(os.path.expanduser(path))] if path else _roots(data_root))
+    folder, advice = _find_keras([Path(os.path.expanduser(path))] if path else _roots(data_root(root)))
     layers, tensors = read_tfjs(folder, advice)
     epsilons = {float(layer.get("epsilon", "nan")) for name, layer in layers.items() if name.startswith("bn")}
     strides = {tuple(layers.get(f"res{s}a_branch2a", {}).get("strides", ())) for s in (3, 4, 5)}
@@ -139,17 +141,10 @@ def _fit(
 LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 
 
-def _split_name(ours: str) -> tuple[str, str, int, int, str]:
-    """(kind, number in the block, stage, block, Keras's leaf) of one of our names; stage 0 is the stem."""
-    _, *block, layer, leaf = ours.split("/")
-    kind, position = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
-    stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups() if block else (0, 0)  # type: ignore[union-attr]
-    return kind, position, int(stage), int(number), LEAVES.get(leaf, leaf)
-
-
 def _old_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> bn3a_branch2c/gamma"""
-    kind, position, stage, number, leaf = _split_name(ours)
+    kind, position, stage, number, leaf = split_name(ours)
+    leaf = LEAVES.get(leaf, leaf)
     if not stage:
         return f"{'bn_' if kind == 'bn' else ''}conv1/{leaf}"
     branch = "1" if position == "shortcut" else "2" + "abc"[int(position) - 1]
@@ -158,7 +153,8 @@ def _old_name(ours: str) -> str:
 
 def _new_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> conv3_block1_3_bn/gamma"""
-    kind, position, stage, number, leaf = _split_name(ours)
+    kind, position, stage, number, leaf = split_name(ours)
+    leaf = LEAVES.get(leaf, leaf)
     if not stage:
         return f"conv1_{kind}/{leaf}"
     return f"conv{stage + 1}_block{number}_{0 if position == 'shortcut' else position}_{kind}/{leaf}"
@@ -167,10 +163,8 @@ def _new_name(ours: str) -> str:
 # ---- TensorFlow.js's folder ----
 
 
-def _roots(data_root: str | os.PathLike) -> list[Path]:
-    usual = Path(os.environ.get("VPM_DATA") or "data")
-    root = Path(os.path.expanduser(data_root or usual))
-    return list(dict.fromkeys([root, root.parent, usual]))  # the data root may be the dataset itself
+def _roots(root: Path) -> list[Path]:
+    return list(dict.fromkeys([root, root.parent, data_root("")]))  # the root may be the dataset itself
 
 
 def _find_keras(roots: list[Path]) -> tuple[Path, str]:
@@ -192,29 +186,28 @@ def read_tfjs(folder: Path, advice: str) -> tuple[dict[str, dict], dict[str, np.
     """
     try:
         model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        layers = {layer["config"]["name"]: layer["config"] for layer in _layers(model)}
-        groups = [([str(p) for p in group["paths"]], list(group["weights"])) for group in model["weightsManifest"]]
-        entries = [(str(w["name"]), tuple(w["shape"]), w["dtype"], "quantization" in w) for _, ws in groups for w in ws]
+        listed = model["modelTopology"]["model_config"]["config"]["layers"]
+        layers = {layer["config"]["name"]: layer["config"] for layer in listed}
+        groups = [
+            (
+                [str(path) for path in group["paths"]],
+                {str(w["name"]): tuple(map(int, w["shape"])) for w in group["weights"]},
+                [str(w["name"]) for w in group["weights"] if w["dtype"] != "float32" or "quantization" in w],
+            )
+            for group in model["weightsManifest"]
+        ]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder}/model.json is not a TensorFlow.js layers model ({error!r}): {advice}.") from None
-    wrong = [name for name, _, dtype, quantized in entries if dtype != "float32" or quantized]
-    if wrong:
+    if wrong := [name for *_, others in groups for name in others]:
         raise UserError(f"{folder}: expected float32 tensors, but not {some(wrong)}: {advice}.")
 
     tensors: dict[str, np.ndarray] = {}
-    for paths, weights in groups:
-        data = _read_shards(folder, paths, sum(4 * int(np.prod(w["shape"])) for w in weights), advice)
-        start = 0
-        for w in weights:
-            shape = tuple(w["shape"])
-            size = int(np.prod(shape))
-            tensors[w["name"]] = np.frombuffer(data, "<f4", size, start).reshape(shape)
-            start += 4 * size
+    for paths, shapes, _ in groups:
+        data, start = _read_shards(folder, paths, 4 * sum(map(math.prod, shapes.values())), advice), 0
+        for name, shape in shapes.items():
+            tensors[name] = np.frombuffer(data, "<f4", math.prod(shape), start).reshape(shape)
+            start += tensors[name].nbytes
     return layers, tensors
-
-
-def _layers(model: dict) -> Iterable[dict]:
-    return model["modelTopology"]["model_config"]["config"]["layers"]
 
 
 def _read_shards(folder: Path, paths: list[str], size: int, advice: str) -> bytes:

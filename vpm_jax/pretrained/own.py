@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import further_sets
-from vpm_jax.disk import make_folder, replacing, write_atomically
+from vpm_jax.disk import make_folder, replacing, write_arrays, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
 from vpm_jax.pretrained import files, heads, torchvision
@@ -58,11 +58,7 @@ def read_folder(path: Path) -> Pretrained:
     if config is not None and saved.is_file():
         file = files.read(saved)
         weights = read_file(file) if is_ours(file) else None
-        if (
-            weights is None
-            or weights.config is None
-            or config_lib.to_json(weights.config) != config_lib.to_json(config)
-        ):
+        if weights is None or weights.config != config:
             raise UserError(
                 f"{saved} is not the model of the {CONFIG} beside it: copy both from where they came.",
                 code="wrong-weights",
@@ -233,11 +229,15 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
     )
 
 
+def _fc(weights: Pretrained) -> dict[str, np.ndarray]:
+    """The classifier under PyTorch's names, if there is one."""
+    head = weights.classifier
+    return {} if head is None else {"fc.weight": head["kernel"].T, "fc.bias": head["bias"]}
+
+
 def torch_tensors(weights: Pretrained, backbone_only: bool = False) -> dict[str, np.ndarray]:
     """All tensors under PyTorch's names: the backbone as torchvision's, the classifier as fc, VPM's as in `heads`."""
-    tensors = torchvision.to_torch(weights.flat())
-    if weights.classifier is not None:
-        tensors |= {"fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
+    tensors = torchvision.to_torch(weights.flat()) | _fc(weights)
     if weights.heads is not None and not backbone_only:
         tensors |= heads.to_torch(flatten_dict(weights.heads, sep="/"))
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
@@ -245,12 +245,8 @@ def torch_tensors(weights: Pretrained, backbone_only: bool = False) -> dict[str,
 
 def write_npz(path: Path, weights: Pretrained) -> None:
     """Writes the backbone (and classifier) under our names. Raises UserError if the disk is full or read-only."""
-    arrays: Mapping[str, np.ndarray] = weights.flat()
-    if weights.classifier is not None:
-        arrays = {**arrays, "fc.weight": weights.classifier["kernel"].T, "fc.bias": weights.classifier["bias"]}
     text = json.dumps(metadata(replace(weights, config=None)))
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, metadata=np.array(text), **arrays)  # type: ignore[arg-type]
+    write_arrays(path, {"metadata": np.array(text), **weights.flat(), **_fc(weights)})
 
 
 def write_safetensors(

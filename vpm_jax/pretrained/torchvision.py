@@ -21,6 +21,7 @@ from vpm_jax.pretrained.weights import (
     dtype_note,
     nested,
     some,
+    split_name,
     stem_of,
     take,
 )
@@ -30,14 +31,12 @@ ADVICE = "give the weights of torchvision's or timm's resnet18, 34, 50 or 101, o
 
 def torch_name(ours: str) -> str:
     """params/stage2_block1/bn3/scale -> layer2.0.bn3.weight"""
-    _, *block, layer, leaf = ours.split("/")
+    kind, position, stage, block, leaf = split_name(ours)
     leaf = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
-    kind, number_in_block = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
-    if not block:
+    if not stage:
         return f"{kind}1.{leaf}"
-    stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups()  # type: ignore[union-attr]
-    module = f"downsample.{0 if kind == 'conv' else 1}" if number_in_block == "shortcut" else f"{kind}{number_in_block}"
-    return f"layer{stage}.{int(number) - 1}.{module}.{leaf}"
+    module = f"downsample.{0 if kind == 'conv' else 1}" if position == "shortcut" else f"{kind}{position}"
+    return f"layer{stage}.{block - 1}.{module}.{leaf}"
 
 
 def to_torch(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

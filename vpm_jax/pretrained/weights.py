@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +99,14 @@ def take(
     Raises:
       UserError: listing arrays that are missing, unexpected or of another shape; with `partial`, only if none matches.
     """
-    fits = {name: arrays[name] for name in expected if name in arrays and _shape(arrays[name]) == tuple(expected[name])}
+    fits = {name: arrays[name] for name, shape in expected.items() if name in arrays and arrays[name].shape == shape}
     differences = [
         ("missing", [name for name in expected if name not in arrays]),
         ("unexpected", [name for name in arrays if name not in expected]),
         (
             "of another shape",
             [
-                f"{name} {_shape(arrays[name])} instead of {tuple(shape)}"
+                f"{name} {arrays[name].shape} instead of {shape}"
                 for name, shape in expected.items()
                 if name in arrays and name not in fits
             ],
@@ -115,10 +116,6 @@ def take(
     if listed and not (partial and fits):
         raise UserError(f"{where}: of {len(expected)} tensors expected, {listed}: {advice}.")
     return fits, listed
-
-
-def _shape(array: Any) -> tuple[int, ...]:
-    return tuple(array.shape)
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
@@ -171,6 +168,17 @@ def apply_to(variables: Mapping[str, Any], pretrained: Pretrained) -> dict[str, 
         new = {name: jnp.array(fits[name], dtype=x.dtype) if name in fits else x for name, x in ours.items()}
         result[collection] = {**variables[collection], "backbone": unflatten_dict(new, sep="/")}
     return result
+
+
+def split_name(ours: str) -> tuple[str, str, int, int, str]:
+    """The parts of one of our names: params/stage2_block1/bn3/scale -> ("bn", "3", 2, 1, "scale").
+
+    The position in the block may also be "shortcut" and, in the stem with stage and block 0, "stem".
+    """
+    _, *block, layer, leaf = ours.split("/")
+    kind, position = re.fullmatch(r"(conv|bn)_?(\w+)", layer).groups()  # type: ignore[union-attr]
+    stage, number = re.fullmatch(r"stage(\d)_block(\d+)", block[0]).groups() if block else (0, 0)  # type: ignore[union-attr]
+    return kind, position, int(stage), int(number), leaf
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
