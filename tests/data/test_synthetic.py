@@ -119,7 +119,7 @@ def test_two_processes_at_once(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space"), (errno.EROFS, "cannot be written"), (errno.EIO, "failed")]
+    ("number", "words"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "read-only"), (errno.EIO, "error: choose")]
 )
 def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
     def fail(self: Path, data: bytes) -> int:

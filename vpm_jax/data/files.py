@@ -98,9 +98,6 @@ class FolderTree:
             self._entries[folder] = entries
         return self._entries[folder]
 
-    def read(self, name: str) -> bytes:
-        return self.reader.read(name, 0)
-
     @property
     def reader(self) -> FolderReader:
         return FolderReader(self.root.absolute())
@@ -124,9 +121,6 @@ class ZipTree:
 
     def entries(self, folder: str = "") -> Entries:
         return self.folders.get((self.inside + folder).rstrip("/"), Entries([], [], []))
-
-    def read(self, name: str) -> bytes:
-        return self.reader.read(name, 0)
 
     def at(self, inside: str) -> ZipTree:
         """Another folder of the zip; "" is its top level."""

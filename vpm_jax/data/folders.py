@@ -303,7 +303,7 @@ def _by_lists(tree: Tree, layout: Layout, folders: dict[str, str]) -> tuple[dict
 
 def _rows(tree: Tree, name: str, layout: Layout) -> Iterator[tuple[str, int, int]]:
     """Yields the path, the identity and the camera of each line of a list."""
-    for line, text in enumerate(tree.read(name).decode("utf-8", "surrogateescape").splitlines(), 1):
+    for line, text in enumerate(tree.reader.read(name, 0).decode("utf-8", "surrogateescape").splitlines(), 1):
         if not text.strip():
             continue
         image, _, identity = text.strip().replace("\\", "/").rpartition(" ")

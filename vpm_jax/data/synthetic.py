@@ -10,7 +10,6 @@ Attributes range from hair to shoes, so that every region is informative.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import secrets
@@ -25,6 +24,7 @@ import numpy as np
 from vpm_jax.data.pedestrians.canvas import Canvas, Paint
 from vpm_jax.data.pedestrians.figure import Pose, draw_person
 from vpm_jax.data.pedestrians.people import Color, person
+from vpm_jax.disk import disk_trouble
 from vpm_jax.errors import UserError
 
 VERSION = 1  # part of the folder's name; increase it with any change of the images
@@ -89,7 +89,13 @@ def ensure(
             if not folder.is_dir():  # otherwise another process was first, with the same bytes
                 raise
     except OSError as error:
-        raise _explain(error, root, len(shots)) from error
+        size = f"about {max(1, round(len(shots) * 4 / 1024))} MB"
+        trouble = disk_trouble(error) or f"{error.strerror or error}: choose another folder"
+        raise UserError(
+            f"The synthetic pedestrians ({size}) could not be rendered into {str(root)!r}, which config.data.root "
+            f"sets: {trouble}.",
+            code="not-written",
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -118,20 +124,6 @@ def _check(seed: int, train: int, test: int, images: int, cameras: int) -> None:
         raise UserError(
             f"{where}.images_per_camera is {images}, expected 2 to 99: one for the query and the rest for the gallery."
         )
-
-
-def _explain(error: OSError, root: Path, images: int) -> UserError:
-    doing = f"Rendering the synthetic pedestrians into {str(root)!r} failed"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        size = f"about {max(1, round(images * 4 / 1024))} MB"
-        return UserError(
-            f"{doing}: no space left ({error.strerror}); free {size}, or set config.data.root to a folder elsewhere."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(
-            f"{doing}: the folder cannot be written ({error.strerror}); set config.data.root to a writable folder."
-        )
-    return UserError(f"{doing}: {error.strerror or error}; set config.data.root to a writable folder.")
 
 
 # ---- Shots ----

@@ -13,7 +13,7 @@ Color = tuple[float, float, float]
 
 FAMILY = 4  # people per family
 
-PALETTE: dict[str, tuple[float, float, float]] = {
+PALETTE: dict[str, Color] = {
     "black": (0.09, 0.09, 0.10),
     "charcoal": (0.25, 0.25, 0.27),
     "gray": (0.50, 0.50, 0.51),
@@ -46,20 +46,8 @@ HAIR = (
 )
 HAIR_STYLES = ("short", "short", "crop", "bald", "medium", "long", "long", "ponytail", "bun", "cap", "hat")
 UPPERS = ("tshirt", "tshirt", "shirt", "jacket", "coat", "tank", "hoodie")
-UPPER_PATTERNS = (
-    "plain",
-    "plain",
-    "plain",
-    "plain",
-    "stripes",
-    "pinstripes",
-    "checks",
-    "block",
-    "print",
-    "print",
-    "raglan",
-    "dots",
-)
+_PATTERNS = ("stripes", "pinstripes", "checks", "block", "print", "print", "raglan", "dots")
+UPPER_PATTERNS = ("plain", "plain", "plain", "plain", *_PATTERNS)
 LOWERS = ("trousers", "trousers", "slim", "wide", "shorts", "shorts", "skirt", "long skirt")
 LOWER_PATTERNS = ("plain", "plain", "plain", "plain", "plain", "seam", "checks", "pinstripes")
 SHOES = ("sneakers", "sneakers", "plain", "boots", "sandals")
