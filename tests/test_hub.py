@@ -187,7 +187,7 @@ def test_a_search_takes_a_model_of_the_hub_and_its_thresholds(hub, model, tmp_pa
 def test_what_a_hub_does_not_have(hub):
     hub.repositories["user/bare"] = {"model.safetensors": b"", "pytorch_model.bin": b""}
     for address, code, words in [
-        ("hf://user/other", "no-hub", "does not exist or is not yours"),
+        ("hf://user/other", "no-hub", "does not exist or is private"),
         ("hf://user/bare", "no-model", "has no config.json"),
         ("hf://user/bare@v2", "no-hub", "no such revision"),
         ("hf://user", "bad-address", "expected hf://user/name"),

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from vpm_jax.api import VPM
 
 SCHEME = "hf://"
-CARD = "README.md"
 _THRESHOLDS = "thresholds.json"  # search --false-match-rate reads it beside the model
 _RESULTS = ("evaluation*.md", "evaluation*.json", _THRESHOLDS)
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?")
@@ -75,7 +74,7 @@ def save(model: VPM, folder: Path, name: str, results: Path | None) -> None:
         for file in files:
             shutil.copyfile(file, new / file.name)
         evaluations = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".md"]
-        write_atomically(new / CARD, card(model, name, evaluations))
+        write_atomically(new / "README.md", card(model, name, evaluations))
         os.replace(new, folder)
 
 
@@ -154,7 +153,7 @@ def _only_synthetic(config: ConfigDict) -> bool:
 def _data(config: ConfigDict) -> list[str]:
     """Sentences about each training set."""
     if _only_synthetic(config):
-        return ["The weights come from rendered pedestrians alone, who are nobody. Apache-2.0, as vpm_jax."]
+        return ["The weights come from rendered pedestrians alone, not from real people. Apache-2.0, as vpm_jax."]
     lines = []
     for name in captions.training_names(config):
         entry = DATASETS[name]
@@ -231,7 +230,7 @@ def _reaching(address: str) -> Iterator[None]:
     except UserError:
         raise
     except errors.RepositoryNotFoundError:
-        problem = "does not exist or is not yours to see: check the name, and log in with `hf auth login`"
+        problem = "does not exist or is private: check the name, and log in with `hf auth login`"
     except errors.RevisionNotFoundError:
         problem = "has no such revision: check what follows the @"
     except Exception as error:

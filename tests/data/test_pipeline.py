@@ -11,7 +11,7 @@ from vpm_jax.data.decode import resize
 from vpm_jax.data.pipeline import cut, eval_batches, train_batches
 from vpm_jax.data.sampling import Sampler
 from vpm_jax.errors import UserError
-from vpm_jax.regions import CROPS, Crop, RegionGrid, draw_crop, pixel_box, project_regions
+from vpm_jax.regions import CROPS, Crop, RegionGrid, pixel_box, project_regions
 
 
 def noise(n, height=40, width=20):
@@ -255,13 +255,6 @@ def test_batches_that_no_host_can_load(batch, found):
 def test_steps_outside_the_schedule():
     with pytest.raises(ValueError, match="0 to 20"):
         train_batches(small_config(), split_of(noise(20)), (6, 3), 0, 21)
-
-
-def test_drawn_crops_are_inside():  # what the pipeline relies on
-    for crop in CROPS:
-        for draw in np.random.default_rng(0).random((50, 3)).tolist():
-            top, left, bottom, right = pixel_box(draw_crop(crop, 0.3, draw), 41, 23)
-            assert 0 <= top < bottom <= 41 and 0 <= left < right <= 23
 
 
 def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(capsys):

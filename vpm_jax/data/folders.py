@@ -249,18 +249,17 @@ def _listing(tree: Tree, folder: str, layout: Layout) -> Listing:
 
 def _check_folders(tree: Tree, kept: list[tuple]) -> None:
     """Raises UserError if numbered folders and the identities in image names contradict each other."""
-    by_folder: dict[int, tuple[int, str]] = {}
-    by_identity: dict[int, tuple[int, str]] = {}
+    first: dict[tuple[str, int], tuple[int, str]] = {}
     for name, identity, *_ in kept:
         folder = name.split("/")[-2]
-        if re.fullmatch(r"[0-9]{1,9}", folder):
-            same_folder = by_folder.setdefault(int(folder), (identity, name))
-            same_identity = by_identity.setdefault(identity, (int(folder), name))
-            if same_folder[0] != identity or same_identity[0] != int(folder):
-                other = same_folder[1] if same_folder[0] != identity else same_identity[1]
+        if not re.fullmatch(r"[0-9]{1,9}", folder):
+            continue
+        for key, value in ((("folder", int(folder)), identity), (("identity", identity), int(folder))):
+            expected, other = first.setdefault(key, (value, name))
+            if value != expected:
                 raise UserError(
-                    f"{tree.where} has {other} and {name}, whose folders and names disagree about the "
-                    f"identity; expected the identity at the start of each name: {_RENAME}."
+                    f"{tree.where} has {other} and {name}, whose folders and names disagree about the identity; "
+                    f"expected the identity at the start of each name: {_RENAME}."
                 )
 
 

@@ -23,7 +23,7 @@ from vpm_jax.errors import UserError, printable
 _FLAGS = "--config.data.root (evaluate and benchmark data: --root, prepare: --source)"
 
 
-def data_root(root: str) -> Path:
+def data_root(root: str | os.PathLike) -> Path:
     """The path for `config.data.root`; "" is $VPM_DATA, otherwise ./data."""
     return Path(os.path.expanduser(root or os.environ.get("VPM_DATA") or "data"))
 
@@ -46,7 +46,7 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
     place, splits, notes = _load(config_data, preparing)
     notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
     unofficial = tuple(_unofficial(config_data.name, splits, _has_distractors(config_data)))
-    dataset = Dataset(config_data.name, **splits, notes=tuple(notes), unofficial=unofficial)
+    dataset = Dataset(config_data.name, **splits, notes=tuple(notes), unofficial=unofficial)  # type: ignore[arg-type]
     if config_data.distractors:
         dataset = _with_distractors(dataset, config_data, place)
     dataset = _hold_out(dataset, config_data.holdout_identities)

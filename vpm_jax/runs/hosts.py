@@ -153,10 +153,10 @@ def in_turn(function: Callable[[], T]) -> T:
 
 
 class Agreement:
-    """Lets all processes act after the same step on a number that only some of them have, such as a signal.
+    """Shares a number that only some processes have, such as a signal, so that all act on it after the same step.
 
     All processes must call it equally often. A call starts a maximum over all devices alongside the step and returns
-    the result of LAG calls earlier, so that nobody waits. A single process gets its own number at once.
+    the result of LAG calls earlier, so that it never waits. A single process gets its own number at once.
     """
 
     LAG = 2
@@ -183,7 +183,8 @@ class _Watch:
     """
 
     def __init__(self, timeout: float):
-        self._client: Any = distributed.global_state.client
+        client: Any = distributed.global_state.client
+        self._client = client
         self._index = jax.process_index()
         self._timeout, self._ended = timeout, threading.Event()
         self._client.key_value_set(f"vpm_jax/host/{self._index}", socket.gethostname())

@@ -31,10 +31,10 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        # Python runs handlers between its own instructions, hence not while XLA compiles; this thread hears at once.
-        self._hears, self._tells = os.pipe()
-        os.set_blocking(self._tells, False)
-        self._old_tells = signal.set_wakeup_fd(self._tells, warn_on_full_buffer=False)
+        # Python runs handlers between its own instructions, hence not while XLA compiles; this thread reacts at once.
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
         return self
@@ -44,7 +44,7 @@ class Interrupts:
 
     def _answer(self) -> None:
         received = 0
-        while number := os.read(self._hears, 1)[0]:  # __exit__ writes 0
+        while number := os.read(self._read_end, 1)[0]:  # __exit__ writes 0
             if received and number == signal.SIGINT:
                 # Not print, whose lock the main thread may hold; not sys.exit, which would wait for the compiler.
                 os.write(2, b"\nerror: Interrupted.\n")
@@ -64,10 +64,10 @@ class Interrupts:
             raise Stopped
 
     def __exit__(self, *exception: object) -> None:
-        signal.set_wakeup_fd(self._old_tells)
+        signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        os.write(self._tells, b"\0")
+        os.write(self._write_end, b"\0")
         self._thread.join()
-        os.close(self._hears)
-        os.close(self._tells)
+        os.close(self._read_end)
+        os.close(self._write_end)
