@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+from partial_files import make
 from raising import raises
 from tiny_runs import rendered
 
-from vpm_jax import Gallery, threshold
+from vpm_jax import Gallery, evaluation, threshold
 from vpm_jax.errors import UserError
 from vpm_jax.search import command as search
 from vpm_jax.verification import BINS, Pairs
@@ -132,6 +133,22 @@ def test_the_command_says_what_its_thresholds_are_of(measured):
     assert "\n\nPercentages with 95 % confidence intervals by identity. TMR is" in text
     assert "| gamma | equal error rate |" in text
     assert (measured / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_partial_images_are_not_cropped_again(whole, tmp_path):
+    make(tmp_path, "short", identities=4, images=3)
+    arguments = ["--dataset", "partial_reid", "--root", str(tmp_path / "PartialREID"), "--output", str(tmp_path)]
+    assert threshold.main(["--workdir", str(whole), *arguments]) == 0
+    record = json.loads((tmp_path / "thresholds-partial_reid.json").read_text())
+    assert list(record["gammas"]) == ["1.0"] and record["gammas"]["1.0"]["pairs"] == {"same": 36, "different": 108}
+    assert "uncropped (gamma 1.0)" in (tmp_path / "thresholds-partial_reid.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["match.rerank=true", "match.gallery_gammas=0.5", "eval.multi_query=true"])
+def test_no_thresholds_where_other_images_change_the_distance(whole, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(evaluation, "check", lambda *_: None)  # these pedestrians have no further boxes
+    with pytest.raises(UserError, match=f"{key.partition('=')[0]}.* change a pair's distance"):
+        threshold.main(["--workdir", str(whole), "--output", str(tmp_path), f"--config.{key}"])
 
 
 @pytest.fixture(scope="module")

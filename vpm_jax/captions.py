@@ -166,7 +166,7 @@ def comparability(reasons: Any) -> list[str]:
 
 
 def title(record: Record, seeds: str = "") -> str:
-    """The title of a figure over gamma, of two or more lines; `seeds` counts them if it shows several runs."""
+    """The title of a figure about a result, of two or more lines; `seeds` counts them if it shows several runs."""
     p, match, trained = record["protocol"], record["match"], record.get("training_set", "")
     tested, (number, few) = test_set(record["dataset"], _held_out(record)), _queries(record)
     settings = {
@@ -177,8 +177,9 @@ def title(record: Record, seeds: str = "") -> str:
         "gallery also cropped": match.get("gallery_gammas"),
     }
     about = [run(record, seeds), record.get("network", "")]
+    cropped = f"cropped to gamma ({p['crop']})" if "crop" in p else "not cropped"
     parts = [
-        f"{_upper(tested)}, {number} queries{few} cropped to gamma ({p['crop']})",
+        f"{_upper(tested)}, {number} queries{few} {cropped}",
         "; ".join(filter(None, about)),
         ", ".join(words for words, holds in settings.items() if holds),
         *(text.removesuffix(".") for text in comparability(record.get("not_comparable", ()))),

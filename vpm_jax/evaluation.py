@@ -204,6 +204,11 @@ def chance_rank1(dataset: Dataset) -> float:
     return metrics.chance_rank1(query.identity, gallery.identity, query.camera, gallery.camera)
 
 
+def gammas_of(config: ConfigDict, dataset: Dataset) -> tuple[float, ...]:
+    """The gammas that queries are cropped to; partial images stay as they are."""
+    return (1.0,) if partial.is_partial(dataset.name) else config.eval.gammas
+
+
 def ranked(gallery: Split) -> Split:
     """The gallery without junk (identity -1), which no protocol ranks."""
     return gallery.take(gallery.identity != -1)
@@ -230,8 +235,7 @@ def evaluate(
     config, source = source.config, with_boxes(source, dataset)
     dataset = by_protocol(config, dataset)
     query, gallery = dataset.query, ranked(dataset.gallery)
-    is_partial = partial.is_partial(dataset.name)
-    gammas = (1.0,) if is_partial else config.eval.gammas
+    is_partial, gammas = partial.is_partial(dataset.name), gammas_of(config, dataset)
     queries = [CroppedSplit(query, gamma) for gamma in gammas]
     files = saved.Matching(save, config, queries, gallery) if save else None
     labels = query.identity, gallery.identity, query.camera, gallery.camera

@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = dict(features=args.features, queries=args.queries, fingerprinted=True)
     opened = evaluation.open_run(args.workdir, overrides, args.dataset, args.root, **which)
     config = opened.source.config
-    if config.match.rerank or config.match.gallery_gammas:
+    if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
         raise UserError(
-            "match.rerank and match.gallery_gammas change a pair's distance with the other images, so thresholds would "
-            "not hold: turn them off."
+            "match.rerank, match.gallery_gammas and eval.multi_query change a pair's distance with the other images, "
+            "so thresholds would not hold: turn them off."
         )
     make_folder(output)
     dataset = evaluation.by_protocol(config, opened.dataset)

@@ -20,7 +20,7 @@ from vpm_jax.description import CroppedSplit, FeatureSource, Variables
 from vpm_jax.disk import replacing, write_atomically
 from vpm_jax.distances import blocks
 from vpm_jax.errors import UserError
-from vpm_jax.evaluation import by_protocol, ranked
+from vpm_jax.evaluation import by_protocol, gammas_of, ranked
 from vpm_jax.verification import Pairs, Rate
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4)  # false match rates
@@ -31,6 +31,8 @@ _AGAIN = "write it with python -m vpm_jax.threshold"
 
 def measure(source: FeatureSource, variables: Variables, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """{gamma: rates and thresholds} of queries cropped to each of config.eval.gammas against the gallery.
+
+    Partial images are not cropped again: their gamma is 1.0.
 
     Of each gamma: "pairs" (numbers of same- and different-person pairs), "equal_error_rate" [value, low, high],
     "verification" {false match rate: {"distance", "true_match_rate" [value, low, high]}}, "identification" {false alarm
@@ -44,11 +46,12 @@ def measure(source: FeatureSource, variables: Variables, dataset: Dataset) -> di
     query, gallery = dataset.query, ranked(dataset.gallery)
     labels = query.identity, gallery.identity, query.camera, gallery.camera
     most = 4.0 if config.match.squared else 2.0  # between unit vectors
-    counts = [Pairs(*labels, most) for _ in config.eval.gammas]
-    queries = [CroppedSplit(query, gamma) for gamma in config.eval.gammas]
+    gammas = gammas_of(config, dataset)
+    counts = [Pairs(*labels, most) for _ in gammas]
+    queries = [CroppedSplit(query, gamma) for gamma in gammas]
     for number, rows, columns, distance in blocks(source, variables, queries, gallery):
         counts[number].add(distance, rows, columns)
-    return {str(gamma): _of_gamma(pairs) for gamma, pairs in zip(config.eval.gammas, counts, strict=True)}
+    return {str(gamma): _of_gamma(pairs) for gamma, pairs in zip(gammas, counts, strict=True)}
 
 
 def _of_gamma(pairs: Pairs) -> dict[str, Any]:
