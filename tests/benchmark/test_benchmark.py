@@ -16,8 +16,9 @@ from tiny import SHRUNK, shrunk
 
 from vpm_jax import benchmark
 from vpm_jax import config as config_lib
-from vpm_jax.benchmark import SECTIONS, convolutions, main, matching, measure, search, step
+from vpm_jax.benchmark import SECTIONS, convolutions, main, matching, search, step
 from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.timing import measure
 from vpm_jax.errors import UserError
 
 
@@ -194,8 +195,12 @@ def test_distractors_in_pieces(monkeypatch, capsys):
 
 
 def test_all_is_one_table(monkeypatch, capsys):
+    prepared = []
+    monkeypatch.setattr(benchmark.parallel, "prepare_backend", lambda: prepared.append(True))
+
     def part(name):
         def run(args, config):
+            assert prepared, "JAX would start without XLA's flags"
             if name == "matching":
                 raise UserError("too little memory")
             return Report([Row(f"{name}: it", 1.0, "s", 0.5, "a limit", "an aim")], [f"{name} was measured"])

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli
+from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import (
     convolutions,
@@ -32,12 +32,9 @@ from vpm_jax.benchmark import (
     step,
 )
 from vpm_jax.benchmark.report import Report, text, to_json
-from vpm_jax.benchmark.timing import Rate, measure
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.machine import threads
-
-__all__ = ["Rate", "main", "measure"]
 
 # Each has HELP, add_arguments(parser) and run(args, config) -> Report. They import JAX only when they run: `data` also
 # serves machines without an accelerator.
@@ -89,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.json:
         cli.check_output("--json", args.json)
+    parallel.prepare_backend()
     if args.section == "all":
         report = run_all(args, overrides)
     else:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax.benchmark.report import Report, Row, align, number
-from vpm_jax.benchmark.step import fixed
+from vpm_jax.benchmark.step import batch_size, fixed
 from vpm_jax.benchmark.timing import best
 
 HELP = "each convolution of the backbone alone, compared with the matmul limit"
@@ -28,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import models
-    from vpm_jax.benchmark.limits import describe, limits
+    from vpm_jax.benchmark.limits import describe, matmul_limit
 
     config = fixed(config)
-    batch = args.batch or config.stage2.identities * config.stage2.images_per_identity
+    batch = batch_size(args, config)
     dtype = models.compute_dtype(config.model.dtype).name
-    machine, (amounts, work) = describe(), limits(dtype)
-    repetitions = 1 if machine["platform"] == "cpu" else 20
-    peak = amounts["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
+    peak, limit_is = matmul_limit(dtype, args.clock)
     table: list[tuple[str, ...]] = [
         ("convolution", "cells", "count", "forward", "by input", "by kernel", "ms per step")
     ]
@@ -49,12 +46,12 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
             (name, "x".join(map(str, conv.shape[1:3])), f"{count}", *rates, f"{1e3 * count * sum(seconds):.1f}")
         )
         total, flops = total + count * sum(seconds), flops + count * conv.flops * sum(s > 0 for s in seconds)
-    images, limit_is = batch / total, f"matmul at {peak / 1e9:,.0f} GFLOP/s"
+    images = batch / total
     row = Row(f"convolutions of a step {dtype}", images, "images/s", images * peak * total / flops, limit_is)
     summary = f"All: {total:.3g} s for {flops / 1e9:,.4g} GFLOP, {flops / total / 1e9:,.0f} GFLOP/s, "
     summary += f"{flops / total / peak:.0%} of {limit_is}: at most {number(images)} images/s."
     lines = [f"{batch} images of {config.data.height} x {config.data.width}, {dtype}; rates in GFLOP/s."]
-    return Report([row], lines, f"{align(table)}\n{summary}", machine["accelerator"], config.to_dict())
+    return Report([row], lines, f"{align(table)}\n{summary}", describe()["accelerator"], config.to_dict())
 
 
 def passes(conv: Convolution, dtype: str, args: argparse.Namespace) -> list[float]:

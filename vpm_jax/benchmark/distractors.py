@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +12,11 @@ from ml_collections import ConfigDict
 
 from vpm_jax import parallel
 from vpm_jax.benchmark import generated
-from vpm_jax.benchmark.extraction import prepared
+from vpm_jax.benchmark.matching import exact_distance
 from vpm_jax.benchmark.metrics import plain
 from vpm_jax.benchmark.report import Report, Row
-from vpm_jax.benchmark.timing import best, clocked
+from vpm_jax.benchmark.step import fixed
+from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def check(source: FeatureSource, dataset: Dataset, results: Results) -> float:
     [here] = source.splits({}, [CroppedSplit(query)])
     distances = []
     for there in source.stream({}, CroppedSplit(gallery), stops, Progress("checking", len(gallery))):
-        weight = here.visibility[:, None].astype(np.float64) * there.visibility
-        local = [np.linalg.norm(there.features - features.astype(np.float64), axis=-1) for features in here.features]
-        distances.append((weight * local).sum(axis=-1) / weight.sum(axis=-1))
+        distances.append(exact_distance(here.features, here.visibility, there.features, there.visibility))
     assert query.camera is not None and gallery.camera is not None
     labels = query.identity, gallery.identity, query.camera, gallery.camera
     cmc, precision = plain(np.concatenate(distances, axis=1), *labels)
@@ -62,23 +60,20 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
             "--queries, --gallery, --distractors and --channels: expected at least 1 query, twice as many gallery "
             "images, 0 distractors and 1 channel."
         )
-    parallel.prepare_backend()
     from vpm_jax import evaluation
     from vpm_jax.benchmark.generated_features import GeneratedFeatures
-    from vpm_jax.benchmark.limits import describe, limits
+    from vpm_jax.benchmark.limits import describe, matmul_limit
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.data.split import join
 
-    here, config = describe(), prepared(config)
+    here, config = describe(), fixed(config)
     config.data.root = args.root or ""
     dataset = load_test_set(config.data) if args.root else generated.dataset(args.queries, args.gallery)
     nobody = generated.split("gallery", args.distractors)
     gallery = join(evaluation.ranked(dataset.gallery), replace(nobody, identity=np.zeros_like(nobody.identity)))
     dataset = replace(dataset, gallery=gallery)
     source = GeneratedFeatures(config, args.channels)
-    # The precision of `region_distance`.
-    amounts, work = limits("float32", "highest")
-    peak = amounts["matmul"] / best(partial(work["matmul"], 1), clock=args.clock)
+    peak, limit_is = matmul_limit("float32", args.clock, "highest")  # the precision of `region_distance`
     before = parallel.peak_memory()
     timed, results = clocked(lambda: evaluation.evaluate(source, {}, dataset))
     after, seconds = parallel.peak_memory(), timed[args.clock]
@@ -98,7 +93,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         + ", ".join(f"{100 * r['cmc'][0]:.1f} / {100 * r['mAP']:.1f}" for r in results.values())
         + ".",
     ]
-    limit_is = f"matmul at {peak / 1e9:,.0f} GFLOP/s"
     limit = pairs * 2 * regions * args.channels / peak
     rows = [
         Row("distractors: whole evaluation", seconds, "s", limit, limit_is),

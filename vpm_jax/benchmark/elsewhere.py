@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax.benchmark import program
 from vpm_jax.benchmark.report import Report, Row
-from vpm_jax.benchmark.step import fixed, random_batch
+from vpm_jax.benchmark.step import batch_size, fixed, random_batch
 from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError, first_line
 
@@ -86,13 +86,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import parallel, step
 
     chip = chip_of(args.target, args.devices)
-    parallel.prepare_backend()
     jax.config.update("jax_platforms", "cpu")  # leaves this machine's accelerators free
     jax.config.update("jax_enable_compilation_cache", False)
     config = fixed(config)
-    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
-    if images < 1:
-        raise UserError(f"--batch is {images}, expected at least one image.")
+    images = batch_size(args, config)
     devices = topology(args.target, args.devices)
     dtype = config.model.dtype = args.dtype or config.model.dtype.replace("auto", "bfloat16")
     if dtype not in ("bfloat16", "float32"):

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from vpm_jax import parallel
 from vpm_jax.benchmark import generated
-from vpm_jax.benchmark.extraction import network, prepared
+from vpm_jax.benchmark.extraction import network
 from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import clocked
 from vpm_jax.errors import UserError
 
@@ -26,13 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.queries < 1 or args.gallery < 2 * args.queries:
         raise UserError("--queries and --gallery: expected at least 1 query and twice as many gallery images.")
-    parallel.prepare_backend()
     from vpm_jax import evaluation
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import Describer
 
-    here, config = describe(), prepared(config)
+    here, config = describe(), fixed(config)
     mesh = parallel.data_mesh(config.eval.batch)
     describer = Describer(config, mesh)
     config = describer.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from vpm_jax import parallel
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import best, clocked
 from vpm_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
     import jax
 
     from vpm_jax import models, step
-    from vpm_jax.benchmark.limits import limits
+    from vpm_jax.benchmark.limits import matmul_limit
 
     state = step.init_state(config)
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
@@ -41,33 +41,20 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
     compiled = jax.jit(step.make_feature_step(config)).lower(variables, image).compile()
     seconds = best(lambda: jax.block_until_ready(compiled(variables, image)), args.seconds, clock=args.clock)
 
-    amounts, work = limits(models.compute_dtype(config.model.dtype).name)
-    repetitions = 1 if jax.default_backend() == "cpu" else 20
-    peak = amounts["matmul"] * repetitions / best(partial(work["matmul"], repetitions), 1.0, clock=args.clock)
+    peak, limit_is = matmul_limit(models.compute_dtype(config.model.dtype).name, args.clock)
     flops = (compiled.cost_analysis() or {}).get("flops")  # of one device, like the peak
     limit = config.eval.batch * peak / flops if flops else None
-    return variables, config.eval.batch / seconds, limit, f"matmul at {peak / 1e9:,.0f} GFLOP/s"
-
-
-def prepared(config: ConfigDict) -> ConfigDict:
-    """A copy of the config with the values that normally come from the training set."""
-    config = config.copy_and_resolve_references()
-    config.model.num_identities = config.model.num_identities or 751
-    config.pretrained = "none"
-    for stage in (config.stage1, config.stage2):
-        stage.steps_per_epoch = stage.steps_per_epoch or 1
-    return config
+    return variables, config.eval.batch / seconds, limit, limit_is
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.images < 1:
         raise UserError(f"--images {args.images}: expected at least 1.")
-    parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer
 
-    here, config = describe(), prepared(config)
+    here, config = describe(), fixed(config)
     mesh = parallel.data_mesh(config.eval.batch)
     describer = Describer(config, mesh)
     config = describer.config

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from vpm_jax import config as config_lib
-from vpm_jax import parallel
+from vpm_jax import parallel, step
 from vpm_jax.benchmark.limits import describe, limits
 from vpm_jax.benchmark.timing import clocked
 
@@ -16,10 +17,6 @@ from vpm_jax.benchmark.timing import clocked
 def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Callable]]:
     """The facts and the timed functions of a `step.Side`: {"step", "matmul", "copy"}, functions of the repetitions."""
     parallel.prepare_backend()
-    import jax
-
-    from vpm_jax import step
-
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is reported
     facts: dict[str, Any] = dict(describe())
     config = config_lib.from_json(config_json, "config")

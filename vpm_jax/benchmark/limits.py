@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from vpm_jax.benchmark.timing import matmul_size
+import jax
+import jax.numpy as jnp
+
+from vpm_jax.benchmark.timing import best, matmul_size
 from vpm_jax.machine import threads
 
 COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
@@ -12,8 +16,6 @@ COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
 
 def describe() -> dict[str, str]:
     """JAX's first device: "platform"; "device", in words; "accelerator", the same, or "" for a CPU."""
-    import jax
-
     device = jax.devices()[0]
     if device.platform == "cpu":
         return {"platform": "cpu", "device": f"{threads()} CPU thread{'s' * (threads() > 1)}", "accelerator": ""}
@@ -25,9 +27,6 @@ def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], 
 
     The product has `dtype` and, by default, the precision of a model's products.
     """
-    import jax
-    import jax.numpy as jnp
-
     platform = jax.devices()[0].platform
     size, moved = matmul_size(platform), COPY_BYTES.get(platform, 2**30)
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
@@ -47,3 +46,11 @@ def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], 
         x.block_until_ready()
 
     return {"matmul": 2.0 * size**3, "copy": 2.0 * moved}, {"matmul": matmul, "copy": copies}
+
+
+def matmul_limit(dtype: str, clock: str, precision: str | None = None) -> tuple[float, str]:
+    """(FLOP/s of the product of `limits`, the limit's name)."""
+    amounts, work = limits(dtype, precision)
+    repetitions = 1 if jax.default_backend() == "cpu" else 20
+    peak = amounts["matmul"] * repetitions / best(partial(work["matmul"], repetitions), clock=clock)
+    return peak, f"matmul at {peak / 1e9:,.0f} GFLOP/s"

@@ -11,7 +11,6 @@ from statistics import median
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import parallel
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, matmul_size, timed
 from vpm_jax.errors import UserError
@@ -33,6 +32,16 @@ def images(count: int, regions: int, channels: int, random: np.random.Generator)
     features = np.maximum(random.standard_normal((count, regions, channels), np.float32), 0)
     features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     return features, random.uniform(0, 32, (count, regions)).astype(np.float32)
+
+
+def exact_distance(q: np.ndarray, q_weight: np.ndarray, g: np.ndarray, g_weight: np.ndarray) -> np.ndarray:
+    """Eq. 4 in float64 [Q, G], straight from its definition: slow, to check with."""
+    distance = np.empty((len(q), len(g)))
+    g, g_weight = g.astype(np.float64), g_weight.astype(np.float64)
+    for row, features, scores in zip(distance, q, q_weight, strict=True):
+        weight = scores * g_weight
+        row[:] = (weight * np.linalg.norm(g - features, axis=-1)).sum(axis=1) / weight.sum(axis=1)
+    return distance
 
 
 def numpy_distance(q: np.ndarray, q_weight: np.ndarray, g: np.ndarray, g_weight: np.ndarray) -> np.ndarray:
@@ -87,15 +96,13 @@ def torch_distance() -> tuple[Callable[..., np.ndarray], Callable[[], None]]:
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if min(args.queries, args.gallery, args.channels, args.rounds) < 1:
         raise UserError("--queries, --gallery, --channels and --rounds: expected at least 1 of each.")
-    parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe, limits
     from vpm_jax.matching import region_distance
 
     regions, random = config.model.grid[0] * config.model.grid[1], np.random.default_rng(0)
     query = images(args.queries, regions, args.channels, random)
     gallery = images(args.gallery, regions, args.channels, random)
-    # The precision of `region_distance`.
-    _, work = limits("float32", "highest")
+    _, work = limits("float32", "highest")  # the precision of `region_distance`
     machine = describe()
     size = matmul_size(machine["platform"])
     square = random.standard_normal((size, size), np.float32)

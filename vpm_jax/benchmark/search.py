@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax import parallel
-from vpm_jax.benchmark.matching import images
+from vpm_jax.benchmark.matching import exact_distance, images
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
@@ -56,10 +56,7 @@ def check(query: tuple[np.ndarray, np.ndarray], gallery: tuple[np.ndarray, np.nd
     from vpm_jax.topk import top_k
 
     distances, index = top_k(*query, gallery, k)
-    features, visibility = (x.astype(np.float64) for x in gallery)
-    for query_features, scores, distance, chosen in zip(*query, distances, index, strict=True):
-        weight = scores * visibility
-        exact = (np.linalg.norm(features - query_features, axis=-1) * weight).sum(axis=1) / weight.sum(axis=1)
+    for exact, distance, chosen in zip(exact_distance(*query, *gallery), distances, index, strict=True):
         nearest = np.sort(exact)[: len(chosen)]
         if not (np.allclose(exact[chosen], nearest, rtol=1e-6) and np.allclose(distance, nearest, rtol=1e-6)):
             raise RuntimeError("the nearest images are not those of the whole distance matrix")
@@ -78,7 +75,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         )
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
-    parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe, limits
     from vpm_jax.config import default
     from vpm_jax.description import Description
@@ -88,8 +84,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     machine = describe()
     query = images(args.queries, args.regions, args.channels, np.random.default_rng(0))
-    # The precision of `top_k`.
-    amounts, work = limits("float32", "highest")
+    amounts, work = limits("float32", "highest")  # the precision of `top_k`
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gallery-") as folder:
         store = make_gallery(Path(folder), args)
         checked = slice(0, max(1, CHECKED_BYTES // (8 * args.regions * args.channels)))

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn
 from vpm_jax.errors import UserError
@@ -83,7 +83,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         raise UserError("--clock cpu: the CPU time of the server is read from /proc, which this system lacks.")
     if args.queries < max(CLIENTS) or args.rounds < 1:
         raise UserError(f"--queries and --rounds: expected at least {max(CLIENTS)}, one for each client, and 1.")
-    parallel.prepare_backend()
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.images import read
     from vpm_jax.regions import Crop

@@ -14,12 +14,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from statistics import median
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.against:
         check_rival(config)
     config = fixed(config)
-    batch = random_batch(config, args.batch or config.stage2.identities * config.stage2.images_per_identity)
+    batch = random_batch(config, batch_size(args, config))
     machine = probe()
     dtypes = args.dtype.split(",") if args.dtype else (DTYPES[:1] if machine["platform"] == "cpu" else DTYPES[::-1])
     for dtype in dtypes:
@@ -98,6 +100,14 @@ def fixed(config: ConfigDict) -> ConfigDict:
     stage.learning_rate, stage.schedule, stage.decay_epochs, stage.warmup_epochs = 1e-6, "step", (), 0.0
     stage.triplet_start = 0.0
     return config
+
+
+def batch_size(args: argparse.Namespace, config: ConfigDict) -> int:
+    """--batch, by default the batch of the config's stage 2."""
+    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
+    if images < 1:
+        raise UserError(f"--batch is {images}, expected at least one image.")
+    return images
 
 
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
@@ -261,19 +271,10 @@ def _serve(connection: Any, kind: str, arguments: tuple[Any, ...]) -> None:
     functions: dict[str, Callable[[int], None]]
     try:
         if kind == "limits":
-            from vpm_jax import parallel
-            from vpm_jax.benchmark import limits
-
             parallel.prepare_backend()
-            facts, functions = limits.describe(), {}
-        elif kind == "torch":
-            from vpm_jax.benchmark import torch_step
-
-            facts, functions = torch_step.build(*arguments)
+            facts, functions = import_module("vpm_jax.benchmark.limits").describe(), {}
         else:
-            from vpm_jax.benchmark import jax_step
-
-            facts, functions = jax_step.build(*arguments)
+            facts, functions = import_module(f"vpm_jax.benchmark.{kind}_step").build(*arguments)
         connection.send((facts, list(functions)))
         while True:
             work, repetitions = connection.recv()
@@ -284,4 +285,4 @@ def _serve(connection: Any, kind: str, arguments: tuple[Any, ...]) -> None:
         connection.send(error)
     except Exception as error:
         traceback.print_exc()
-        connection.send(UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
+        connection.send(UserError(f"{type(error).__name__}: {cli.first_line(error)}"))
