@@ -27,7 +27,7 @@ LAZY = {
     "vpm_jax.prepare": "TFDS takes a second to import",
     "vpm_jax.pretrained": "safetensors is read only on request; weights load without Orbax",
     "vpm_jax.report": "loader processes import the main module again",
-    "vpm_jax.reproduce": "plans and tables are printed without JAX",
+    "vpm_jax.reproduce": "loader processes import the main module again",
     "vpm_jax.runs.logs": "trackers are optional",
     "vpm_jax.search": "the store is used without the command; Starlette is optional",
     "vpm_jax.threshold": "loader processes import the main module again",

@@ -529,14 +529,12 @@ def test_partial_images_stand_beside_the_papers(pretend, call, tmp_path):
 
 
 def test_a_dataset_that_is_absent_is_left_out_in_a_sentence(pretend, call, tmp_path, monkeypatch, capsys):
-    from vpm_jax.data import sources
-
     def load(data):
         if data.name != "market1501":
             raise UserError(f"there is no {data.name}.")
 
     monkeypatch.undo()
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(reproduce, "load_dataset", load)
     missing = experiments.distinct(plan(["table 3"], "market1501", "small", 1, models=["vpm", "mvpm-1"]).values())
     left = reproduce.without_data(missing)
     assert set(left) == {run.name for run in missing if run.test}

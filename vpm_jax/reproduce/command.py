@@ -22,17 +22,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, evaluation, parallel
+from vpm_jax import cli, evaluation, parallel, training
 from vpm_jax import config as config_lib
+from vpm_jax.data.inventory import Inventory, digest_of_test_set
+from vpm_jax.data.sources import load_dataset
 from vpm_jax.disk import make_folder
 from vpm_jax.errors import UserError, first_line
 from vpm_jax.keys import LISTED
 from vpm_jax.reproduce import estimate, experiments, results
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, SCALES, Method, Run
 from vpm_jax.reproduce.report import write_report
+from vpm_jax.runs.checkpoints import Checkpoints
 from vpm_jax.runs.workdir import read_data
+from vpm_jax.schedule import schedule
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,8 +202,6 @@ def without_data(missing: Sequence[Run], training: bool = True) -> dict[str, str
     Raises:
       UserError: if the training set is missing.
     """
-    from vpm_jax.data.sources import load_dataset
-
     if missing and training:
         load_dataset(missing[0].config.data)  # shared by all runs
     reasons = {}
@@ -216,8 +219,6 @@ def root_of(test: str, config_data: ConfigDict) -> str:
     Raises:
       UserError: if it is in neither.
     """
-    from vpm_jax.data.sources import load_dataset
-
     data = config_data.copy_and_resolve_references()
     data.name = test
     if data.root:
@@ -235,9 +236,6 @@ def check_data(finished: Sequence[Run], results: Mapping[str, Any], folder: Path
     Raises:
       UserError: naming the result of a run on other data.
     """
-    from vpm_jax.data.inventory import Inventory, digest_of_test_set
-    from vpm_jax.data.sources import load_dataset
-
     at_hand: dict[str, dict[str, str]] = {}
     for run in finished:
         recorded = results[run.name].get("data", {})
@@ -270,8 +268,6 @@ def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
     Returns:
       (exit code if the user stopped it, else 0; why there is no result, "" if there is one).
     """
-    import jax
-
     with results.claim(folder, run) as claimed:
         if not claimed:
             print(f"left to {results.owner(folder, run) or 'another process'}")
@@ -295,8 +291,6 @@ def perform(run: Run, folder: Path, workdirs: Path) -> tuple[int, str]:
 
 
 def train(run: Run, workdirs: Path) -> int:
-    from vpm_jax import training
-
     return training.train(run.config, workdirs / run.name)
 
 
@@ -331,9 +325,6 @@ def evaluate(run: Run, folder: Path, workdirs: Path) -> None:
 
 def gather(run: Run, workdirs: Path) -> dict[str, Any]:
     """The result of a run that has finished in its workdir."""
-    from vpm_jax.runs.checkpoints import Checkpoints
-    from vpm_jax.schedule import schedule
-
     workdir = workdirs / run.name
     evaluation = json.loads((workdir / f"evaluation{f'-{run.test}' * bool(run.test)}.json").read_text(encoding="utf-8"))
     if run.of is not None:

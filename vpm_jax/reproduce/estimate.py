@@ -9,13 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from vpm_jax import plots
+from vpm_jax import parallel, plots, step
 from vpm_jax.benchmark.report import align
+from vpm_jax.benchmark.step import random_batch
+from vpm_jax.data.datasets import DATASETS
 from vpm_jax.progress import duration
 from vpm_jax.reproduce import results
 from vpm_jax.reproduce.experiments import Run
+from vpm_jax.schedule import schedule
 
 EVALUATION = 0.05  # assumed evaluation time, as a fraction of the training time
 PARTIAL = 0.05  # assumed evaluation time of a partial dataset (hundreds of images), as a fraction of a full one
@@ -23,8 +27,6 @@ PARTIAL = 0.05  # assumed evaluation time of a partial dataset (hundreds of imag
 
 def size(config: ConfigDict) -> tuple[int, int]:
     """(images, identities) of the training set by the official counts, without the data."""
-    from vpm_jax.data.datasets import DATASETS
-
     if config.data.name == "synthetic":
         own = config.data.synthetic
         images, identities = own.train_identities * own.images_per_camera * own.cameras, own.train_identities
@@ -36,8 +38,6 @@ def size(config: ConfigDict) -> tuple[int, int]:
 
 def images(run: Run) -> int:
     """The number of images a run trains on, with repeats; 0 for an evaluation."""
-    from vpm_jax.schedule import schedule
-
     return 0 if run.of else sum(stage.steps * stage.batch for stage in schedule(run.config, *size(run.config)))
 
 
@@ -73,12 +73,6 @@ def timed_rate(config: ConfigDict, steps: int = 3) -> float:
     Raises:
       UserError: for a config that cannot be trained here.
     """
-    import jax
-
-    from vpm_jax import parallel, step
-    from vpm_jax.benchmark.step import random_batch
-    from vpm_jax.schedule import schedule
-
     config = config.copy_and_resolve_references()
     images, config.model.num_identities = size(config)
     for stage in schedule(config, images, config.model.num_identities):

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from vpm_jax import overlay, plots
+from vpm_jax.api import VPM
+from vpm_jax.data import synthetic
+from vpm_jax.data.pipeline import cut
 from vpm_jax.disk import replacing
+from vpm_jax.regions import draw_crop, pixel_box
 from vpm_jax.reproduce.tables import Row
 
 _METRICS = {"rank-1": "R-1", "mAP": "mAP"}
@@ -97,8 +101,6 @@ def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
     Raises:
       UserError: if the workdir holds no trained model.
     """
-    from vpm_jax.api import VPM
-
     model = VPM.load(workdir)
     images, captions = views(people)
     description = model(images)
@@ -109,10 +111,6 @@ def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
 
 def views(people: int) -> tuple[list[np.ndarray], list[str]]:
     """(images uint8 [h, w, 3], captions) of synthetic test pedestrians, each cropped to VIEWS."""
-    from vpm_jax.data import synthetic
-    from vpm_jax.data.pipeline import cut
-    from vpm_jax.regions import draw_crop, pixel_box
-
     images, captions = [], []
     for person in range(people):
         shot = synthetic.Shot("", synthetic.TEST, 5 * person + 2, 1 + person % 4, 0)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vpm_jax import __version__
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark import report
@@ -142,8 +144,6 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 @functools.cache
 def hardware() -> str:
     """JAX's devices and the CPU cores available to this process."""
-    import jax
-
     devices = jax.devices()
     return report.hardware("" if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}")
 
