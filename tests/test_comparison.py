@@ -50,3 +50,14 @@ def test_the_misprint_is_marked_and_gives_no_difference():
 )
 def test_nothing_to_compare_with(dataset, method, gamma):
     assert comparison.sweep({gamma: result(0.5, 0.4)}, dataset, method) == ""
+
+
+def test_gamma_table():
+    result = {"cmc": np.linspace(0.3, 0.79, 50), "mAP": 0.2, "mINP": 0.0512, "skipped": 0}
+    short = {"cmc": np.array([0.5, 0.75]), "mAP": 1.0, "mINP": 1 / 3, "skipped": 4}
+    assert comparison.gamma_table({1.0: short, 0.5: result}) == (
+        "| gamma | R-1 | R-5 | R-10 | mAP | mINP |\n"
+        "|---|---:|---:|---:|---:|---:|\n"
+        "| 0.5 | 30.0 | 34.0 | 39.0 | 20.0 | 5.1 |\n"
+        "| 1 | 50.0 | 75.0 | 75.0 | 100.0 | 33.3 |\n"
+    )

@@ -5,7 +5,7 @@ import pytest
 from plain_metrics import reference
 
 from vpm_jax import metrics
-from vpm_jax.metrics import chance_rank1, gamma_table, rank_metrics
+from vpm_jax.metrics import chance_rank1, rank_metrics
 
 
 def assert_same(found, expected):
@@ -122,17 +122,6 @@ def test_bad_input_is_named():
     distance[3, 8] = np.nan
     with pytest.raises(ValueError, match="distance of query 3 to gallery image 8 is NaN"):
         rank_metrics(distance, query_ids, gallery_ids)
-
-
-def test_gamma_table():
-    result = {"cmc": np.linspace(0.3, 0.79, 50), "mAP": 0.2, "mINP": 0.0512, "skipped": 0}
-    short = {"cmc": np.array([0.5, 0.75]), "mAP": 1.0, "mINP": 1 / 3, "skipped": 4}
-    assert gamma_table({1.0: short, 0.5: result}) == (
-        "| gamma | R-1 | R-5 | R-10 | mAP | mINP |\n"
-        "|---:|---:|---:|---:|---:|---:|\n"
-        "| 0.5 | 30.0 | 34.0 | 39.0 | 20.0 | 5.1 |\n"
-        "| 1 | 50.0 | 75.0 | 75.0 | 100.0 | 33.3 |\n"
-    )
 
 
 @pytest.mark.parametrize("seed", range(3))

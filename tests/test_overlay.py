@@ -85,8 +85,3 @@ def test_region_maps(tmp_path, figures, count, grid):
         assert plain.get_title(loc="left") == captions[index]
     with Image.open(tmp_path / "regions.png") as image:
         assert image.size[0] == 444 * min(count, 4) + 192
-
-
-def test_region_maps_names_the_shapes():
-    with pytest.raises(ValueError, match=r"visibility \(2, 4\)"):
-        region_maps("x.png", np.zeros((2, 32, 16, 3), np.uint8), np.zeros((2, 8, 2, 3)), np.zeros((2, 4)))

@@ -1,7 +1,7 @@
-"""What a result is of, in words: the lines above its table, the titles of its pictures, and why it is not comparable.
+"""A result in words: the lines above its table, the titles of its figures, and why it is not comparable.
 
 Lines and titles come from the record alone (evaluation.json, or a result of `reproduce`), so that the console, texts,
-pictures and pages say the same. Records of earlier versions may lack some of it.
+figures and pages agree. Records of earlier versions may lack some keys.
 """
 
 from __future__ import annotations

@@ -38,6 +38,13 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
     return [header, "|---|" + "---:|" * (len(cells[0]) - 1), *body, ""]
 
 
+def gamma_table(results: Mapping[float, Result]) -> str:
+    """The results of `metrics.rank_metrics` for every gamma (kept area ratio)."""
+    names = ("R-1", "R-5", "R-10", "mAP", "mINP")
+    rows = [[f"{gamma:g}", *(number(measured(results[gamma], name)) for name in names)] for gamma in sorted(results)]
+    return "\n".join(table([("gamma", *names), *rows]))
+
+
 def by_gamma(
     ours: Mapping[float, Mapping[str, Measured]],
     theirs: Mapping[float, Scores],

@@ -185,8 +185,9 @@ class Describer(FeatureSource):
         check: Callable[[], None] | None = None,
     ) -> Iterator[Description]:
         split, gamma, crop = images
-        crop = (crop or self.config.eval.crop) if gamma < 1 else "none"
-        batches = eval_batches(self.config, split, crop, gamma, jax.process_index(), jax.process_count())
+        batches = eval_batches(
+            self.config, split, crop or self.config.eval.crop, gamma, jax.process_index(), jax.process_count()
+        )
         begin = first = 0
         ends = iter([*stops, len(split)])
         end = next(ends)

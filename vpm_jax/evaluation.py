@@ -380,7 +380,7 @@ def _queries(dataset: Dataset) -> dict[str, int]:
 
 def _gamma_table(config: ConfigDict, record: Mapping[str, Any], results: Results) -> str:
     """The results over gamma and, if they follow the paper's protocol, the published ones beside them."""
-    table, dataset = metrics.gamma_table(results), record["dataset"]
+    table, dataset = comparison.gamma_table(results), record["dataset"]
     if not record["not_comparable"] and (published := comparison.sweep(results, dataset, paper.method_of(config))):
         table += "\n" + published
         if config.eval.flip:

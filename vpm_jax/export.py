@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     kind = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
     if kind is None or args.format not in (None, kind):
-        expected = f"{FORMATS[args.format]}" if args.format else " or ".join(FORMATS.values())
+        expected = FORMATS[args.format] if args.format else " or ".join(FORMATS.values())
         raise UserError(f"--output {args.output}: expected a file name that ends in {expected}.")
     if args.dtype not in DTYPES[kind]:
         raise UserError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES[kind])} for a {FORMATS[kind]}.")
@@ -88,7 +88,9 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     """
     from jax import export  # needs flatbuffers
 
-    network, inputs = _program(model)
+    (b,) = export.symbolic_shape("b")
+    inputs = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
+    network = functools.partial(step.make_feature_step(model.config, region_maps=True), model.trained_variables)
     exported = export.export(jax.jit(network), platforms=PLATFORMS)(*inputs)
     with replacing(path) as temporary:
         temporary.write_bytes(exported.serialize())
@@ -104,16 +106,6 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     valid = ", valid" * (len(inputs) > 1)
     print(f"  out = model(images{valid})  # uint8 [b, {height}, {width}, 3] RGB{valid} -> {', '.join(OUTPUTS)}")
     return error
-
-
-def _program(model: VPM) -> tuple[Callable[..., dict[str, Any]], list[jax.ShapeDtypeStruct]]:
-    """(the network as a function of its inputs, their shapes and dtypes for any batch size b)."""
-    from jax import export
-
-    variables = model.trained_variables
-    (b,) = export.symbolic_shape("b")
-    network = functools.partial(step.make_feature_step(model.config, region_maps=True), variables)
-    return network, [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in model.inputs(_test_images(model)[:1])]
 
 
 def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:

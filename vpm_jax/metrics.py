@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,16 +92,6 @@ def chance_rank1(
 def rank_k(cmc: Sequence[float] | np.ndarray, k: int) -> float:
     """The rank-k accuracy of a CMC curve; its last entry if the gallery has fewer than k images."""
     return float(cmc[min(k, len(cmc)) - 1])
-
-
-def gamma_table(results: Mapping[float, Mapping[str, Any]]) -> str:
-    """The results of `rank_metrics` for every gamma (kept area ratio) as a Markdown table, in percent."""
-    lines = ["| gamma | R-1 | R-5 | R-10 | mAP | mINP |", "|---:|---:|---:|---:|---:|---:|"]
-    for gamma in sorted(results):
-        result = results[gamma]
-        values = [rank_k(result["cmc"], k) for k in (1, 5, 10)] + [result["mAP"], result["mINP"]]
-        lines.append(f"| {gamma:g} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
-    return "\n".join(lines) + "\n"
 
 
 class Ranking:

@@ -45,7 +45,7 @@ def scaled(pixels: np.ndarray, height: int) -> tuple[int, int]:
 
 
 def with_palette(path: Path) -> None:
-    """Halves a PNG file of photographs: 256 colors."""
+    """Makes a PNG file of photographs half as large, with a palette of 256 colors."""
     full = Image.open(path).convert("RGB")
     palette = full.quantize(256, Image.Quantize.MAXCOVERAGE)
     full.quantize(palette=palette).save(path, format="PNG", optimize=True)
@@ -85,10 +85,10 @@ def overlay(pixels: np.ndarray, region_map: np.ndarray, columns: int = 1, height
 def region_maps(
     path: str | Path | IO[bytes],
     images: Sequence[np.ndarray],
-    locator_prob: np.ndarray,
+    maps: np.ndarray,
     visibility: np.ndarray,
-    grid: tuple[int, int] | None = None,
-    captions: Sequence[str] = (),
+    grid: tuple[int, int],
+    captions: Sequence[str],
     across: int = 4,
 ) -> None:
     """A contact sheet: each image, its region map, and its visibility scores in cells as bars, region 0 on top.
@@ -98,39 +98,18 @@ def region_maps(
     Args:
       path: the output file.
       images: N uint8 arrays [H, W, 3], RGB, of any sizes; all are drawn to the same scale.
-      locator_prob: region probabilities [N, h, w, P] (Eq. 1); w is 1 for a row locator.
+      maps: region probabilities [N, h, w, P] (Eq. 1); w is 1 for a row locator.
       visibility: visibility scores [N, P] (Eq. 2).
-      grid: (rows, columns) of the region grid; default (P, 1).
-      captions: above each image, such as "gamma 0.5".
+      grid: (rows, columns) of the region grid.
+      captions: N, above the images, such as "gamma 0.5".
       across: images per row.
-
-    Raises:
-      ValueError: for inconsistent shapes.
     """
-    prob, scores = np.asarray(locator_prob, np.float32), np.asarray(visibility, np.float32)
-    shapes = [image.shape for image in images]
-    if (
-        not shapes
-        or any(len(shape) != 3 or shape[-1] != 3 for shape in shapes)
-        or prob.ndim != 4
-        or len(prob) != len(shapes)
-        or scores.shape != (len(shapes), prob.shape[-1])
-    ):
-        raise ValueError(
-            f"{len(shapes)} images {shapes[:1]}, probabilities {prob.shape} and visibility {scores.shape}, "
-            "expected N of [H, W, 3], [N, h, w, P] and [N, P]"
-        )
-    height, width, _ = np.max(shapes, axis=0)
-    regions = prob.shape[-1]
-    grid = grid or (regions, 1)
-    if grid[0] * grid[1] != regions:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} for {regions} regions, expected as many")
-    colors = region_colors(regions, grid[1])
+    height, width, _ = np.max([image.shape for image in images], axis=0)
+    colors = region_colors(grid[0] * grid[1], grid[1])
     across = min(len(images), across)
     rows = -(-len(images) // across)
-    caption = 0.22 if captions else 0.0
     key_width = 0.8
-    size = (1.85 * across + key_width, (0.43 * height / width + 0.08 + caption) * rows + 0.1)
+    size = (1.85 * across + key_width, (0.43 * height / width + 0.3) * rows + 0.1)
     figure = Figure(figsize=size, layout="constrained")
     subfigures: Any = figure.subfigures(1, 2, width_ratios=[size[0] - key_width, key_width])
     sheet, key = subfigures
@@ -138,16 +117,15 @@ def region_maps(
     panels = sheet.subplots(rows, 4 * across, squeeze=False, width_ratios=[1, 1, 1, 0.2] * across)
     for axes in panels.flat:
         axes.set_axis_off()
-    longest = max(float(scores.max()), 1e-6)
-    for index, image in enumerate(images):
+    longest = max(float(visibility.max()), 1e-6)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         plain, mapped, bars, _ = panels.flat[4 * index : 4 * index + 4]
-        for axes, pixels in (plain, image), (mapped, overlay(image, prob[index], grid[1], max(len(image), 512))):
+        for axes, pixels in (plain, image), (mapped, overlay(image, maps[index], grid[1], max(len(image), 512))):
             axes.imshow(pixels, extent=(0, image.shape[1], len(image), 0))
             axes.set_xlim(0, width)
             axes.set_ylim(height, 0)
-        if index < len(captions):
-            plain.set_title(captions[index], fontsize=8, loc="left", pad=3)
-        _score_bars(bars, scores[index], colors, longest, height / width)
+        plain.set_title(caption, fontsize=8, loc="left", pad=3)
+        _score_bars(bars, visibility[index], colors, longest, height / width)
     _region_key(key, grid, colors)
     save(figure, path, dpi=240)
 
@@ -169,9 +147,9 @@ def ranking(
     region_map: np.ndarray,
     visibility: np.ndarray,
     neighbors: Sequence[Neighbor],
-    columns: int = 1,
-    titles: tuple[str, str] = ("query", "nearest"),
-    about: str = "",
+    columns: int,
+    titles: tuple[str, str],
+    about: str,
 ) -> None:
     """One ranked list as a figure: the query, its region map, and its nearest images with per-region distances.
 
@@ -190,7 +168,7 @@ def ranking(
     colors = region_colors(regions, columns)
     # All lengths are inches. `bar` is the height of one region's bar.
     total, margin, gap, query_gap, bar = 10.0, 0.08, 0.1, 0.5, 0.2
-    foot = margin + 0.25 * bool(about)
+    foot = margin + 0.25
     w = (total - 2 * margin - query_gap - gap * len(neighbors)) / (2 + len(neighbors))
     h, below, above = w * height / width, 0.36 + bar * regions, 0.72
     figure = Figure(figsize=(total, foot + below + h + above))

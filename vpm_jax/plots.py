@@ -225,7 +225,7 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
 
 
 def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """ROC and DET curves, and the rates over the threshold, of what `thresholds.measure` returns; a line a gamma."""
+    """ROC and DET curves and error rates over the threshold, from `thresholds.measure`: one line per gamma."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     roc, det, rates = figure.subplots(1, 3)
     for number, (gamma, measured) in enumerate(gammas.items()):

@@ -187,7 +187,7 @@ class Rankings(NamedTuple):
     crops: Sequence[Crop]  # of the queries
     distance: np.ndarray  # [Q, G]
     precision: np.ndarray  # [Q], average precision; NaN for skipped queries
-    record: Mapping[str, Any]  # what they are of, for `captions`
+    record: Mapping[str, Any]  # of the evaluation, for `captions`
 
 
 def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
@@ -212,7 +212,7 @@ def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
     cropped = [CroppedSplit(query, gamma)]
     [distance] = distances.distances(source, variables, cropped, gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
-    crops = eval_crops(config.eval.crop if gamma < 1 else "none", gamma, len(query))
+    crops = eval_crops(config.eval.crop, gamma, len(query))
     with Checkpoints(workdir, keep=0) as checkpoints:
         steps = checkpoints.latest or 0
     skipped = int(np.isnan(precision).sum())
@@ -244,10 +244,7 @@ def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, 
     body = "<p>The same queries at every gamma.</p>\n"
     gammas = sorted({*config.eval.gammas, gamma, 1.0})
     for index in choose(precision, query.identity, 2)["Typical"]:
-        images = [
-            eval_picture(query, index, eval_crops(config.eval.crop if g < 1 else "none", g, len(query))[index])
-            for g in gammas
-        ]
+        images = [eval_picture(query, index, eval_crops(config.eval.crop, g, len(query))[index]) for g in gammas]
         cells = [
             region_card(model, pixels, description, f"{query.names[index]} at gamma {g:g}", f"gamma {g:g}")
             for g, pixels, description in zip(gammas, images, model(images), strict=True)

@@ -97,8 +97,7 @@ def rerank(
 
     half = int(np.around(k1 / 2)) + 1
     neighbors = jnp.asarray(nearest[:, : k1 + 1])
-    reciprocal = _reciprocal(neighbors, neighbors)
-    reciprocal_half = _reciprocal(neighbors[:, :half], neighbors[:, :half])
+    reciprocal, reciprocal_half = _reciprocal(neighbors), _reciprocal(neighbors[:, :half])
     sets: list[tuple[np.ndarray, np.ndarray]] = []
     for first, number, chunk in rows():
         most = np.pad(largest[first : first + number], (0, size - number), constant_values=1)
@@ -148,11 +147,11 @@ def _nearest(
     return jnp.where(jnp.isinf(values), rows.shape[1], index), jnp.where(largest > 0, largest, 1)
 
 
-def _reciprocal(neighbors: Int32[Array, "N1 k"], among: Int32[Array, "N1 k"]) -> Bool[Array, "N1 k"]:
+def _reciprocal(neighbors: Int32[Array, "N1 k"]) -> Bool[Array, "N1 k"]:
     """Whether each neighbor has the image among its own neighbors; false for empty slots."""
 
     def of_image(image: Array, near: Array) -> Array:
-        return jnp.any(among[near] == image, axis=1) & (near < len(neighbors) - 1)
+        return jnp.any(neighbors[near] == image, axis=1) & (near < len(neighbors) - 1)
 
     return jax.lax.map(lambda pair: of_image(*pair), (jnp.arange(len(neighbors)), neighbors), batch_size=1024)
 

@@ -2,7 +2,7 @@
 
 In a folder, for queries whole and cropped ("-top-0.5" and so on):
 
-  about.json          what the files are of: model, dataset, number of queries, matching
+  about.json          model, dataset, number of queries, matching
   query-top-0.5.npz   features float32 [N, P, C] (Eq. 3), visibility float32 [N, P] (Eq. 2), names, identity, camera
                       (if there are any), region_maps [N, h, w, P] (if match.gallery_gammas needs them)
   gallery.npz         the same of the ranked gallery, without junk
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
     folder: Path  # exists
     kinds: Sequence[str]  # "features", "distances", "ranking"
-    about: dict[str, Any]  # what the files are of: model, dataset, queries, of_queries if there are more, ...
+    about: dict[str, Any]  # for about.json: model, dataset, queries, of_queries if there are more, ...
 
     def check(self, config: ConfigDict) -> None:
         """Raises UserError if the folder holds such files of another evaluation."""
@@ -105,10 +105,10 @@ class Saved(FeatureSource):
     Args:
       config: of the evaluation.
       folder: the files.
-      about: what the features must be of.
+      about: the "features" that about.json must have.
 
     Raises:
-      UserError: if there are none, or they are of something else; from `stream` if they are damaged or of other images.
+      UserError: if there are none, or about.json differs; from `stream` if they are damaged or of other images.
     """
 
     def __init__(self, config: ConfigDict, folder: Path, about: dict[str, Any]):

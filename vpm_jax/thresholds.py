@@ -1,7 +1,6 @@
 """Which distance means the same person: measured on a dataset, by gamma, as thresholds.json, a table and a plot.
 
-thresholds.json holds what `captions` needs to say what the thresholds are of, the model's fingerprint, and for each
-gamma what `measure` returns.
+thresholds.json is a record for `captions`, with the model's fingerprint and, for each gamma, what `measure` returns.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpm_jax import captions, plots
+from vpm_jax import captions, comparison, plots
 from vpm_jax.data.split import Dataset
 from vpm_jax.description import CroppedSplit, FeatureSource, Variables
 from vpm_jax.disk import replacing, write_atomically
@@ -36,8 +35,8 @@ def measure(source: FeatureSource, variables: Variables, dataset: Dataset) -> di
 
     Of each gamma: "pairs" (numbers of same- and different-person pairs), "equal_error_rate" [value, low, high],
     "verification" {false match rate: {"distance", "true_match_rate" [value, low, high]}}, "identification" {false alarm
-    rate: {"distance", "rate" [value, low, high]}}, and the ROC as "curve". Intervals are those of `Pairs`; null is
-    what too few pairs determine.
+    rate: {"distance", "rate" [value, low, high]}}, and the ROC as "curve". Intervals are those of `Pairs`; a number
+    that too few pairs determine is null.
 
     Raises:
       UserError: as `distances.blocks`.
@@ -92,28 +91,22 @@ def table(gammas: Mapping[str, Mapping[str, Any]]) -> str:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
 
-    lines = [
-        "Percentages with 95 % confidence intervals by identity. TMR is the true match rate, the share of same-person "
-        "pairs below the distance; FMR is the false match rate, that of different-person pairs, as a fraction.",
-        "",
-        "| gamma | equal error rate | " + " | ".join(f"TMR at FMR {rate:g} | distance" for rate in RATES) + " |",
-        "|---:|" + "---:|" * (1 + 2 * len(RATES)),
-    ]
+    pairs = [["gamma", "equal error rate"]]
+    pairs[0] += [title for rate in RATES for title in (f"TMR at FMR {rate:g}", "distance")]
+    alarms = [["gamma"]]
+    alarms[0] += [title for rate in ALARMS for title in (f"identified at {rate:.0%} false alarms", "distance")]
     for gamma, measured in gammas.items():
-        cells = [percent(measured["equal_error_rate"])]
+        pairs.append([f"{float(gamma):g}", percent(measured["equal_error_rate"])])
         for point in measured["verification"].values():
-            cells += [percent(point["true_match_rate"]), number(point["distance"])]
-        lines.append(f"| {float(gamma):g} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| gamma | " + " | ".join(f"identified at {rate:.0%} false alarms | distance" for rate in ALARMS) + " |",
-        "|---:|" + "---:|" * (2 * len(ALARMS)),
-    ]
-    for gamma, measured in gammas.items():
-        points = measured["identification"].values()
-        cells = [cell for point in points for cell in (percent(point["rate"]), number(point["distance"]))]
-        lines.append(f"| {float(gamma):g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            pairs[-1] += [percent(point["true_match_rate"]), number(point["distance"])]
+        alarms.append([f"{float(gamma):g}"])
+        for point in measured["identification"].values():
+            alarms[-1] += [percent(point["rate"]), number(point["distance"])]
+    explanation = (
+        "Percentages with 95 % confidence intervals by identity. TMR is the true match rate, the share of same-person "
+        "pairs below the distance; FMR is the false match rate, that of different-person pairs, as a fraction."
+    )
+    return "\n".join([explanation, "", *comparison.table(pairs), *comparison.table(alarms)])
 
 
 class Thresholds(NamedTuple):

@@ -46,11 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     indexing = commands.add_parser(
         "index", help="index the images of a folder", description="Index the images of a folder."
     )
-    indexing.add_argument("folder", type=cli.path, metavar="FOLDER", help=f"images ({', '.join(IMAGES)}) at any depth")
-    indexing.add_argument(
-        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
+    querying = commands.add_parser(
+        "query", help="rank the images of a store", description="Rank the images of a store."
     )
-    cli.add_model(indexing)
+    serving = commands.add_parser(
+        "serve",
+        help="a page to search with",
+        description="Serve a page to search with, and the same as JSON (/openapi.json), until Ctrl-C.",
+    )
+    for command in (indexing, querying, serving):
+        command.add_argument(
+            "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
+        )
+        cli.add_model(command)
+    indexing.add_argument("folder", type=cli.path, metavar="FOLDER", help=f"images ({', '.join(IMAGES)}) at any depth")
     indexing.add_argument(
         "--crops",
         type=_gammas,
@@ -66,16 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="D",
         help="also store features of D numbers per image, such as 256, for query --candidates; 0 removes them",
     )
-    querying = commands.add_parser(
-        "query", help="rank the images of a store", description="Rank the images of a store."
-    )
     querying.add_argument(
         "images", type=cli.path, nargs="+", metavar="IMAGE", help="a whole or partial image of a person"
     )
-    querying.add_argument(
-        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
-    )
-    cli.add_model(querying)
     querying.add_argument("--top", type=_positive, default=20, help="number of images to rank (default: %(default)s)")
     limit = querying.add_mutually_exclusive_group()
     limit.add_argument("--max-distance", type=float, metavar="D", help="show only images nearer than this")
@@ -101,15 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
-    serving = commands.add_parser(
-        "serve",
-        help="a page to search with",
-        description="Serve a page to search with, and the same as JSON (/openapi.json), until Ctrl-C.",
-    )
-    serving.add_argument(
-        "--index", type=cli.path, required=True, metavar="STORE", help="the folder of the feature store"
-    )
-    cli.add_model(serving)
     serving.add_argument(
         "--host", default="127.0.0.1", help="a name or address of this machine, 0.0.0.0 for all (default: %(default)s)"
     )
