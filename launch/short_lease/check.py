@@ -1,4 +1,4 @@
-"""Whether the machine's packages do what training needs: imports, a model's shapes, a checkpoint written and read."""
+"""Checks that the machine's packages do what training needs: imports, a model's shapes, a checkpoint."""
 
 import importlib
 import sys

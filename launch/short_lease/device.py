@@ -1,9 +1,9 @@
-"""What runs on the leased machine, from the root of the carried checkout; it imports the standard library alone.
+"""Runs on the leased machine, from the root of the carried checkout, with the standard library alone.
 
     python3 .gpu1/device.py first SECONDS              # installs, checks, measures the training step
     python3 "$HOME/vpm-gpu/device.py" second SECONDS   # trains, evaluates, exports; then measures more
 
-Each ends within SECONDS, and $OUT is whole whenever it ends. README.md tells the rest.
+Each ends within SECONDS and leaves $OUT complete, however it ends. See README.md.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Lease:
         process.wait()
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """On a signal, and when time is up: ends everything, keeps what there is."""
+        """On a signal, or when time is up: stops all processes and collects what there is."""
         for process in self._running:
             self._kill(process)
         try:
@@ -197,7 +197,7 @@ def install(lease: Lease, folder: str) -> bool:
     """Installs packed wheels beside the machine's packages."""
     wheels = sorted((HERE / folder).glob("*.whl"))
     if not wheels:
-        return folder == "wheels"  # the machine has all; but there are no spares
+        return folder == "wheels"  # without wheels the machine needs none; without spares there is nothing to try
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--no-cache-dir", "--upgrade", "--target", str(lease.root / "site")]
     return lease.run(f"pip-{folder}", [*command, *wheels], 60)
@@ -213,7 +213,7 @@ def check(lease: Lease, name: str) -> bool:
 
 
 def measure(lease: Lease) -> bool:
-    """Times the training step with the first of FLAGS that it runs with, and writes that into step.json."""
+    """Times the training step with the first of FLAGS under which it runs, and writes step.json."""
     probe = [*lease.script("probe.py"), "--config", CONFIG, "--weights", lease.weights, *EXTRA]
     probe += ["--seconds", "0.5" if lease.rehearse else "6", "--profile", lease.root / "profile"]
     for number, flags in enumerate(FLAGS):
@@ -290,7 +290,7 @@ def unpack_images(lease: Lease) -> Path:
 
 def plan(lease: Lease, measured: dict[str, Any]) -> bool:
     """Writes plan.json: the whole recipe, or as much of it as fits into the time that is left."""
-    # What is sure: less than measured, since loading images takes its share.
+    # Cautious: loading images slows training down.
     rate = 0.85 * min(measured["images_per_second"], measured.get("fed_images_per_second", float("inf")))
     command = [*lease.script("plan.py"), lease.facts / "plan.json", lease.packed, "--config", CONFIG, *EXTRA]
     command += [f"--rate={rate}", f"--compile={measured['compile_s']}", f"--seconds={lease.left()}"]
@@ -352,7 +352,7 @@ def has_checkpoint(lease: Lease) -> bool:
 
 
 def export(lease: Lease) -> subprocess.Popen:
-    """Beside the evaluation, on the CPU: the weights come back whatever happens to it."""
+    """Exports the weights on the CPU during the evaluation, so that they come back even if it fails."""
     command = [*lease.script("export.py"), lease.workdir, lease.out, lease.facts / "trained.json"]
     return lease.start("export", command, JAX_PLATFORMS="cpu")
 
@@ -401,7 +401,7 @@ def main() -> int:
     lease = Lease(args.command, args.seconds, args.rehearse)
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lease.stop)
-    signal.alarm(max(5, int(args.seconds) - 4))  # whatever hangs
+    signal.alarm(max(5, int(args.seconds) - 4))  # in case something hangs
     try:
         code = {"first": first, "second": second}[args.command](lease)
     except Exception as error:

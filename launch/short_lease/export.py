@@ -1,6 +1,6 @@
-"""The trained model in float16, in files that any service carries: python export.py WORKDIR OUT FACTS.json
+"""Exports the trained model in float16, in files small enough to carry: python export.py WORKDIR OUT FACTS.json
 
-The parts, one after the other, are a .safetensors file as `vpm_jax.convert` writes; join.py puts them together.
+The parts make up a .safetensors file as `vpm_jax.convert` writes it; join.py joins them.
 """
 
 import dataclasses

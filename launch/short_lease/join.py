@@ -1,8 +1,8 @@
-"""Makes a workdir of what came back, and a result file of `vpm_jax.reproduce`.
+"""Turns what came back into a workdir and, with --results, a result file of `vpm_jax.reproduce`.
 
     python launch/short_lease/join.py RETURNED runs/lease --results docs/results/runs
 
-RETURNED is the folder that held $OUT's files. Without --results only the workdir is made.
+RETURNED is the folder that held $OUT's files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vpm_jax.reproduce.experiments import METHODS, SCALES, Run
 from vpm_jax.schedule import schedule
 
 PACKED = "imagenet.npz"  # what device.py calls the packed weights
-# Keys that training sets from its data, where the recipe leaves them open.
+# Keys that training sets from its data unless the recipe does.
 OPEN = {"model.num_identities", "stage1.steps_per_epoch", "stage2.steps_per_epoch", "data.aspect"}
 
 
@@ -117,7 +117,7 @@ def find_run(config: Any, file: str, method: str, variant: str) -> Run:
         raise UserError(f"{file} belongs to no scale of vpm_jax.reproduce: leave --results out.")
 
     def changes(asked: Any) -> dict[str, Any]:
-        """By what the trained config differs, but for the keys that every training sets."""
+        """The keys that differ in the trained config, except those that every run sets."""
         before = config_lib.flatten(asked)
         found = experiments.differences(asked, config)
         if found.get("pretrained") == PACKED:
@@ -129,7 +129,7 @@ def find_run(config: Any, file: str, method: str, variant: str) -> Run:
     changed = {k: v for k, v in changes(experiments.base_config(scale, dataset)).items() if own_changes.get(k) != v}
     seed = changed.pop("seed", 0)
     flat = config_lib.flatten(config)
-    for key in [key for key in changed if key.endswith(".epochs")]:  # what follows the epochs is given too
+    for key in [key for key in changed if key.endswith(".epochs")]:  # or these keys would be scaled
         stage = key.removesuffix("epochs")
         changed |= {f"{stage}{name}": flat[f"{stage}{name}"] for name in ("triplet_start", "warmup_epochs")}
     overrides = [f"--config.{key}={value}" for key, value in changed.items()]

@@ -29,7 +29,7 @@ from vpm_jax.reproduce import results
 HERE = Path(__file__).resolve().parent
 DATASET = "Market-1501-v15.09.15"
 SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-# Images with JAX lack these.
+# Container images with JAX lack these.
 NEEDED = (
     "grain==0.2.18",
     "array_record==0.8.6",
@@ -91,7 +91,7 @@ def is_junk(path: Path) -> bool:
 def pack_first(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         npz = Path(temporary) / "weights.npz"
-        if args.weights != "none":  # before all else: what is missing is reported at once
+        if args.weights != "none":  # first, to report missing weights at once
             own.write_npz(npz, pretrained.load(args.weights, args.data, key="--weights"))
         folder = empty(args.repo / ".gpu1")
         if npz.exists():
@@ -140,7 +140,7 @@ def tracked(repo: Path) -> list[Path]:
     command = ["git", "-C", str(repo), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True)
     if listed.returncode:
-        raise UserError(f"--repo {repo} is no git checkout ({listed.stderr.strip()}).")
+        raise UserError(f"--repo {repo} is not a git checkout ({listed.stderr.strip()}).")
     return [path for name in listed.stdout.split("\0") if name and (path := repo / name).is_file()]
 
 

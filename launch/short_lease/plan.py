@@ -18,13 +18,13 @@ from vpm_jax.schedule import schedule
 
 STARTUP = 30  # seconds until training compiles: imports, weights, the list of images
 FINISH = 25  # seconds for the last checkpoint, tables and plots
-EXTRACTION = 600  # images/s of evaluation, cautiously
+EXTRACTION = 600  # images/s of evaluation, a cautious estimate
 
 
 def plan(
     config: ConfigDict, counts: Mapping[str, int], rate: float, compiling: float, measured: bool, seconds: float
 ) -> dict[str, Any]:
-    """Every stage keeps its share; where its rate decays and its triplet loss starts moves with its length.
+    """Shortens all stages by the same factor, with their decays, warm-up and start of the triplet loss.
 
     Args:
       config: the recipe's.
@@ -32,11 +32,11 @@ def plan(
       rate: images per second of training.
       compiling: seconds that one training step takes to compile.
       measured: whether this recipe's last stage was compiled before.
-      seconds: that are left.
+      seconds: the time left.
 
     Returns:
-      "overrides" of the config, [] if all of it fits; "images" of training, "of" so many; "reserve", the seconds that
-      the evaluation needs.
+      "overrides" of the config, [] if all of it fits; "images" of training, "of" those of the whole recipe; "reserve",
+      the seconds that the evaluation needs.
     """
     stages = schedule(config, counts["train"], counts["identities"])
     total = sum(stage.steps * stage.batch for stage in stages)
@@ -44,7 +44,7 @@ def plan(
     evaluated = len(config.eval.gammas) * counts["query"] + (1 + crops) * counts["gallery"]
     reserve = FINISH + evaluated * (1 + config.eval.flip) / EXTRACTION
     programs = len({(stage.height, stage.width) for stage in stages})
-    startup = STARTUP + compiling * (programs - measured)  # the schedule is no part of the program
+    startup = STARTUP + compiling * (programs - measured)  # a shorter schedule is the same program
     share = min(1.0, (seconds - startup - reserve) * rate / total)
     overrides, images = [], 0
     for stage in stages:

@@ -1,9 +1,9 @@
-"""The training step on this machine's device: how long it compiles and takes, its kernels, its compiled program.
+"""Times the training step on this machine's device; records its compile time, kernels and compiled program.
 
     python probe.py OUT.json packed.json --config FILE [--weights FILE] [--batch 256] [--profile DIR] [--hlo FILE]
 
-It compiles the program that training runs, which then finds it in the compilation cache. OUT.json is written after
-every part, so that what was measured before a failure is kept.
+It compiles the program that training runs, so training finds it in the compilation cache. OUT.json is written after
+every measurement, so a failure loses none of those before it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def main() -> None:
     from vpm_jax import pretrained, step
     from vpm_jax.benchmark import report
     from vpm_jax.benchmark.step import random_batch
-    from vpm_jax.models import map_shape
     from vpm_jax.reproduce import results
     from vpm_jax.schedule import schedule
 
@@ -87,8 +86,6 @@ def main() -> None:
     keep(init_s=round(time.monotonic() - began, 1), batch=images)
     place = parallel.placement("jit", parallel.data_mesh(images))
     host = random_batch(config, images) | {"camera": np.full(images, -1, np.int32)}
-    if config.data.fit == "pad":
-        host["valid"] = np.ones((images, *map_shape(config)), bool)
     state, batch, numbers = place.put_state(state), place.put_batch(host), place.put_state(step.numbers(config))
     train_step = place.compile(step.make_step, config)
     began = time.monotonic()
@@ -123,7 +120,7 @@ def main() -> None:
         memory_gib=round(parallel.peak_memory(), 2),
     )
 
-    # ---- What it is made of; a failure here costs nothing -------------------------------------------------------
+    # ---- Kernels and program, if they can be had ---------------------------------------------------------------
     if args.profile:
         try:
             with jax.profiler.trace(str(args.profile)):
