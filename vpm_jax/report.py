@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import captions, cli, html, metrics, overlay, paper, parallel, plots
+from vpm_jax import captions, cli, html, metrics, overlay, paper, plots
 from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import further_sets
 from vpm_jax.data.split import Split
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.check_output("--figure", args.figure)
         if not pictures:
             raise UserError("--figure would show images of real people, which must not be shared: add --pictures.")
-        figure(args.figure, args.workdir, config, gamma, args.query, args.top)
+        figure(args.figure, args.workdir, overrides, config, gamma, args.query, args.top)
         print(f"Wrote {args.figure} ({args.figure.stat().st_size / 2**10:.0f} KiB).")
         return 0
     output = args.output or args.workdir / "report.html"
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     body = results(args.workdir, config) + training(args.workdir, config)
     if pictures:
-        body += ranked_lists(args.workdir, config, gamma, args.queries, args.top)
+        body += ranked_lists(args.workdir, overrides, config, gamma, args.queries, args.top)
     body += configuration(config)
     title = f"{paper.title(paper.method_of(config))} on "
     title += captions.test_set(config.data.name, config.data.holdout_identities)
@@ -190,42 +190,34 @@ class Rankings(NamedTuple):
     record: Mapping[str, Any]  # of the evaluation, for `captions`
 
 
-def rankings(workdir: Path, config: ConfigDict, gamma: float) -> Rankings:
-    parallel.prepare_backend()
+def rankings(workdir: Path, overrides: Sequence[str], gamma: float) -> Rankings:
     from vpm_jax import distances, evaluation
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops
-    from vpm_jax.data.sources import load_test_set
-    from vpm_jax.description import CroppedSplit, Describer
-    from vpm_jax.runs.checkpoints import Checkpoints
+    from vpm_jax.description import CroppedSplit
 
-    dataset = load_test_set(config.data)
-    evaluation.check(config, dataset)
-    mesh = parallel.data_mesh(config.eval.batch)
-    source = evaluation.with_boxes(Describer(config, mesh), dataset)
-    dataset = evaluation.by_protocol(config, dataset)
-    model = VPM.load(workdir)
+    opened = evaluation.open_run(workdir, overrides)
+    source = evaluation.with_boxes(opened.source, opened.dataset)
+    config, dataset = source.config, evaluation.by_protocol(source.config, opened.dataset)
     query, gallery = dataset.query, dataset.gallery
     if config.match.rerank:  # re-ranked distances depend on the whole gallery: use that of an evaluation
         gallery = evaluation.ranked(gallery)
-    variables = parallel.replicate(mesh, model.variables)
-    cropped = [CroppedSplit(query, gamma)]
-    [distance] = distances.distances(source, variables, cropped, gallery)
+    [distance] = distances.distances(source, opened.variables, [CroppedSplit(query, gamma)], gallery)
     precision = metrics.average_precision(distance, query.identity, gallery.identity, query.camera, gallery.camera)
     crops = eval_crops(config.eval.crop, gamma, len(query))
-    with Checkpoints(workdir, keep=0) as checkpoints:
-        steps = checkpoints.latest or 0
-    skipped = int(np.isnan(precision).sum())
-    record = evaluation.record_of(config, dataset, workdir.resolve().name, steps, None, skipped)
-    return Rankings(model, query, gallery, crops, distance, precision, record)
+    run, skipped = workdir.resolve().name, int(np.isnan(precision).sum())
+    record = evaluation.record_of(config, dataset, run, opened.steps, opened.trained_on, skipped)
+    return Rankings(VPM.load(workdir), query, gallery, crops, distance, precision, record)
 
 
-def ranked_lists(workdir: Path, config: ConfigDict, gamma: float, queries: int, top: int) -> str:
+def ranked_lists(
+    workdir: Path, overrides: Sequence[str], config: ConfigDict, gamma: float, queries: int, top: int
+) -> str:
     """Sections with ranked lists of the best, typical and worst queries, and region maps at every gamma."""
     from vpm_jax import evaluation
     from vpm_jax.data.pipeline import eval_crops, eval_picture
 
-    model, query, gallery, crops, distance, precision, _ = rankings(workdir, config, gamma)
+    model, query, gallery, crops, distance, precision, _ = rankings(workdir, overrides, gamma)
     body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}. Its region map shows the most probable region of "
     body += "every cell; stronger colors are more probable. The bars are the visibility scores, in cells. "
     body += "A correct match has the query's identity. Junk (same identity and camera, or identity -1) is not ranked. "
@@ -260,7 +252,15 @@ def region_card(
     return html.card(html.regions(pixels, region_map, visibility, name, model.grid.cols), caption, kind, kind)
 
 
-def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: str | None, top: int) -> None:
+def figure(
+    path: Path,
+    workdir: Path,
+    overrides: Sequence[str],
+    config: ConfigDict,
+    gamma: float,
+    name: str | None,
+    top: int,
+) -> None:
     """Draws the ranked list of the query whose file name ends with `name`, or of the best one.
 
     Raises:
@@ -272,7 +272,7 @@ def figure(path: Path, workdir: Path, config: ConfigDict, gamma: float, name: st
 
     from vpm_jax.data.pipeline import eval_picture
 
-    model, query, gallery, crops, distance, precision, record = rankings(workdir, config, gamma)
+    model, query, gallery, crops, distance, precision, record = rankings(workdir, overrides, gamma)
     named = [i for i, file in enumerate(query.names) if name is not None and file.endswith(name)]
     if name is not None and len(named) != 1:
         raise UserError(f"--query {name}: {len(named)} of the {len(query)} queries match this name, expected 1.")
