@@ -368,8 +368,9 @@ class Store(Door):
 
     def make(self, folder):
         from plain_matching import example
+        from stores import write
 
-        from vpm_jax.search.store import About, write
+        from vpm_jax.search.store import About
 
         _, _, features, visibility = example(gallery=40, regions=3, channels=8)
         write(folder / "store", About("model", "config", 3, 8), [f"{i}.jpg" for i in range(40)], features, visibility)

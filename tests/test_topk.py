@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 from plain_matching import example, reference
+from stores import write
 
 from vpm_jax import topk
-from vpm_jax.search.store import About, Store, write
+from vpm_jax.search.store import About, Store
 from vpm_jax.topk import top_k
 
 Q, G, P, C, K = 6, 90, 3, 16, 5

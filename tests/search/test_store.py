@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from disk import flip
 from raising import raises
+from stores import write
 
 from vpm_jax.errors import UserError
 from vpm_jax.search import store as store_lib
-from vpm_jax.search.store import About, Entry, Rows, Store, Writer, write
+from vpm_jax.search.store import About, Entry, Rows, Store, Writer
 
 ABOUT = About(model="0123456789abcdef", config="c0ffee", regions=3, channels=5, dtype="float32")
 

@@ -219,7 +219,7 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
 def check_gallery_gammas(config: ConfigDict) -> None:
     """Raises UserError if match.gallery_gammas does not fit the model, the training crops, the queries or
     re-ranking."""
-    gammas, model, known = config.match.gallery_gammas, config.model, sides(config)
+    gammas, known = config.match.gallery_gammas, sides(config)
     _check_value(_KEY["match.gallery_gammas"], gammas)
     reasons = [
         (
@@ -227,7 +227,7 @@ def check_gallery_gammas(config: ConfigDict) -> None:
             f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral training crops",
         ),
         (
-            model.grid[0] < 2 or model.locator == "stripes",
+            not estimates_extent(config),
             "the model cannot estimate how much a query shows: expected at least two rows of regions and no stripes",
         ),
         (config.match.rerank, "match.rerank is on: turn off one of them"),
@@ -242,6 +242,11 @@ def check_gallery_gammas(config: ConfigDict) -> None:
     for wrong, reason in reasons:
         if gammas and wrong:
             raise UserError(f"Config key match.gallery_gammas is {gammas}, but {reason}.")
+
+
+def estimates_extent(config: ConfigDict) -> bool:
+    """Whether region maps of the model show which part of a person's height an image shows."""
+    return config.model.grid[0] > 1 and config.model.locator != "stripes"
 
 
 def sides(config: ConfigDict) -> list[str]:

@@ -125,17 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argument.startswith("-") and os.path.isfile(argument):  # such as Market-1501's junk, -1_c1s1_...
             raise UserError(f"{argument} is a file whose name starts like an option: write ./{argument}.")
     args = parser.parse_args(argv)
-    model = args.workdir or args.model
-    if args.command == "index":
-        try:
-            return index(args.folder, args.index, model, args.dtype, args.batch, args.crops, args.reduce)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
-    if args.command == "serve":
-        return serve(args.index, model, args.host, args.port, args.token, args.thresholds, args.candidates)
-    limit_settings = args.max_distance, args.false_match_rate, args.thresholds
-    output = args.json, args.html
-    return query(args.images, args.index, model, args.top, *output, *limit_settings, args.candidates, args.place)
+    args.model = args.workdir or args.model
+    try:
+        return {"index": index, "query": query, "serve": serve}[args.command](args)
+    except KeyboardInterrupt:
+        if args.command != "index":
+            raise
+        raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
 
 
 def _positive(text: str) -> int:
@@ -163,41 +159,30 @@ def _gammas(text: str) -> tuple[float, ...]:
 # ---- Index ----
 
 
-def index(
-    folder: Path,
-    store_folder: Path,
-    model_path: Path | None,
-    dtype: str = "float16",
-    batch: int = 64,
-    gammas: tuple[float, ...] | None = None,
-    dimensions: int | None = None,
-) -> int:
-    """Brings a store up to date with the images under `folder`; returns the exit code.
-
-    `gammas` selects the crops to describe; None: those of the store, or the model's for a new one. `dimensions` is for
-    `Gallery.reduce`; None: as before.
+def index(args: argparse.Namespace) -> int:
+    """Brings a store up to date with the images of a folder; returns the exit code.
 
     Raises:
       UserError: for a folder without images, a store of another folder or model, crops that the model does not
         support, or a full disk.
     """
-    cli.check_folder("--index", store_folder)
-    if model_path is None and not (store_folder / "store.json").exists():
+    cli.check_folder("--index", args.index)
+    if args.model is None and not (args.index / "store.json").exists():
         raise UserError(
-            f"{store_folder} records no model: give --workdir RUN, the folder of a training run, or --model FILE."
+            f"{args.index} records no model: give --workdir RUN, the folder of a training run, or --model FILE."
         )
-    gallery = Gallery.open(store_folder, model_path, gammas, dtype)
-    update = gallery.index(folder, gammas, batch)
-    if dimensions is not None:
-        gallery.reduce(dimensions)
+    gallery = Gallery.open(args.index, args.model, args.crops, args.dtype)
+    update = gallery.index(args.folder, args.crops, args.batch)
+    if args.reduce is not None:
+        gallery.reduce(args.reduce)
     assert gallery.store is not None
     total, unreadable, lost = len(gallery), update.unreadable, update.lost
     counts = {word: getattr(update, word) for word in ("new", "changed", "deleted", "unreadable")}
     summary = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "nothing changed"
     complete = [str(crop) for crop, done in stored_crops(gallery.store).items() if done]
     cropped = f" Crops: {', '.join(complete)}." if complete else ""
-    root = printable(folder.resolve())
-    print(f"{store_folder}: {total} images of {root} ({summary}; {update.others} other files skipped).{cropped}")
+    root = printable(args.folder.resolve())
+    print(f"{args.index}: {total} images of {root} ({summary}; {update.others} other files skipped).{cropped}")
     if unreadable:
         print(f"{unreadable} of {total + unreadable} images could not be read and were skipped.", file=sys.stderr)
     if lost:
@@ -208,46 +193,33 @@ def index(
 # ---- Query ----
 
 
-def query(
-    images: Sequence[Path],
-    store_folder: Path,
-    model_path: Path | None,
-    top: int = 20,
-    json_file: str | None = None,
-    html_file: Path | None = None,
-    max_distance: float | None = None,
-    false_match_rate: float | None = None,
-    thresholds: Path | None = None,
-    candidates: int | None = None,
-    place: str | None = None,
-) -> int:
+def query(args: argparse.Namespace) -> int:
     """Prints and writes the ranking of the store for each query image; returns the exit code.
-
-    Only images nearer than `max_distance` are results, or than the distance that `thresholds` (a file, by default that
-    in the run's workdir) holds for `false_match_rate` and the visible height of the query.
 
     Raises:
       UserError: for an image that cannot be read, a store that is damaged, empty or of another model, or a place if
         the model does not pad images.
     """
-    for flag, file in (("--json", json_file if json_file != "-" else None), ("--html", html_file)):
+    for flag, file in (("--json", args.json if args.json != "-" else None), ("--html", args.html)):
         if file:
             cli.check_output(flag, Path(file))
-    gallery = Gallery.open(store_folder, model_path, candidates=candidates)
-    if place is not None and not gallery.model.places:
-        raise UserError(f"--place {place}: {gallery.model.source} stretches images to its input; leave it out.")
-    rankings = gallery.query(images, top, max_distance, false_match_rate, thresholds, place)
+    gallery = Gallery.open(args.index, args.model, candidates=args.candidates)
+    if args.place is not None and not gallery.model.places:
+        raise UserError(f"--place {args.place}: {gallery.model.source} stretches images to its input; leave it out.")
+    rankings = gallery.query(
+        args.images, args.top, args.max_distance, args.false_match_rate, args.thresholds, args.place
+    )
     model, store = gallery.model, gallery.store
     assert store is not None
-    if json_file:
+    if args.json:
         text = json.dumps(ranking_lib.record(model, store, rankings), indent=1, allow_nan=False) + "\n"
-        if json_file == "-":
+        if args.json == "-":
             print(text, end="")
         else:
-            write_atomically(Path(json_file), text)
-    if html_file:
-        write_atomically(html_file, ranking_lib.page(model, store, rankings))
-    if json_file != "-":
+            write_atomically(Path(args.json), text)
+    if args.html:
+        write_atomically(args.html, ranking_lib.page(model, store, rankings))
+    if args.json != "-":
         _print(rankings, ranking_lib.numbering(model.grid))
     if changed := {result.name for ranking in rankings for result in ranking.results if result.changed}:
         names = printable(", ".join(sorted(changed)[:3]) + ", ..." * (len(changed) > 3))
@@ -284,15 +256,7 @@ def _print(rankings: list[Ranking], numbering: str) -> None:
 # ---- Serve ----
 
 
-def serve(
-    store_folder: Path,
-    model_path: Path | None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    thresholds: Path | None = None,
-    candidates: int | None = None,
-) -> int:
+def serve(args: argparse.Namespace) -> int:
     """Serves a page to search with until it is interrupted (see `search.serve`); returns the exit code.
 
     Raises:
@@ -303,13 +267,13 @@ def serve(
         from vpm_jax.search import serve as serving
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install starlette uvicorn.", code="not-installed") from None
-    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+    if args.token is not None and not re.fullmatch("[!-~]{16,}", args.token):
         raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
     print("Loading and compiling the model ...", file=sys.stderr)
-    gallery = Gallery.open(store_folder, model_path, candidates=candidates)
+    gallery = Gallery.open(args.index, args.model, candidates=args.candidates)
     if not len(gallery):
-        raise UserError(f"{store_folder} holds no images yet: run python -m vpm_jax.search index.")
-    serving.serve(gallery, host, port, token, _thresholds(gallery, thresholds))
+        raise UserError(f"{args.index} holds no images yet: run python -m vpm_jax.search index.")
+    serving.serve(gallery, args.host, args.port, args.token, _thresholds(gallery, args.thresholds))
     return 0
 
 

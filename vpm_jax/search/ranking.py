@@ -10,6 +10,7 @@ import numpy as np
 
 from vpm_jax import html
 from vpm_jax.api import VPM
+from vpm_jax.config import estimates_extent
 from vpm_jax.data.fit import Place
 from vpm_jax.description import Description, unfamiliar_parts
 from vpm_jax.errors import UserError, printable
@@ -123,7 +124,7 @@ def nothing(ranking: Ranking) -> str:
 
 def unfamiliar(model: VPM, ranking: Ranking) -> list[str]:
     """Parts of a person that the query seems to show and that no training crop of the model did."""
-    if model.config.model.locator == "stripes" or model.grid.rows == 1:  # cannot estimate what an image shows
+    if not estimates_extent(model.config):
         return []
     return list(unfamiliar_parts(model.config, visible_heights(ranking.query.region_maps, model.grid)))
 

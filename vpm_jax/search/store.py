@@ -21,7 +21,7 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -394,19 +394,3 @@ class Writer:
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a full disk was already reported
                 file.close()
-
-
-def write(
-    folder: str | os.PathLike[str],
-    about: About,
-    names: Iterable[str],
-    features: np.ndarray,
-    visibility: np.ndarray,
-) -> None:
-    """Appends features [G, P, C] and visibility [G, P] with one name per image. Same errors as `Writer`."""
-    names = list(names)
-    with Writer(folder, about) as writer:
-        step = max(1, _COPY_BYTES // (about.regions * about.channels * 4))
-        for start in range(0, len(names), step):
-            rows = slice(start, start + step)
-            writer.append([Entry(name) for name in names[rows]], features[rows], visibility[rows])
