@@ -486,8 +486,8 @@ def test_a_query_that_shows_no_region(folder, indexed, model, tmp_path, monkeypa
     """By "binary" visibility, where no score reaches a cell."""
     features = VPM.features
 
-    def blind(self, images, batch=64):
-        said = features(self, images, batch)
+    def blind(self, images, **settings):
+        said = features(self, images, **settings)
         said.visibility[: min(1, len(said))] = 0
         return said
 
