@@ -105,7 +105,7 @@ def test_rendered_people_are_nobodys_data(whole, tmp_path):
 
 def test_results_may_lie_elsewhere(model, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "evaluation.md").write_text("Other results.")
+    (tmp_path / "elsewhere" / "evaluation.md").write_bytes(b"Other results. \xff")
     model.save_pretrained(tmp_path / "a", results=tmp_path / "elsewhere")
     card = (tmp_path / "a" / "README.md").read_text()
     assert "Other results." in card and "12.3" not in card

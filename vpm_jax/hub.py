@@ -73,7 +73,7 @@ def save(model: VPM, folder: Path, name: str, results: Path | None) -> None:
         write_atomically(new / own.CONFIG, config_lib.to_json(config) + "\n")
         for file in files:
             shutil.copyfile(file, new / file.name)
-        evaluations = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".md"]
+        evaluations = [file.read_text("utf-8", "replace") for file in files if file.suffix == ".md"]
         write_atomically(new / "README.md", card(model, name, evaluations))
         os.replace(new, folder)
 

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vpm_jax.data.datasets import NAMES
+from vpm_jax.data.datasets import DATASETS
 from vpm_jax.geometry import PLACES
 from vpm_jax.regions import CROPS
 
@@ -137,7 +137,7 @@ KEYS = (
         "data.name",
         "market1501",
         "dataset, see vpm_jax.data.datasets; csv, identity_folders: your own images",
-        one_of(*NAMES),
+        one_of(*DATASETS),
         PROTOCOL,
     ),
     Key(

@@ -66,7 +66,7 @@ def test_records_after_the_checkpoint_and_a_line_cut_short_are_dropped(tmp_path)
         log.write({"step": step})
     log.close()
     with path.open("ab") as file:
-        file.write(b'{"step": 7, "lo\xff')
+        file.write(b'{"step": null}\n{"step": 7, "lo\xff')
     log = Records(path, step=4)
     log.write({"step": 5})
     log.close()

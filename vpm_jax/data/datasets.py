@@ -296,7 +296,6 @@ DATASETS = {
         ),
     )
 }
-NAMES = tuple(DATASETS)
 TITLES = {name: entry.title for name, entry in DATASETS.items()}
 
 
