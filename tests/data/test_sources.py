@@ -75,23 +75,6 @@ def test_zip_equals_folder(folder, tmp_path, inside):
     assert content(load_dataset(config(path))) == content(load_dataset(config(folder)))
 
 
-def test_duke_names(tmp_path):
-    root = tmp_path / "DukeMTMC-reID"
-    names = {
-        "bounding_box_train": ["0005_c2_f0046985.jpg", "0001_c8_f0046182.jpg"],
-        "query": ["7140_c4_f0117106.jpg"],
-        "bounding_box_test": ["7140_c5_f0117106.jpg"],
-    }
-    for name, files in names.items():
-        (root / name).mkdir(parents=True)
-        for file in files:
-            (root / name / file).write_bytes(jpeg(1))
-    data = load_dataset(config(tmp_path, "dukemtmc"))  # found under its usual name
-    assert data.train.identity.tolist() == [1, 5] and data.train.camera.tolist() == [8, 2]
-    assert data.query.identity.tolist() == [7140]
-    assert any("16,522 of 702" in note for note in data.notes)
-
-
 @pytest.mark.parametrize("where", ["Market-1501-v15.09.15", "market1501/Market-1501-v15.09.15", "Market1501"])
 def test_found_below_a_parent(folder, tmp_path, where, monkeypatch):
     root = tmp_path / "data"

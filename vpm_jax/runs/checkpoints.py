@@ -262,10 +262,8 @@ class Checkpoints:
         """Raises UserError if the parameters of a checkpoint have other shapes than `like`."""
 
         def shapes(tree: Any) -> dict[str, tuple]:
-            def name(path: tuple[Any, ...]) -> str:
-                return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-
-            return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # Orbax abandons coroutines when a file is damaged
