@@ -36,5 +36,5 @@ def pretrained():
 
 def get_config(variant: str = ""):
     if variant not in ("", "small", "pretrained"):
-        raise ValueError(f"configs/market.py has no variant {variant!r}, only 'small' and 'pretrained'")
+        raise ValueError("there is no such variant, only small and pretrained")
     return {"": default, "small": small, "pretrained": pretrained}[variant]()

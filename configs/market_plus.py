@@ -93,7 +93,7 @@ EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
 
 def get_config(variant: str = ""):
     if variant not in ("", "small", "tricks"):
-        raise ValueError(f"configs/market_plus.py has no variant {variant!r}, only 'small' and 'tricks'")
+        raise ValueError("there is no such variant, only small and tricks")
     if variant == "small":
         config = small()
     else:

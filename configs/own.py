@@ -27,7 +27,7 @@ from vpm_jax.config import default, small
 
 def get_config(variant: str = ""):
     if variant not in ("", "small"):
-        raise ValueError(f"configs/own.py has no variant {variant!r}, only 'small'")
+        raise ValueError("there is no such variant, only small")
     config = small() if variant else default()
     config.data.name = "csv"
     config.data.fit = "pad"

@@ -216,6 +216,8 @@ def _run_recipe(path: Path, variant: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
+        if variant and isinstance(error, ValueError):
+            raise UserError(f"--config {path}:{variant}: {first_line(error)}.") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} does not build a config ({reason}): expected Python with get_config().") from error
     if not isinstance(config, ConfigDict):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpm_jax import paper
-from vpm_jax.data.datasets import TITLES
 from vpm_jax.metrics import rank_k
 from vpm_jax.paper import Scores
 
@@ -79,18 +78,15 @@ def by_gamma(
     return table(rows)
 
 
-def sweep(
-    results: Mapping[float, Result], dataset: str, method: str = "VPM", metrics: Sequence[str] = ("R-1", "mAP")
-) -> str:
+def sweep(results: Mapping[float, Result], dataset: str, method: str) -> str:
     """One model over gamma beside the paper's and the reproduction's numbers, with a heading and notes.
 
     The caller makes sure that ours follow the paper's protocol.
 
     Args:
       results: {gamma: `vpm_jax.metrics.rank_metrics`}.
-      dataset: "market1501", "dukemtmc", "partial_reid" or "partial_ilids".
-      method: a row of a table: "VPM", "baseline", "PCB", "MVPM-1", "VPM (Top)", ...
-      metrics: "R-k" and "mAP".
+      dataset: "market1501" or "dukemtmc".
+      method: a row of a table: "VPM", "baseline", "PCB", "MVPM-1", ...
 
     Returns:
       Markdown that ends in a newline; "" if the paper reports nothing for this method, dataset, and these gammas.
@@ -98,14 +94,13 @@ def sweep(
     theirs = paper.published(dataset, method)
     if theirs is None or not any(gamma in theirs.scores for gamma in results):
         return ""
-    reproduction = paper.published(dataset, method, paper.REPRODUCTION)
+    metrics, reproduction = ("R-1", "mAP"), paper.published(dataset, method, paper.REPRODUCTION)
     ours = {gamma: {m: (measured(result, m), None) for m in metrics} for gamma, result in results.items()}
     misprints = [(gamma, m) for gamma in ours for m in metrics if theirs.misprinted(gamma, m)]
     source = theirs.source
-    trained = f", trained on {TITLES[source.training]}" if source.training not in ("", dataset) else ""
     lines = [
         f"{paper.title(method)} on {dataset} beside the paper's {source.name}, in percent. Protocol: "
-        f"{source.protocol}{trained}.",
+        f"{source.protocol}.",
         "",
         *by_gamma(ours, theirs.scores, metrics, misprints, reproduction.scores if reproduction else None),
     ]

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import parallel
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, first_line
 
 HELP = "the training step, compared with the matmul limit and PyTorch"
 DTYPES = ("float32", "bfloat16")
@@ -285,4 +285,4 @@ def _serve(connection: Any, kind: str, arguments: tuple[Any, ...]) -> None:
         connection.send(error)
     except Exception as error:
         traceback.print_exc()
-        connection.send(UserError(f"{type(error).__name__}: {cli.first_line(error)}"))
+        connection.send(UserError(f"{type(error).__name__}: {first_line(error)}"))
