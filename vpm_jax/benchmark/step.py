@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import parallel
 from vpm_jax import config as config_lib
+from vpm_jax import parallel
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
 from vpm_jax.errors import UserError, first_line
