@@ -43,11 +43,7 @@ def assert_same(a, b, whole: bool = True) -> None:
 def outputs(weights, image: np.ndarray) -> dict[str, np.ndarray]:
     config = weights.config.copy_and_resolve_references()
     config.model.dtype, config.model.bn_epsilon = "float32", weights.bn_epsilon
-    variables = {
-        "params": {"backbone": weights.params, **weights.heads["params"]},
-        "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
-    }
-    _, out = jax.jit(models.create(config).apply)(variables, image)
+    _, out = jax.jit(models.create(config).apply)(weights.variables(), image)
     return {name: np.asarray(out[name]) for name in ("region_features", "visibility", "logits", "stage4")}
 
 

@@ -289,12 +289,8 @@ def test_a_released_checkpoint_computes_what_pytorch_does(tmp_path):
     image = cases.images("released checkpoint", 3)
     with torch.no_grad():
         theirs = model(torch_reference.normalize(image), torch.ones(3, cases.REGIONS, dtype=torch.bool), {})
-    variables = {
-        "params": {"backbone": weights.params, **weights.heads["params"]},
-        "batch_stats": {"backbone": weights.batch_stats, **weights.heads["batch_stats"]},
-    }
     weights.config.model.dtype = "float32"
-    _, ours = jax.jit(models.create(weights.config).apply)(variables, image)
+    _, ours = jax.jit(models.create(weights.config).apply)(weights.variables(), image)
     for name in ("locator_logits", "visibility", "region_features", "logits", "global_logits"):
         y = theirs[name].numpy()
         assert ours[name].shape == y.shape
