@@ -365,7 +365,7 @@ def test_a_damaged_description_is_refused(described, tmp_path):
         (tmp_path / f"zip {at}").write_bytes(data[: central + at] + bytes([value]) + data[central + at + 1 :])
     damaged = ("shapes.npz", "arrays.npz", "array.npy", "text", "short", "flipped", "none", ".", "zip 8", "zip 10")
     for name in damaged:
-        with pytest.raises(UserError, match="is no saved Description") as error:
+        with pytest.raises(UserError, match="is not a saved Description") as error:
             Description.load(tmp_path / name)
         assert "pickle" not in str(error.value)  # NumPy's advice to load unsafely
 

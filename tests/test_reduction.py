@@ -45,7 +45,7 @@ def test_a_reduction_is_saved_for_its_model(tmp_path):
     with pytest.raises(UserError, match="another model's"):
         loaded.check("b" * 16)
     described().save(tmp_path / "d.npz")
-    with pytest.raises(UserError, match="no saved Reduction"):
+    with pytest.raises(UserError, match="not a saved Reduction"):
         Reduction.load(tmp_path / "d.npz")
 
 

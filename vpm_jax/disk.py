@@ -112,7 +112,7 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path} could not be written: {trouble}.", code="not-written") from error
 
 
-# What reading a damaged .npz raises; RuntimeError for what a zip may be and these never are, such as encrypted.
+# What reading a damaged .npz raises. RuntimeError: damage can ask for what zipfile cannot do, such as decryption.
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -125,7 +125,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> Non
 
 @contextlib.contextmanager
 def read_arrays(path: str | os.PathLike[str], kind: str) -> Iterator[dict[str, np.ndarray]]:
-    """Gives the arrays of a .npz. An error in reading or using them is a UserError: the file is no saved `kind`."""
+    """Gives the arrays of a .npz. Turns an error in reading or using them into a UserError that names the `kind`."""
     path = Path(os.path.expanduser(path))
     try:
         with path.open("rb") as file:
@@ -136,4 +136,4 @@ def read_arrays(path: str | os.PathLike[str], kind: str) -> Iterator[dict[str, n
                 yield dict(arrays)
     except (*DAMAGED, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} is no saved {kind} ({reason}): save it again.") from None
+        raise UserError(f"{path} is not a saved {kind} ({reason}): save it again.") from None

@@ -67,20 +67,12 @@ def rendered(root: Path) -> Path:
     return synthetic.ensure(root, **tiny_run(root).data.synthetic)
 
 
-def shapes(workdir: Path):
-    """The shapes of the state that the run in `workdir` saves."""
-    config = read(workdir)
-    assert config is not None
-    return step.state_shapes(config)
-
-
 def saved_state(workdir: Path, number: int | None = None):
     """(state as NumPy arrays, meta) of a checkpoint, by default the newest."""
-    on_first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_first), shapes(workdir))
+    config = read(workdir)
+    assert config is not None
     with Checkpoints(workdir, keep=0) as checkpoints:
-        state, meta = checkpoints.restore(like, number)
-    return jax.tree.map(np.asarray, state), meta
+        return checkpoints.restore(step.state_shapes(config), number)
 
 
 def saved_steps(workdir: Path) -> list[int]:

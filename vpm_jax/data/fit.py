@@ -35,7 +35,7 @@ class Fit:
         """Writes an image, uint8 [h, w, 3], into `out`, uint8 [H, W, 3], padded with the mean color.
 
         Returns the box of `out` that the image covers. The default of `place` is config.data.place. Raises UserError
-        for one that does not exist.
+        for an unknown place.
         """
         position = self.place if place is None else _position(place)
         canvas = out.shape[0], out.shape[1]

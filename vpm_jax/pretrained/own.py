@@ -70,11 +70,8 @@ def read_folder(path: Path) -> Pretrained:
             "--workdir of a training run.",
             code="no-run",
         )
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = step.state_shapes(config)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     with Checkpoints(path, keep=0) as checkpoints:
-        state, _ = checkpoints.restore(target)
+        state, _ = checkpoints.restore(step.state_shapes(config))
     flat = {name: np.asarray(x) for name, x in flatten_dict(step.evaluated(state), sep="/").items()}
     flat = as_floats(flat, str(path), "train again or choose another checkpoint")
     source = f"{_network(config)} and its heads (step {int(state.step)} of the run {path.resolve().name})"

@@ -186,7 +186,7 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """The start time of a process on this machine, None if it is dead. It tells processes with a reused pid apart."""
+    """The start time of a process on this machine, None if it is dead. It distinguishes processes with the same pid."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
