@@ -181,7 +181,6 @@ def test_nothing_there(tmp_path, monkeypatch):
     fails(
         config(tmp_path), "the folder Market-1501-v15.09.15 has none of bounding_box_train, query, bounding_box_test; "
     )
-    fails(config(tmp_path, "market"), "config.data.name is 'market'", "market1501, dukemtmc, synthetic")
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "unset"))
     fails(config(""), "unset ($VPM_DATA) does not exist: put the folder or zip of Market-1501 there, or")
 

@@ -141,7 +141,6 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        dict(seed=-1),
         dict(train_identities=0),
         dict(test_identities=9999),
         dict(cameras=1),

@@ -36,12 +36,12 @@ def load_dataset(config_data: ConfigDict, preparing: bool = False) -> Dataset:
     under the root on first use. Test-only datasets have an empty training set.
 
     Args:
-      config_data: `config.data`.
+      config_data: `config.data`, checked by `vpm_jax.config.check`.
       preparing: keep training images of identity 0 whatever they mean, and do not require a test set.
 
     Raises:
-      UserError: for an unknown name, a missing or incomplete dataset, and unusable images unless config.data.corrupt is
-        "skip". Counts that differ from the official ones are only notes, because people use subsets.
+      UserError: for a missing or incomplete dataset, and unusable images unless config.data.corrupt is "skip". Counts
+        that differ from the official ones are only notes, because people use subsets.
     """
     place, splits, notes = _load(config_data, preparing)
     notes = list(dict.fromkeys(notes))  # a prepared dataset repeats notes
@@ -71,8 +71,6 @@ def load_test_set(config_data: ConfigDict) -> Dataset:
 def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict[str, Split], list[str]]:
     """The location of the dataset, its splits, and notes, of which the first is a summary."""
     name, root = config_data.name, data_root(config_data.root)
-    if name not in DATASETS:
-        raise UserError(f"config.data.name is {name!r}, but the known datasets are {', '.join(DATASETS)}.")
     place = _synthetic_place(config_data, root) if name == "synthetic" else _place(config_data, root)
     notes: list[str] = []
     folder = place.path.name

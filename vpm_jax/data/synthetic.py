@@ -64,7 +64,7 @@ def ensure(
       UserError: for numbers out of range, a full disk, a folder that cannot be written, or one that lacks images.
     """
     counts = dict(train=train_identities, test=test_identities, images=images_per_camera, cameras=cameras)
-    _check(seed, **counts)
+    _check(**counts)
     root, shots = Path(root), list(_shots(**counts))
     folder = root / folder_name(seed, train_identities, test_identities, images_per_camera, cameras)
     if folder.is_dir():
@@ -107,10 +107,8 @@ def folder_name(seed: int, train_identities: int, test_identities: int, images_p
     return f"synthetic-v{VERSION}-seed{seed}-{counts}"
 
 
-def _check(seed: int, train: int, test: int, images: int, cameras: int) -> None:
+def _check(train: int, test: int, images: int, cameras: int) -> None:
     where = "config.data.synthetic"
-    if seed < 0:
-        raise UserError(f"{where}.seed is {seed}, expected 0 or more.")
     if train < 1 or test < 1 or train + test > 9999:
         raise UserError(
             f"{where} has {train} training and {test} test identities, expected at least 1 each and at most 9999 "
