@@ -177,7 +177,7 @@ def test_a_look_at_some_queries_says_so_everywhere(whole, output, tmp_path, figu
         f"saved{name}",
     }
     assert json.loads((tmp_path / f"evaluation{name}.json").read_text())["protocol"]["of_queries"] == 8
-    words = "3 of 8 queries (a look, not a result)"
+    words = "3 of 8 queries (a preview, not a result)"
     assert words in (tmp_path / f"evaluation{name}.md").read_text() and words in capsys.readouterr().out
     assert any(words in text.get_text() for axes in figures[0].axes for text in [axes.title, *figures[0].texts])
     files = {path.name for path in (tmp_path / f"saved{name}").iterdir()}

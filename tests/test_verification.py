@@ -177,7 +177,7 @@ def test_a_search_keeps_what_is_near_enough(measured, store, tmp_path, capsys):
 
     code, nobody = results(*store, tmp_path, "--max-distance=0")
     assert code == 3 and nobody["results"] == []
-    said = r"\.jpg is nobody here: the nearest image is at \d\.\d+, and the threshold is 0\.000"
+    said = r"\.jpg matches nobody here: the nearest image is at \d\.\d+, the threshold is 0\.000"
     assert re.search(said, capsys.readouterr().err)
 
 

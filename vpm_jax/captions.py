@@ -190,7 +190,7 @@ def title(record: Record, seeds: str = "") -> str:
 def _queries(record: Record) -> tuple[str, str]:
     """The number of queries, and what it means if these are not all."""
     count, of_all = record["protocol"]["queries"], record["protocol"].get("of_queries")
-    return (f"{count} of {of_all}", " (a look, not a result)") if of_all else (str(count), "")
+    return (f"{count} of {of_all}", " (a preview, not a result)") if of_all else (str(count), "")
 
 
 def _held_out(record: Record) -> int:

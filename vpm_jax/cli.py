@@ -55,7 +55,7 @@ def run(main: Callable[[], Any]) -> None:
 def unfailing(stream: TextIO) -> TextIO:
     """A stream that prints where `stream` does and never ends a command.
 
-    It escapes what the encoding lacks, and drops everything once nobody reads it, as in `... | head`.
+    It escapes characters that the encoding lacks, and drops all output once the reader has gone, as in `... | head`.
     """
     file = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
     return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also write into the folder `saved`: features (and visibility, .npz), distances (.npy), ranking (.csv)",
     )
     parser.add_argument("--features", type=cli.path, metavar="FOLDER", help="match features that --save wrote")
-    parser.add_argument("--queries", type=int, default=0, metavar="N", help="for a look: only N evenly spaced queries")
+    parser.add_argument("--queries", type=int, default=0, metavar="N", help="preview: only N evenly spaced queries")
     cli.add_hosts(parser)
     args, overrides = parser.parse_known_args(argv)
 

@@ -60,7 +60,7 @@ class Request(NamedTuple):
 
 
 class Saving(FeatureSource):
-    """A source of features that also writes them, as far as `request` asks for them."""
+    """A source of features that also writes them into the folder of `request`."""
 
     def __init__(self, source: FeatureSource, request: Request):
         self.config, self._source, self._folder = source.config, source, request.folder
@@ -161,7 +161,7 @@ class Saved(FeatureSource):
 
 
 class Matching:
-    """Writes distances and ranked lists, as far as `request` asks for them."""
+    """Writes the distances and ranked lists that `request` asks for."""
 
     def __init__(self, request: Request, config: ConfigDict, queries: Sequence[CroppedSplit], gallery: Split):
         self._folder, self._kinds, self._about = request
@@ -233,7 +233,7 @@ def _describe(folder: Path, part: str, about: dict[str, Any]) -> None:
 
 
 def _read_about(folder: Path) -> dict[str, dict[str, Any]]:
-    """The parts of about.json, "features" and "matching", as far as it has them."""
+    """The parts "features" and "matching" of about.json, without missing ones."""
     try:
         parts = json.loads((folder / "about.json").read_text())
         return {part: dict(parts[part]) for part in ("features", "matching") if part in parts}

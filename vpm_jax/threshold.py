@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", metavar="NAME", help=f"another dataset: {', '.join(TITLES)}")
     parser.add_argument("--root", metavar="PATH", help="the dataset's folder, zip or CSV (default: as for evaluate)")
     parser.add_argument("--features", type=cli.path, metavar="FOLDER", help="features that evaluate --save wrote")
-    parser.add_argument("--queries", type=int, default=0, metavar="N", help="for a look: only N evenly spaced queries")
+    parser.add_argument("--queries", type=int, default=0, metavar="N", help="preview: only N evenly spaced queries")
     args, overrides = parser.parse_known_args(argv)
 
     # Loader processes import this module again, so it stays light.

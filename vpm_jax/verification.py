@@ -28,8 +28,8 @@ class Rate(NamedTuple):
 class Pairs:
     """Counts of the distances of same-person and different-person pairs, from blocks of a distance matrix.
 
-    A pair of the same identity and camera does not count, as in `metrics.rank_metrics`. Identity 0 is a distractor,
-    which is nobody's mate. The gallery must not contain junk. Distances are counted at BINS thresholds, where all rates
+    A pair of the same identity and camera does not count, as in `metrics.rank_metrics`. Identity 0 is a distractor
+    without mates. The gallery must not contain junk. Distances are counted at BINS thresholds, where all rates
     are exact. Confidence intervals are bootstrap percentiles over query identities, because pairs of the same person
     are not independent.
 

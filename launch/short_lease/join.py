@@ -81,7 +81,7 @@ def convert(lease: Path, method: str, variant: str) -> tuple[Run, dict[str, Any]
     """The run that was trained, and its result.
 
     Raises:
-      UserError: if it was not trained or evaluated to its end, or is no run of `vpm_jax.reproduce`.
+      UserError: if it was not trained or evaluated to its end, or is not a run of `vpm_jax.reproduce`.
     """
     workdir, facts = lease / "run", {path.stem: json.loads(path.read_text()) for path in lease.glob("facts/*.json")}
     config = config_lib.read(workdir)

@@ -231,7 +231,7 @@ def root_of(test: str, config_data: ConfigDict) -> str:
 
 
 def check_data(finished: Sequence[Run], results: Mapping[str, Any], folder: Path) -> None:
-    """Compares the data of finished runs with the data at hand, as far as both are known.
+    """Compares the data of finished runs with the data at hand, where both are known.
 
     Raises:
       UserError: naming the result of a run on other data.

@@ -60,7 +60,7 @@ class Ranking(NamedTuple):
 
     @property
     def nobody(self) -> bool:
-        """Whether the gallery has nobody near enough: there are images that share a region, all beyond the limit."""
+        """Whether images share a region with the query, but all are beyond the limit."""
         return not self.results and bool(np.isfinite(self.nearest))
 
 
@@ -119,7 +119,7 @@ def nothing(ranking: Ranking) -> str:
     """Why a ranking has no results."""
     if not ranking.nobody:
         return "shares no visible region with any image: there is nothing to rank"
-    return f"is nobody here: the nearest image is at {ranking.nearest:.3f}, and the threshold is {ranking.limit:.3f}"
+    return f"matches nobody here: the nearest image is at {ranking.nearest:.3f}, the threshold is {ranking.limit:.3f}"
 
 
 def unfamiliar(model: VPM, ranking: Ranking) -> list[str]:
