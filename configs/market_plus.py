@@ -2,11 +2,11 @@
 
     python -m vpm_jax.train --config configs/market_plus.py --config.data.root=DATA
 
-Not yet run in full. It holds what measurably improved the result, over three seeds on held-out identities: images that
-keep their proportions (`data.fit`), the ranking (`match.gallery_gammas`, `match.visibility`), `eval.flip`, and batches
-of many identities. Nothing that others report to help whole-body re-ID gained in ten epochs from scratch
-(docs/results), where regularizers hardly can. `:tricks` adds these, to be measured from ImageNet weights.
-`:small` has the network of configs/market.py:small.
+Not yet run in full. It holds what measurably improved the result, over three seeds on held-out identities: the ranking
+(`match.gallery_gammas`, `match.visibility`), `eval.flip`, and batches of many identities. Images that keep their
+proportions (`data.fit=pad`) gained most in ten epochs, but not in forty. Nothing that others report to help whole-body
+re-ID gained in ten epochs from scratch (docs/results), where regularizers hardly can. `:tricks` adds these, to be
+measured from ImageNet weights. `:small` has the network of configs/market.py:small.
 
 SCREEN lists ingredients to train with, one at a time; EVALUATED lists evaluations of those runs. This command tries
 them on held-out training identities, never on the test set, and reports what each gains (--plan estimates the cost,
@@ -19,7 +19,6 @@ from vpm_jax.config import default, set_key, small, stage
 
 # Measured gains.
 PARTS = {
-    "data.fit": "pad",
     "match.visibility": "saturated",
     "match.gallery_gammas": (0.5, 0.6, 0.7, 0.8, 0.9),
     "eval.flip": True,

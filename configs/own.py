@@ -18,8 +18,7 @@ their number:
 
     python -m vpm_jax.train --config configs/own.py:small --config.data.root=own.csv
 
-Images keep their proportions (`data.fit`): what they lack of a whole person is masked. Crops keep the top, as in the
-paper; `--config.data.crop` and `--config.eval.crop` select others.
+Crops keep the top, as in the paper; `--config.data.crop` and `--config.eval.crop` select others.
 """
 
 from vpm_jax.config import default, small
@@ -30,7 +29,6 @@ def get_config(variant: str = ""):
         raise ValueError("there is no such variant, only small")
     config = small() if variant else default()
     config.data.name = "csv"
-    config.data.fit = "pad"
     config.stage1.steps_per_epoch = 0  # a whole pass over the images
     if variant:  # epochs follow the data: 3,680 steps for 751 identities, 160 for up to 63
         stage = config.stage2

@@ -72,7 +72,7 @@ class Figures(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The table in a JSON file that a script beside this one wrote."""
+    """The table in a JSON file that a script beside this one wrote; files that a * stands for are one table."""
 
     file: str  # without its suffix
 
@@ -220,6 +220,12 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         "soft_hinge whole region_smoothing any neck_reduced pad smoothing deeper_crops locator_hidden soft_pairs "
         "erasing_small ema unnormalised bilateral jitter neck erasing",
     ),
+    "proportions-small": (
+        Row("stretched", f"{_SMALL}-vpm"),
+        Row("stretched, gallery cropped too, saturated", f"{_SMALL}-gallery_crops_saturated"),
+        Row("padded, at the top", f"{_SMALL}-fit_top"),
+        Row("padded, at the top, gallery cropped too, saturated", f"{_SMALL}-fit_top_gallery_crops"),
+    ),
     "proportions": (
         Row("stretched", "market1501-screen-vpm"),
         Row("stretched, gallery cropped too, saturated", "market1501-screen-gallery_crops_saturated"),
@@ -237,6 +243,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
     "onnx-small": Written("onnx/synthetic"),
     "onnx-large": Written("onnx/market_fast"),
     "tracking": Written("tracking/figures"),
+    "places": Written("places/*"),
+    "global-feature": Written("global_feature"),
     "multi-query": (
         Row("single query", "market1501-multi-query/single"),
         Row("multi-query", "market1501-multi-query/multi"),
@@ -367,8 +375,9 @@ def figures(asked: Figures) -> list[str]:
 
 def written(asked: Written) -> list[str]:
     """The table of a script's JSON; empty before it has run."""
-    file = RESULTS / f"{asked.file}.json"
-    return table(json.loads(file.read_text(encoding="utf-8"))["table"]) if file.exists() else []
+    files = sorted(RESULTS.glob(f"{asked.file}.json"))
+    tables = [json.loads(file.read_text(encoding="utf-8"))["table"] for file in files]
+    return table([tables[0][0], *(row for rows in tables for row in rows[1:])]) if tables else []
 
 
 def rewrite(text: str) -> str:
