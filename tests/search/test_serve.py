@@ -364,7 +364,7 @@ def test_too_many_at_once_are_told_so(gallery, monkeypatch):
 def test_an_unexpected_error_stays_in_the_log(gallery, monkeypatch, capsys):
     service = serve.Service(gallery)
 
-    def fail(self, *more):
+    def fail(self, *more, **options):
         raise RuntimeError(f"{gallery.folder} is on fire")
 
     monkeypatch.setattr(Gallery, "query", fail)
