@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from partial_files import make
 from raising import raises
 from tiny_runs import rendered
 
-from vpm_jax import Gallery, evaluation, threshold
+from vpm_jax import Gallery, evaluation, plots, threshold
 from vpm_jax.errors import UserError
 from vpm_jax.search import command as search
 from vpm_jax.verification import BINS, Pairs
@@ -133,6 +134,17 @@ def test_the_command_says_what_its_thresholds_are_of(measured):
     assert "\n\nPercentages with 95 % confidence intervals by identity. TMR is" in text
     assert "| gamma | equal error rate |" in text
     assert (measured / "thresholds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_histogram_of_distances_is_numpys(figures):
+    random, edges = np.random.default_rng(0), np.linspace(0, 2, 41)
+    pairs = random.beta(2, 5, 500) * 2, random.beta(5, 2, 900) * 2
+    true, false = ([(x <= edge).mean() for edge in edges[1:]] for x in pairs)
+    curve = {"distance": edges[1:], "true_match_rate": true, "false_match_rate": false}
+    plots.error_rates(io.BytesIO(), {"0.5": {"curve": curve}}, "a title")
+    drawn = [patch.get_data().values for patch in figures[0].axes[-1].patches]
+    for values, distances in zip(drawn, pairs, strict=True):
+        np.testing.assert_allclose(values, np.histogram(distances, edges, density=True)[0], rtol=1e-9, atol=1e-9)
 
 
 def test_partial_images_are_not_cropped_again(whole, tmp_path):

@@ -225,9 +225,10 @@ def gains(path: str | Path | IO[bytes], gained: Mapping[str, Mapping[str, Sequen
 
 
 def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """ROC and DET curves and error rates over the threshold, from `thresholds.measure`: one line per gamma."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    roc, det, rates = figure.subplots(1, 3)
+    """ROC and DET curves, error rates over the threshold, and a histogram of the distances of pairs, from
+    `thresholds.measure`: one color per gamma."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    roc, det, rates, distances = figure.subplots(1, 4)
     for number, (gamma, measured) in enumerate(gammas.items()):
         color = colormaps["viridis"](number / max(1, len(gammas)))
         curve = {name: np.array(values) for name, values in measured["curve"].items()}
@@ -238,12 +239,16 @@ def error_rates(path: str | Path | IO[bytes], gammas: Mapping[str, Mapping[str, 
         det.plot(false[seen], np.maximum(1 - true[seen], 1e-4), color=color, label=label)
         rates.plot(curve["distance"], 1 - true, color=color, label=label)
         rates.plot(curve["distance"], false, color=color, linestyle=_DASHED["linestyle"])
+        for share, style in (true, "-"), (false, _DASHED["linestyle"]):
+            density = np.diff(share, prepend=0) / np.diff(curve["distance"], prepend=0)
+            distances.stairs(density, [0, *curve["distance"]], color=color, linestyle=style)
     roc.set(xscale="log", xlim=(1e-4, 1), ylim=(0, 1), xlabel="false match rate", ylabel="true match rate", title="ROC")
     det.set(xscale="log", yscale="log", xlim=(1e-4, 1), xlabel="false match rate", ylabel="false non-match rate")
     det.set(title="DET")
     rates.set(xlabel="threshold (distance)", ylim=(0, 1), title="rates over the threshold")
     rates.set_ylabel("false non-match (solid),\nfalse match (dashed)")
-    for axes in (roc, det, rates):
+    distances.set(xlabel="distance", ylabel="density: same (solid),\ndifferent person (dashed)", title="pairs")
+    for axes in (roc, det, rates, distances):
         axes.grid(alpha=0.3)
     roc.legend(**_LEGEND)
     figure.suptitle(title, fontsize=9)
