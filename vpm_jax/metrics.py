@@ -81,8 +81,8 @@ def chance_rank1(
     Raises:
       ValueError: as `rank_metrics`.
     """
-    protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
-    images = int((protocol.gallery_ids != -1).sum())
+    protocol = Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    images = int((~protocol.junk).sum())
     queries = map(protocol.images_of, range(protocol.shape[0]))
     shares = [len(matches) / (images - len(removed)) for matches, removed in queries if len(matches)]
     protocol.require_matches(len(shares))
@@ -116,7 +116,7 @@ class Ranking:
         gallery_cameras: GalleryLabels | None = None,
         keep: int = 0,
     ):
-        self._protocol = _Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
+        self._protocol = Protocol(query_ids, gallery_ids, query_cameras, gallery_cameras)
         self._keep = keep
         queries = self._protocol.shape[0]
         # For each query whose first block came: its matches from nearest to farthest, their distances and their ranks.
@@ -132,7 +132,7 @@ class Ranking:
                 f"a distance matrix {distance.shape} for {len(queries)} queries and {len(images)} gallery images, "
                 f"expected {(len(queries), len(images))}"
             )
-        people = self._protocol.gallery_ids[images] != -1
+        people = ~self._protocol.junk[images]
         whole = bool(people.all())  # then rows need no copy
         kept = images[people]
         for query, row in zip(queries.tolist(), distance, strict=True):
@@ -222,8 +222,13 @@ def _before(row: np.ndarray, images: np.ndarray, matches: np.ndarray, values: np
     return before
 
 
-class _Protocol:
-    """The matches of each query, by an index of the gallery's identities."""
+class Protocol:
+    """Which gallery images each query is ranked against, and which of them match. Arguments and errors as for
+    `rank_metrics`.
+
+    Attributes:
+      junk: bool [G], images of identity -1, which are ranked for no query.
+    """
 
     def __init__(
         self,
@@ -250,6 +255,7 @@ class _Protocol:
                     f"query cameras {shapes[0]} and gallery cameras {shapes[1]} for {self.shape[0]} queries and "
                     f"{self.shape[1]} gallery images, expected one for each"
                 )
+        self.junk = self.gallery_ids == -1
         self._order = np.argsort(self.gallery_ids, kind="stable")
         ordered = self.gallery_ids[self._order]
         self._first = np.searchsorted(ordered, self.query_ids, side="left")

@@ -321,11 +321,11 @@ def choose(precision: np.ndarray, identity: np.ndarray, count: int) -> Mapping[s
 
 
 def rank(index: int, distance: np.ndarray, query: Split, gallery: Split) -> Ranking:
-    same = gallery.identity == query.identity[index]
-    junk = gallery.identity == -1
-    if query.camera is not None and gallery.camera is not None:
-        junk = junk | (same & (gallery.camera == query.camera[index]))
-    return Ranking(np.argsort(distance, kind="stable"), same & ~junk, junk)
+    protocol = metrics.Protocol(query.identity, gallery.identity, query.camera, gallery.camera)
+    matches, removed = protocol.images_of(index)
+    correct, junk = np.zeros(len(distance), bool), protocol.junk
+    correct[matches] = junk[removed] = True
+    return Ranking(np.argsort(distance, kind="stable"), correct, junk)
 
 
 def first_match(ranking: Ranking) -> int:
