@@ -71,7 +71,7 @@ def test_labels_say_what_the_covered_cells_show(place, crop):
     config.model.update(grid=(3, 2), stem="4x4", strides=(1, 2, 1))
     config.loss.min_cells = 1
     split = split_of([striped(grid)] * 20)
-    for batch in train_batches(config, split, None, 0, 3):
+    for batch in train_batches(config, split, 0, 3):
         b, h, w = batch["labels"].shape
         assert batch["valid"].shape == (b, h, w) == (8, 15, 8)
         for image, labels, valid, visible in zip(
@@ -121,15 +121,15 @@ def test_stages_have_their_own_input_size():
     config = small_config(threads=0)
     config.stage1.update(height=48, width=16)
     split = split_of(np.random.default_rng(0).integers(0, 256, (20, 40, 20, 3), np.uint8))
-    sizes = [batch["image"].shape[1:3] for batch in train_batches(config, split, None, 8, 12)]
+    sizes = [batch["image"].shape[1:3] for batch in train_batches(config, split, 8, 12)]
     assert sizes == [(48, 16), (48, 16), (24, 12), (24, 12)]
-    [first] = train_batches(config, split, None, 9, 10)
+    [first] = train_batches(config, split, 9, 10)
     assert first["labels"].shape[1:] == models.map_shape(config, (48, 16))
 
 
 def test_an_unknown_aspect_is_an_error():
     with pytest.raises(UserError, match=r"data\.aspect is 0"):
-        next(train_batches(small_config(fit="pad"), split_of([np.zeros((4, 2, 3), np.uint8)] * 20), None, 0, 1))
+        next(train_batches(small_config(fit="pad"), split_of([np.zeros((4, 2, 3), np.uint8)] * 20), 0, 1))
 
 
 # --- the network and the losses ------------------------------------------------------------------------
@@ -229,5 +229,5 @@ def test_extreme_proportions_make_a_sensible_input(size):
     picture = np.full((*size, 3), 255, np.uint8)
     [batch] = eval_batches(config, split_of([picture] * 4))
     assert batch["valid"][0].any() and (batch["image"][0] == 255).any()
-    for batch in train_batches(config, split_of([picture] * 20), None, 0, 3):
+    for batch in train_batches(config, split_of([picture] * 20), 0, 3):
         assert batch["valid"].any((1, 2)).all() and batch["visible"].any(1).all()

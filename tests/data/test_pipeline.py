@@ -28,18 +28,17 @@ def assert_equal(first, second):
 
 
 def test_a_batch_is_a_function_of_the_step():
-    split, shape = split_of(noise(20)), (6, 3)
-    config = small_config(threads=0)
-    batches = list(train_batches(config, split, shape, 0, 20))
+    split, config = split_of(noise(20)), small_config(threads=0)
+    batches = list(train_batches(config, split, 0, 20))
     assert len(batches) == 20  # both stages
     assert len({batch["image"].tobytes() for batch in batches}) == 20
-    assert_equal(list(train_batches(config, split, shape, 13, 20)), batches[13:])
-    assert list(train_batches(config, split, shape, 20, 20)) == []
-    hosts = [list(train_batches(config, split, shape, 5, 15, host, 4)) for host in range(4)]
+    assert_equal(list(train_batches(config, split, 13, 20)), batches[13:])
+    assert list(train_batches(config, split, 20, 20)) == []
+    hosts = [list(train_batches(config, split, 5, 15, host, 4)) for host in range(4)]
     joined = [{key: np.concatenate([h[key] for h in batch]) for key in batch[0]} for batch in zip(*hosts, strict=True)]
     assert_equal(joined, batches[5:15])
     config.data.threads = 3
-    assert_equal(list(train_batches(config, split, shape, 0, 20)), batches)
+    assert_equal(list(train_batches(config, split, 0, 20)), batches)
 
 
 @pytest.mark.parametrize("threads, workers, expected", [(0, 0, 6), (0, 4, 2), (3, 0, 3), (3, 4, 3)])
@@ -50,23 +49,24 @@ def test_threads_follow_the_cores(monkeypatch, threads, workers, expected):
     monkeypatch.setattr(pipeline.grain, "ReadOptions", lambda **keys: asked.append(keys["num_threads"]) or options())
     for cores, most in ((6, expected), (100, threads or 8)):
         monkeypatch.setattr(pipeline, "threads", lambda cores=cores: cores)
-        train_batches(config, split, (6, 3), 0, 20).close()
+        train_batches(config, split, 0, 20).close()
         assert asked.pop() == most
 
 
 def test_worker_processes_change_nothing():
     split, config = split_of(noise(20)), small_config()
-    batches = list(train_batches(config, split, (6, 3), 7, 12))
+    batches = list(train_batches(config, split, 7, 12))
     config.data.workers = 2
-    assert_equal(list(train_batches(config, split, (6, 3), 7, 12)), batches)
+    assert_equal(list(train_batches(config, split, 7, 12)), batches)
 
 
 def test_what_a_batch_holds():
     config = small_config(crop="any", flip=0.5)
-    config.model.grid, config.loss.min_cells = (3, 2), 2
+    config.model.update(grid=(3, 2), stem="3x3")
+    config.loss.min_cells = 2
     images = noise(20, 41, 23)
     split = split_of(images)
-    for step, batch in enumerate(train_batches(config, split, (12, 6), 0, 20)):
+    for step, batch in enumerate(train_batches(config, split, 0, 20)):
         expected = Sampler(config, split.labels()).plan(step)
         assert batch["image"].shape == (8, 24, 12, 3) and batch["image"].dtype == np.uint8
         assert batch["labels"].shape == (8, 12, 6) and batch["labels"].dtype == np.int32
@@ -92,10 +92,11 @@ def test_pixels_agree_with_their_labels(crop, grid):
     height, width, h, w = 96, 48, 24, 8
     painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
     config = small_config(crop=crop)
-    config.data.height, config.data.width, config.model.grid = 16 * h, 16 * w, grid
+    config.data.update(height=16 * h, width=16 * w)
+    config.model.update(grid=grid, stem="7x7", strides=(1, 2, 2))
     split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
     sure = wrong = 0
-    for step, batch in enumerate(train_batches(config, split, (h, w), 0, 4)):
+    for step, batch in enumerate(train_batches(config, split, 0, 4)):
         flips = Sampler(config, split.labels()).plan(step).flips
         row, col = np.divmod(batch["labels"], cols)
         expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
@@ -117,10 +118,11 @@ def test_labels_follow_a_moved_crop_exactly(crop, grid):
     height, width, h, w = 96, 48, 24, 8
     painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
     config = small_config(crop=crop, pad=0.4, mean=(1.0, 1.0, 1.0))
-    config.data.height, config.data.width, config.model.grid = 16 * h, 16 * w, grid
+    config.data.update(height=16 * h, width=16 * w)
+    config.model.update(grid=grid, stem="7x7", strides=(1, 2, 2))
     split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
     sure = wrong = white = 0
-    for step, batch in enumerate(train_batches(config, split, (h, w), 0, 6)):
+    for step, batch in enumerate(train_batches(config, split, 0, 6)):
         flips = Sampler(config, split.labels()).plan(step).flips
         row, col = np.divmod(batch["labels"], cols)
         expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
@@ -138,15 +140,18 @@ def test_labels_follow_a_moved_crop_exactly(crop, grid):
 
 
 @pytest.mark.parametrize("hides", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("shape", [(6, 3), (12, 1)])
-def test_erasing_fills_a_rectangle_and_hides_the_regions_it_covers(hides, shape):
+@pytest.mark.parametrize(
+    ("shape", "model"),
+    [((6, 3), {"grid": (3, 2)}), ((12, 1), {"grid": (3, 1), "stem": "3x3", "locator": "row"})],
+)
+def test_erasing_fills_a_rectangle_and_hides_the_regions_it_covers(hides, shape, model):
     config = small_config(crop="any")
-    config.model.grid = (3, 1) if shape[1] == 1 else (3, 2)
+    config.model.update(model)
     split = split_of(noise(20))
-    plain = list(train_batches(config, split, shape, 0, 20))
+    plain = list(train_batches(config, split, 0, 20))
     config.data.update(erasing=0.7, erasing_area=(0.1, 0.5), erasing_hides=hides)
     hidden = 0
-    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, shape, 0, 20), strict=True)):
+    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, 0, 20), strict=True)):
         assert np.array_equal(batch["labels"], before["labels"])
         for row, (top, left, bottom, right) in enumerate(Sampler(config, split.labels()).plan(step).erased):
             expected = before["image"][row].copy()
@@ -164,9 +169,9 @@ def test_erasing_fills_a_rectangle_and_hides_the_regions_it_covers(hides, shape)
 
 def test_jitter_multiplies_brightness_and_contrast():
     config, split = small_config(crop="none"), split_of(noise(20))
-    plain = list(train_batches(config, split, (6, 3), 0, 3))
+    plain = list(train_batches(config, split, 0, 3))
     config.data.update(jitter=0.3, erasing=0.5)
-    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, (6, 3), 0, 3), strict=True)):
+    for step, (before, batch) in enumerate(zip(plain, train_batches(config, split, 0, 3), strict=True)):
         drawn = Sampler(config, split.labels()).plan(step)
         for row, ((brightness, contrast), box) in enumerate(zip(drawn.jitters, drawn.erased, strict=True)):
             expected = np.clip(contrast * (brightness * before["image"][row] - 128.0) + 128, 0, 255)
@@ -177,7 +182,8 @@ def test_jitter_multiplies_brightness_and_contrast():
 
 def test_a_row_locator_has_one_column():
     config = small_config()
-    batch = next(train_batches(config, split_of(noise(20)), (6, 1), 0, 1))
+    config.model.locator = "row"
+    batch = next(train_batches(config, split_of(noise(20)), 0, 1))
     assert batch["labels"].shape == (8, 6, 1)
 
 
@@ -238,7 +244,7 @@ def test_a_damaged_image_is_one_sentence(workers):
     images[9] = images[9][:300]
     config = small_config(workers=workers)
     with pytest.raises(UserError, match=r"0009\.png is a damaged image") as caught:
-        list(train_batches(config, split_of(images), (6, 3), 0, 20))
+        list(train_batches(config, split_of(images), 0, 20))
     assert not hasattr(caught.value, "__notes__")
 
 
@@ -254,7 +260,7 @@ def test_batches_that_no_host_can_load(batch, found):
 
 def test_steps_outside_the_schedule():
     with pytest.raises(ValueError, match="0 to 20"):
-        train_batches(small_config(), split_of(noise(20)), (6, 3), 0, 21)
+        train_batches(small_config(), split_of(noise(20)), 0, 21)
 
 
 def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(capsys):
@@ -263,14 +269,14 @@ def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(cap
     data = [png(image)[:-40] if i in broken else image for i, image in enumerate(images)]
     strict, skipping = small_config(threads=0), small_config(threads=0, corrupt="skip")
     with pytest.raises(UserError, match=r"(000[56]|0017)\.png .*; or train with --config\.data\.corrupt=skip"):
-        list(train_batches(strict, split_of(data), (6, 3), 0, 20))
+        list(train_batches(strict, split_of(data), 0, 20))
     capsys.readouterr()
 
-    found = list(train_batches(skipping, split_of(data), (6, 3), 0, 20))
+    found = list(train_batches(skipping, split_of(data), 0, 20))
     # As if the file held the image that takes its place.
     stand_in = {5: 7, 6: 7, 17: 18}
     mended = [images[stand_in.get(i, i)] for i in range(20)]
-    expected = list(train_batches(strict, split_of(mended), (6, 3), 0, 20))
+    expected = list(train_batches(strict, split_of(mended), 0, 20))
     for batch in (*found, *expected):
         batch.pop("camera")  # that of the image which is shown
     assert_equal(found, expected)
@@ -280,7 +286,7 @@ def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(cap
     times = int(np.isin(asked, list(broken)).sum())
     assert f"3 training images could not be read and were replaced {times} times" in error
 
-    hosts = [list(train_batches(skipping, split_of(data), (6, 3), 3, 9, host, 2)) for host in range(2)]
+    hosts = [list(train_batches(skipping, split_of(data), 3, 9, host, 2)) for host in range(2)]
     joined = [np.concatenate([h["image"] for h in batch]) for batch in zip(*hosts, strict=True)]
     assert all(np.array_equal(image, batch["image"]) for image, batch in zip(joined, found[3:9], strict=True))
 
@@ -288,7 +294,7 @@ def test_images_that_cannot_be_read_are_replaced_by_others_of_their_identity(cap
 def test_an_identity_without_any_readable_image_is_an_error():
     data = [png(image)[:-40] if i < 4 else image for i, image in enumerate(noise(20))]
     with pytest.raises(UserError, match=r"000[0-3]\.png"):
-        list(train_batches(small_config(threads=0, corrupt="skip"), split_of(data), (6, 3), 0, 20))
+        list(train_batches(small_config(threads=0, corrupt="skip"), split_of(data), 0, 20))
 
 
 def test_an_evaluation_never_skips():
@@ -301,7 +307,7 @@ def test_a_loader_process_that_dies_is_one_sentence():
     config = small_config(workers=1)
     for stage in (config.stage1, config.stage2):
         stage.steps_per_epoch = 500
-    batches = train_batches(config, split_of(noise(20)), (6, 3), 0, 2000)
+    batches = train_batches(config, split_of(noise(20)), 0, 2000)
     next(batches)
     (worker,) = (child for child in multiprocessing.active_children() if child.name != "MainProcess")
     worker.kill()

@@ -63,10 +63,11 @@ def split_of(images):
 
 
 def small_config(**data):
-    """24 x 12 pixels, batches of 2 x 4."""
+    """24 x 12 pixels, a feature map of 6 x 3, batches of 2 x 4."""
     config = default()
     for stage in (config.stage1, config.stage2):
         stage.update(identities=2, images_per_identity=4, epochs=2, steps_per_epoch=5)
     config.data.update(height=24, width=12, **data)
-    config.model.grid, config.eval.batch = (3, 1), 128
+    config.model.update(grid=(3, 1), stem="4x4", strides=(1, 1, 1))
+    config.eval.batch = 128
     return config

@@ -50,10 +50,9 @@ def measure_data(config: ConfigDict, split: Split, seconds: float, most_threads:
         ),
     ]
     total = Sampler(config, split.labels()).stages[-1].end_step
-    shape = (config.data.height // 16, config.data.width // 16)
     for count in sorted({1, most_threads}):
         config.data.threads, config.data.workers = count, 0
-        batches = train_batches(config, split, shape, 0, total)
+        batches = train_batches(config, split, 0, total)
         try:
             rate = measure((len(batch["image"]) for batch in batches), seconds, warm_up=4)
         finally:

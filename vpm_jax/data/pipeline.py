@@ -165,14 +165,11 @@ def _cameras(split: Split) -> np.ndarray:
 
 
 class _TrainLoader(_Loader):
-    def __init__(
-        self, config: ConfigDict, split: Split, shape: tuple[int, int] | None, host_index: int, host_count: int
-    ):
+    def __init__(self, config: ConfigDict, split: Split, host_index: int, host_count: int):
         self._identity, self._camera = np.asarray(split.labels(), np.int32), _cameras(split)
         self._sampler = Sampler(config, self._identity)
         super().__init__(config, split, self._sampler.batch, host_index, host_count)
         self._grid, self._min_cells = RegionGrid(*config.model.grid), int(config.loss.min_cells)
-        self._shape = shape
         self._hides = config.data.erasing_hides if config.data.erasing else 1.0
         self._skips = config.data.corrupt == "skip"
 
@@ -193,8 +190,8 @@ class _TrainLoader(_Loader):
     def __call__(self, step: int) -> Arrays:
         plan, stage = self._sampler.plan(int(step)), stage_at(self._sampler.stages, int(step))
         canvas = stage.height, stage.width
-        h, w = self._shape or self._feature_shape(canvas)
-        label_width = 1 if self._model.locator == "row" and not self._shape else w
+        h, w = self._feature_shape(canvas)
+        label_width = 1 if self._model.locator == "row" else w
         local = slice(self._first, self._last)
         planned, indices, pixels = plan.indices[local], plan.indices[local].copy(), self._pixels(canvas)
         valid = np.zeros((self._count, h, w), bool)
@@ -291,7 +288,6 @@ def eval_picture(split: Split, index: int, crop: Crop) -> np.ndarray:
 def train_batches(
     config: ConfigDict,
     split: Split,
-    shape: tuple[int, int] | None,
     start_step: int,
     total_steps: int,
     host_index: int = 0,
@@ -305,7 +301,6 @@ def train_batches(
     Args:
       config: of the experiment, checked by `vpm_jax.config.check`.
       split: the training images.
-      shape: (h, w) of the feature map that the labels are for; None: the model's, (h, 1) for a row locator.
       start_step: the first step.
       total_steps: the step to stop before, at most the end of the schedule.
       host_index: this host, which loads contiguous rows of the global batch.
@@ -319,7 +314,7 @@ def train_batches(
         that cannot be read.
       ValueError: for steps outside the schedule.
     """
-    loader = _TrainLoader(config, split, shape, host_index, host_count)
+    loader = _TrainLoader(config, split, host_index, host_count)
     end = loader._sampler.stages[-1].end_step
     if not 0 <= start_step <= total_steps <= end:
         raise ValueError(f"steps {start_step} to {total_steps} are not within the schedule's 0 to {end}")
