@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 
 def printable(text: object) -> str:
@@ -30,3 +32,18 @@ class UserError(Exception):
     def __init__(self, sentence: str = "", *, code: str = "user-error"):
         super().__init__(printable(sentence))
         self.code = code  # names the problem for programs, which should not depend on the wording
+
+
+@contextlib.contextmanager
+def optional(purpose: str, packages: str) -> Iterator[None]:
+    """For imports of optional packages: turns an ImportError in the block into a UserError, "missing-package".
+
+    Args:
+      purpose: what needs them, the start of the sentence.
+      packages: what to `pip install`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        sentence = f"{purpose} needs an optional package ({first_line(error)}): pip install {packages}."
+        raise UserError(sentence, code="missing-package") from None

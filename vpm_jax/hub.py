@@ -26,7 +26,7 @@ from vpm_jax import __version__, captions, paper
 from vpm_jax import config as config_lib
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.disk import disk_trouble, make_folder, write_atomically, writing
-from vpm_jax.errors import UserError, first_line
+from vpm_jax.errors import UserError, first_line, optional
 from vpm_jax.pretrained import own
 
 if TYPE_CHECKING:
@@ -210,13 +210,8 @@ def push(model: VPM, name: str, private: bool, results: Path | None) -> str:
 
 
 def _package() -> Any:
-    try:
+    with optional("The Hugging Face Hub", "huggingface_hub"):
         import huggingface_hub
-    except ImportError as error:
-        raise UserError(
-            f"The Hugging Face Hub needs the package huggingface_hub ({error}): pip install huggingface_hub.",
-            code="missing-package",
-        ) from None
     return huggingface_hub
 
 

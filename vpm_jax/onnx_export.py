@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpm_jax.api import VPM
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, optional
 from vpm_jax.geometry import STEMS
 from vpm_jax.models import feature_map_shape
 from vpm_jax.models.resnet import BOTTLENECK, STAGE_BLOCKS
@@ -26,14 +26,9 @@ INPUTS = ("images", "valid")  # the second for a model of padded images only
 
 def packages() -> tuple[Any, Any]:
     """(onnx, onnxruntime). Raises UserError if they are not installed."""
-    try:
+    with optional("ONNX", "onnx onnxruntime"):
         import onnx
         import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs the packages onnx and onnxruntime ({error}): pip install onnx onnxruntime.",
-            code="missing-package",
-        ) from None
     return onnx, onnxruntime
 
 

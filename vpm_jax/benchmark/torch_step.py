@@ -14,16 +14,14 @@ from ml_collections import ConfigDict
 
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.timing import clocked, matmul_size
-from vpm_jax.errors import UserError
+from vpm_jax.errors import optional
 from vpm_jax.machine import threads
 from vpm_jax.models.resnet import BOTTLENECK, STAGE_BLOCKS, STEMS
 
-try:
+with optional("A comparison with PyTorch", "-e '.[parity]'"):
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
-except ImportError as error:
-    raise UserError("PyTorch is not installed, to compare with: pip install -e '.[parity]'.") from error
 
 
 # ---- The network -----------------------------------------------------------------------------------------

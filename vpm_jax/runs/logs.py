@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vpm_jax.disk import write_atomically, writing
-from vpm_jax.errors import UserError, first_line
+from vpm_jax.errors import UserError, first_line, optional
 
 
 class Records:
@@ -62,12 +62,8 @@ class TensorBoard:
     """Logs scalars for TensorBoard into the workdir's folder `tensorboard`. Needs the extra `tensorboard`."""
 
     def __init__(self, workdir: Path, step: int = 0):
-        try:
+        with optional("tracker=tensorboard", "'vpm_jax[tensorboard]'"):
             from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tracker=tensorboard needs tensorboardX: pip install 'vpm_jax[tensorboard]', or set tracker=\"none\"."
-            ) from None
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -86,10 +82,8 @@ class Wandb:
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
-        try:
+        with optional("tracker=wandb", "wandb"):
             import wandb
-        except ImportError:
-            raise UserError('tracker="wandb" needs wandb: pip install wandb, or set tracker="none".') from None
         file = workdir / "wandb_id"
         if not file.is_file():
             write_atomically(file, secrets.token_hex(4))

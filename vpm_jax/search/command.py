@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vpm_jax import cli
 from vpm_jax.disk import write_atomically
-from vpm_jax.errors import UserError, printable
+from vpm_jax.errors import UserError, optional, printable
 from vpm_jax.geometry import KNOWN_PLACES
 from vpm_jax.search import ranking as ranking_lib
 from vpm_jax.search.folder import IMAGES
@@ -263,10 +263,8 @@ def serve(args: argparse.Namespace) -> int:
       UserError: without Starlette and uvicorn, for a short token, thresholds that do not apply, an address that cannot
         be used, and as `Gallery.query`.
     """
-    try:
+    with optional("serve", "starlette uvicorn"):
         from vpm_jax.search import serve as serving
-    except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}: pip install starlette uvicorn.", code="not-installed") from None
     if args.token is not None and not re.fullmatch("[!-~]{16,}", args.token):
         raise UserError("--token: expected at least 16 letters, digits or signs, without spaces.")
     print("Loading and compiling the model ...", file=sys.stderr)
