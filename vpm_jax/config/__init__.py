@@ -33,14 +33,19 @@ _KEY = {key.name: key for key in KEYS}
 
 def default() -> ConfigDict:
     """The paper's recipe. Where the paper is silent, values are those of the authors' released code."""
-    values: dict[str, Any] = {}
-    for key in KEYS:
-        *groups, last = key.name.split(".")
-        group = values
+    return ConfigDict(_nested({key.name: key.default for key in KEYS})).lock()
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`, as dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, last = key.split(".")
+        group = nested
         for name in groups:
             group = group.setdefault(name, {})
-        group[last] = key.default
-    return ConfigDict(values).lock()
+        group[last] = value
+    return nested
 
 
 def stage(**changes: Any) -> ConfigDict:
@@ -105,11 +110,8 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
 
 def keep(config: ConfigDict, keeps: Callable[[Key], bool]) -> FrozenConfigDict:
     """The config with the default of every key that `keeps` rejects: equal, and equally hashed, if the others are."""
-    kept = default()
-    for name, value in flatten(config).items():
-        if keeps(_KEY[name]):
-            set_key(kept, name, value)
-    return FrozenConfigDict(kept)
+    values = flatten(config)
+    return FrozenConfigDict(_nested({key.name: values[key.name] if keeps(key) else key.default for key in KEYS}))
 
 
 def follow_epochs(config: ConfigDict, before: Mapping[str, Any], given: Collection[str]) -> list[str]:
