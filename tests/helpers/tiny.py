@@ -45,6 +45,12 @@ def shrunk(file: str, **changes) -> ConfigDict:
     return config
 
 
+# A ResNet-10 that is its stem alone, for what does not depend on the blocks: most of the time to compile is theirs.
+# Run the code before the network is made; the keys are of a config on small images.
+NO_BLOCKS = "from vpm_jax.models.resnet import STAGE_BLOCKS; STAGE_BLOCKS[10] = (0, 0, 0, 0)"
+STEM_ALONE = {"model__stem": "4x4", "model__strides": (1, 1, 1)}
+
+
 def optimized(function):
     """jax.jit as users have it: XLA has miscompiled reductions that it optimizes (jax#39103)."""
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}

@@ -1,4 +1,7 @@
-"""Several real processes, started by launch/local.sh, train and evaluate as one does, and end together."""
+"""Several real processes, started by launch/local.sh, train and evaluate as one does, and end together.
+
+The network is its stem, a convolution and a batch norm, and its heads: tests/test_step.py is about the rest.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,24 @@ import numpy as np
 import pytest
 from partial_files import make
 from paths import LOCAL, PYTHON_PATH
+from tiny import NO_BLOCKS, STEM_ALONE
 from tiny_runs import STEPS, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import cli, parallel
 from vpm_jax.errors import UserError
+from vpm_jax.models.resnet import STAGE_BLOCKS
 from vpm_jax.runs import hosts
 from vpm_jax.training import train
 
-DOUBLE = {"model__dtype": "float64", "eval__batch": 12}  # 8 queries and 17 gallery images fill no batch
+CHANGES = STEM_ALONE | {"model__dtype": "float64", "eval__batch": 12}  # 8 queries and 17 gallery images fill no batch
+EVALUATE = ["-c", f"{NO_BLOCKS}\nfrom vpm_jax import cli, evaluate\ncli.run(evaluate.main)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STAGE_BLOCKS, 10, (0, 0, 0, 0))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +47,11 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def alone(pedestrians, tmp_path_factory, environment) -> Path:
+def alone(pedestrians, tmp_path_factory, no_blocks) -> Path:
     """The workdir of one process in float64."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     with jax.enable_x64(True):
-        assert train(tiny_run(pedestrians, **DOUBLE), workdir) == 0
+        assert train(tiny_run(pedestrians, **CHANGES), workdir) == 0
     return workdir
 
 
@@ -57,10 +70,11 @@ def training(pedestrians: Path, folder: Path, act: str = "", victim: int = -1, *
     """Arguments of python that train in folder/run; process `victim` runs the code `act` in step 5."""
     (folder / "config.py").write_text(
         "from tiny_runs import tiny_run\n"
-        f"def get_config():\n    return tiny_run({str(pedestrians)!r}, **{DOUBLE | changes!r})\n"
+        f"def get_config():\n    return tiny_run({str(pedestrians)!r}, **{CHANGES | changes!r})\n"
     )
     program = f"""
 import os, signal, sys
+{NO_BLOCKS}
 from vpm_jax import cli, train, training
 add = training.Window.add
 def and_act(self, steps, metrics):
@@ -104,7 +118,7 @@ def test_processes_train_and_evaluate_as_one(count, alone, pedestrians, tmp_path
     assert_close_runs(tmp_path / "run", alone)
     assert gammas(tmp_path / "run") == gammas(alone)
 
-    command = ["-m", "vpm_jax.evaluate", "--workdir", str(alone), "--output", str(tmp_path / "again")]
+    command = [*EVALUATE, "--workdir", str(alone), "--output", str(tmp_path / "again")]
     done = run(count, environment, *command, f"--config.data.root={pedestrians}")
     assert done.returncode == 0, done.stderr
     assert gammas(tmp_path / "again") == gammas(alone)
@@ -114,8 +128,9 @@ def test_processes_train_and_evaluate_as_one(count, alone, pedestrians, tmp_path
 def test_the_first_process_alone_writes(alone, tmp_path, environment):
     """Partial-REID by its own protocol; every process has an --output of its own."""
     make(tmp_path, "original", 5, 3)
-    program = """
+    program = f"""
 import sys
+{NO_BLOCKS}
 from vpm_jax import cli, evaluate
 at = sys.argv.index("--output") + 1
 sys.argv[at] += "/" + sys.argv[-1]
@@ -205,7 +220,7 @@ exec({arguments[1]!r})
 @pytest.mark.slow
 def test_slurm_says_who_is_who(alone, pedestrians, tmp_path, environment):
     """--distributed, in an environment as srun makes it."""
-    command = [sys.executable, "-m", "vpm_jax.evaluate", "--workdir", str(alone), "--distributed"]
+    command = [sys.executable, *EVALUATE, "--workdir", str(alone), "--distributed"]
     command += ["--output", str(tmp_path), f"--config.data.root={pedestrians}"]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     processes = []
