@@ -27,7 +27,7 @@ def check(rows: list[dict]) -> None:
 
 
 def test_a_few_steps_on_eight_devices():
-    rows = compare("--steps", "4", "--runs", "market:pmap", "market_released:jit", "--devices", "8")
+    rows = compare("--stem", "--steps", "4", "--runs", "market:pmap", "market_released:jit", "--devices", "8")
     check(rows)
     assert [(row["recipe"], row["kind"], row["devices"]) for row in rows] == [
         ("market", "pmap", 8),

@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 2, 4, 8), help="divisors of 16")
+    parser.add_argument("--stem", action="store_true", help="no residual blocks: most time to compile is theirs")
     parser.add_argument("--runs", nargs="+", default=RUNS, metavar="RECIPE:KIND")
     parser.add_argument("--json", action="store_true", help="one JSON line for each comparison instead of a table")
     args = parser.parse_args(argv)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_backend()
     for run in args.runs:
         recipe, kind = run.split(":")
-        for row in compare(recipe, args.dtype, args.steps, args.devices, kind):
+        for row in compare(recipe, args.dtype, args.steps, args.devices, kind, args.stem):
             if args.json:
                 print(json.dumps(row), flush=True)
             else:
@@ -49,18 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kind: str):
+def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kind: str, stem: bool):
     """Yields a row of differences from one device for each number of devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from tiny import fill, shrunk
+    from tiny import NO_BLOCKS, STEM_ALONE, fill, shrunk
 
     from vpm_jax import parallel
     from vpm_jax import step as step_lib
     from vpm_jax.config import stage
 
-    config = shrunk(recipe, model__dtype=dtype)
+    if stem:
+        exec(NO_BLOCKS)
+    config = shrunk(recipe, model__dtype=dtype, **STEM_ALONE if stem else {})
     # The second stage, with the triplet loss and new momentum, starts in between.
     config.stage1 = stage(epochs=1, steps_per_epoch=steps // 3)
     config.stage2 = stage(epochs=1, steps_per_epoch=steps, triplet_weight=config.stage2.triplet_weight)
