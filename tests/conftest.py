@@ -124,6 +124,17 @@ def whole(pedestrians: Path, shared: Path) -> Path:
 
 
 @pytest.fixture
+def stem_alone(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Leaves the stem alone of every ResNet-10; the changes to a config that fit."""
+    from tiny import STEM_ALONE
+
+    from vpm_jax.models.resnet import STAGE_BLOCKS
+
+    monkeypatch.setitem(STAGE_BLOCKS, 10, (0, 0, 0, 0))
+    return STEM_ALONE
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every picture of matplotlib is one pixel: drawing them takes half the time of a tiny run."""
     from matplotlib.figure import Figure

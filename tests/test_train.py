@@ -165,9 +165,9 @@ def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
     assert_same_run(tmp_path / "run", whole, but_best=7)
 
 
-def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians, tmp_path, monkeypatch):
+def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians, tmp_path, monkeypatch, stem_alone):
     """The short recipe in small: stopped on the small images, continued on the large ones."""
-    changes = {
+    changes = stem_alone | {
         "data__fit": "pad",
         "data__place": "random",
         "optim__schedule": "cosine",
@@ -394,11 +394,11 @@ def test_what_failed_before_its_first_checkpoint_starts_anew(whole, pedestrians,
     assert_same_run(tmp_path, whole)
 
 
-def test_nothing_moves_to_the_devices_unasked(pedestrians, tmp_path, monkeypatch):
+def test_nothing_moves_to_the_devices_unasked(pedestrians, tmp_path, monkeypatch, stem_alone):
     placement = parallel.placement
     monkeypatch.setattr(parallel, "placement", lambda *args: placement(*args)._replace(put_batch=lambda batch: batch))
     with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
-        training.train(tiny_run(pedestrians), tmp_path / "run")
+        training.train(tiny_run(pedestrians, **stem_alone), tmp_path / "run")
 
 
 def test_a_workdir_that_is_a_file_is_refused(pedestrians, tmp_path):

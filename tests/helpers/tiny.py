@@ -46,7 +46,7 @@ def shrunk(file: str, **changes) -> ConfigDict:
 
 
 # A ResNet-10 that is its stem alone, for what does not depend on the blocks: most of the time to compile is theirs.
-# Run the code before the network is made; the changes are to a config on small images.
+# The code is for other processes (here: the fixture `stem_alone`), the changes are to a config on small images.
 NO_BLOCKS = "from vpm_jax.models.resnet import STAGE_BLOCKS; STAGE_BLOCKS[10] = (0, 0, 0, 0)"
 STEM_ALONE = {"model__stem": "4x4", "model__strides": (1, 1, 1), "model__width": 32}
 
