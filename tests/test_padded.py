@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from raising import raises
-from tiny_runs import make_run, tiny_run
+from tiny_runs import make_run, save_run, tiny_run
 
 from vpm_jax import VPM, UserError, evaluation, export, extents, parallel
 from vpm_jax import config as config_lib
@@ -18,17 +18,14 @@ from vpm_jax.data.pipeline import eval_crops, eval_picture
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.regions import visible_heights
-from vpm_jax.training import train
-
-pytestmark = pytest.mark.usefixtures("undrawn")
-
-PADDED = {"data__fit": "pad", "eval__every": 0, "stage2__epochs": 1}
+from vpm_jax.training import resolve
 
 
 @pytest.fixture(scope="module")
 def run(pedestrians, tmp_path_factory):
+    config = tiny_run(pedestrians, data__fit="pad", stage2__epochs=1)
     workdir = tmp_path_factory.mktemp("padded") / "run"
-    assert train(tiny_run(pedestrians, **PADDED), workdir) == 0
+    save_run(workdir, resolve(config, load_dataset(config.data).train))
     return workdir
 
 

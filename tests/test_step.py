@@ -273,7 +273,9 @@ def test_seeds_and_schedules_share_a_program(no_backbone):
     other.stage1.update(epochs=0)
     other.stage2.update(epochs=3, learning_rate=0.3, warmup_epochs=0.5)
     state, batch = new_state(config), new_batch(config)
-    one, two = (jax.jit(step_lib.make_step(each)).lower(state, batch, step_lib.numbers(each)) for each in (config, other))
+    one, two = (
+        jax.jit(step_lib.make_step(each)).lower(state, batch, step_lib.numbers(each)) for each in (config, other)
+    )
     assert one.as_text() == two.as_text()
     argument = one.compile(FAST)
     for each in (config, other):

@@ -107,13 +107,18 @@ def assert_same_run(one: Path, two: Path, but_best: int | None = None) -> None:
     assert records(one, "evaluations.jsonl") == records(two, "evaluations.jsonl")
 
 
-def make_run(folder, file: str = "market", **changes):
-    """A workdir with random weights, as training leaves it; its config."""
+def make_run(folder: Path, file: str = "market", **changes):
+    """A workdir of a shrunk recipe with random weights; its config, and the state."""
     settings = dict(stage1__steps_per_epoch=2, stage2__steps_per_epoch=2) | changes
     config = shrunk(file, **settings)
+    return config, save_run(folder, config)
+
+
+def save_run(folder: Path, config: ConfigDict) -> step.State:
+    """A workdir with random weights, as training of a resolved config leaves it; the state."""
     state = fill(step.state_shapes(config))
     folder.mkdir()
     (folder / "config.json").write_text(to_json(config))
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(7, state, {"seconds": 1.0, "pending": [], "best": None})
-    return config, state
+    return state
