@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,8 +219,10 @@ class Gallery:
             writer.keep(np.array([current.get(name) == entry for name, entry in stored.items()], bool))
             unreadable, committed = {entry.name for entry in fresh}, time.monotonic()
             progress = Progress(title if crop == UNCUT else f"{title} ({crop})", len(fresh)) if title else None
-            read = partial(_image, given, root)
-            for entries, description in describe(self.model, fresh, read, batch, crop, skip, progress):
+            described = describe(
+                self.model, fresh, lambda name: given.get(name, root / name), batch, crop, skip, progress
+            )
+            for entries, description in described:
                 writer.append(entries, description.features, description.visibility)
                 unreadable.difference_update(entry.name for entry in entries)
                 if time.monotonic() - committed > _COMMIT_SECONDS:
@@ -453,10 +454,6 @@ def _crops(model: VPM, gammas: Iterable[float] | None) -> list[GalleryCrop]:
     config.match.rerank, config.eval.crop = False, "none"  # not used by a search
     config_lib.check_gallery_gammas(config)
     return gallery_crops(config_lib.sides(config), config.match.gallery_gammas)[1:]
-
-
-def _image(given: Mapping[str, Image], root: Path, name: str) -> Image:
-    return given.get(name, root / name)
 
 
 def _has_changed(path: Path, entry: Entry) -> bool:

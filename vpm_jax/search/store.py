@@ -195,13 +195,11 @@ class Store:
     def verify(self) -> None:
         """Reads all files and compares their checksums. Raises UserError if one is damaged."""
         for kind in _KINDS:
-            self._checksum(kind, keep=False)
+            self._checked(kind, keep=False)
         _ = self.entries
 
-    def _checked(self, kind: str) -> bytes:
-        return self._checksum(kind, keep=True)
-
-    def _checksum(self, kind: str, keep: bool) -> bytes:
+    def _checked(self, kind: str, keep: bool = True) -> bytes:
+        """The committed bytes of a file, if they are to `keep`."""
         size, offset, checksum, chunks = self.about.bytes_of(kind), 0, 0, []
         while chunk := os.pread(self._files[kind].fd, min(size - offset, _COPY_BYTES), offset):
             offset, checksum = offset + len(chunk), zlib.crc32(chunk, checksum)
@@ -345,16 +343,15 @@ class Writer:
                 os.fsync(file.fileno())
         write_atomically(self.folder / "store.json", json.dumps(dataclasses.asdict(self.about), indent=1) + "\n")
 
-    def keep(self, rows: np.ndarray) -> None:
-        """Keeps the images of these rows (increasing indices or a mask [G]) and removes all others, atomically.
+    def keep(self, mask: np.ndarray) -> None:
+        """Keeps these images, bool [G], and removes all others, atomically.
 
         Takes as much disk space as the kept images. Raises UserError if the disk is full.
         """
         self.commit()
-        store = Store(self.folder)
-        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, int)
-        if len(rows) == len(store):
+        if mask.all():
             return
+        store, rows = Store(self.folder), np.flatnonzero(mask)
         old, before = self._files, self.about
         fresh = dataclasses.replace(before, count=0, names_bytes=0, checksums={}, generation=before.generation + 1)
         try:
