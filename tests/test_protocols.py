@@ -161,7 +161,7 @@ class Files(FeatureSource):
     def __init__(self, config, identities: dict[str, int]):
         self.config, self._identities = config, identities
 
-    def stream(self, variables, images, stops, progress, check=None):
+    def stream(self, variables, images, stops, progress):
         described = [features_of(name, self._identities[name]) for name in images.split.names]
         progress.add(len(described))
         for begin, end in zip([0, *stops], [*stops, len(described)], strict=True):

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -123,23 +124,20 @@ class FeatureSource(ABC):
         Raises:
           UserError: for an image that cannot be read, or features that are not finite.
         """
-        progress = Progress(title, sum(len(images.split) for images in cropped))
-        return [piece for images in cropped for piece in self.stream(variables, images, [], progress, check)]
+        progress = Progress(title, sum(len(images.split) for images in cropped), check)
+        return [piece for images in cropped for piece in self.stream(variables, images, [], progress)]
 
     @abstractmethod
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         """Describes a split piece by piece: images [0, stops[0]), [stops[0], stops[1]), ..., and the rest.
 
         Args:
+          variables: as for `splits`.
+          images: the split.
           stops: increasing multiples of eval.batch, smaller than the split.
-          variables, progress, check: as for `splits`.
+          progress: advanced by every batch.
         """
 
 
@@ -177,12 +175,7 @@ class Describer(FeatureSource):
         return [self._put(x) for x in (batch["image"], batch.get("valid")) if x is not None]
 
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         split, gamma, crop = images
         batches = eval_batches(
@@ -202,8 +195,6 @@ class Describer(FeatureSource):
                 arrays[name][first - begin : first - begin + count] = x
             first += count
             progress.add(count)
-            if check is not None:
-                check()
             if first == end:
                 check_finite(arrays["features"], f"{split.name} images")
                 yield Description(**arrays)
@@ -233,20 +224,15 @@ class Pooled(FeatureSource):
         self._images, self._group, self._group_of_query = boxes(query, multi_query)
 
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         if images.split.name != "query":
-            yield from self._source.stream(variables, images, stops, progress, check)
+            yield from self._source.stream(variables, images, stops, progress)
             return
         progress.total += len(self._images) - len(self._group_of_query)
         every, first = 16 * max(1, self.config.eval.batch), 0
         several = images._replace(split=self._images)
-        for piece in self._source.stream(variables, several, range(every, len(self._images), every), progress, check):
+        for piece in self._source.stream(variables, several, range(every, len(self._images), every), progress):
             if not first:
                 count, (regions, channels) = self._group_of_query.max() + 1, piece.features.shape[1:]
                 features, weights, squares = np.zeros((count, regions, channels)), *np.zeros((2, count, regions))
@@ -258,7 +244,7 @@ class Pooled(FeatureSource):
         features /= np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         visibility = squares / np.maximum(weights, 1e-12)
         whole = Description(features.astype(np.float32), visibility.astype(np.float32))[self._group_of_query]
-        for begin, end in zip([0, *stops], [*stops, len(whole)], strict=True):
+        for begin, end in pairwise([0, *stops, len(whole)]):
             yield whole[begin:end]
 
 

@@ -60,8 +60,8 @@ def blocks(
         if not any(crop in rows for rows in routes):
             continue
         title = "features of the gallery" + f" ({crop}, {number} of {len(crops)})" * (len(crops) > 1)
-        images, start = CroppedSplit(gallery, crop.gamma, crop.side), 0
-        for piece in source.stream(variables, images, stops, Progress(title, len(gallery)), check):
+        images, start, progress = CroppedSplit(gallery, crop.gamma, crop.side), 0, Progress(title, len(gallery), check)
+        for piece in source.stream(variables, images, stops, progress):
             columns = slice(start, start + len(piece))
             size = max(1, BLOCK_BYTES // (4 * len(piece)))
             for index, (query, queries_of) in enumerate(zip(described, routes, strict=True)):

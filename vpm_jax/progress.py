@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 
 class Status:
@@ -28,10 +29,11 @@ class Progress:
     Args:
       title: the start of the line.
       total: the number of images; may be changed later.
+      check: called by every `add`; may raise to stop.
     """
 
-    def __init__(self, title: str, total: int):
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title: str, total: int, check: Callable[[], None] | None = None):
+        self.title, self.total, self.done, self._check = title, total, 0, check
         self._status, self._started = Status(), time.monotonic()
 
     def add(self, images: int) -> None:
@@ -40,6 +42,8 @@ class Progress:
         left = self.total - self.done
         text = f"{self.title} {self.done}/{self.total}  {rate:.0f} images/s  ETA {duration(left / rate)}"
         self._status.show(text, final=not left)
+        if self._check is not None:
+            self._check()
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,8 @@ import contextlib
 import csv
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -68,12 +69,7 @@ class Saving(FeatureSource):
         _describe(self._folder, "features", self._about)
 
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         split, path = images.split, self._folder / f"{images.split.name}{_suffix(self.config, images, self._about)}.npz"
         labels = {"names": np.array(split.names), "identity": split.identity, "camera": split.camera}
@@ -82,7 +78,7 @@ class Saving(FeatureSource):
             small["region_maps"] = []
         with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("features.npy", "w", force_zip64=True) as file:
-                for piece in self._source.stream(variables, images, stops, progress, check):
+                for piece in self._source.stream(variables, images, stops, progress):
                     if not small["visibility"]:
                         _write_header(file, (len(split), *piece.features.shape[1:]))
                     file.write(np.ascontiguousarray(piece.features, np.float32).data)
@@ -128,12 +124,7 @@ class Saved(FeatureSource):
         self._files = found["files"]
 
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         split, path = images.split, self._folder / f"{images.split.name}{_suffix(self.config, images, self._about)}.npz"
         if path.name not in self._files:
@@ -150,7 +141,7 @@ class Saved(FeatureSource):
                 with archive.open("features.npy") as file:
                     np.lib.format.read_magic(file)
                     shape, *_ = np.lib.format.read_array_header_1_0(file)
-                    for begin, end in zip([0, *stops], [*stops, len(split)], strict=True):
+                    for begin, end in pairwise([0, *stops, len(split)]):
                         size = (end - begin, *shape[1:])
                         features = np.frombuffer(file.read(4 * int(np.prod(size))), np.float32).reshape(size)
                         rows: dict[str, Any] = {name: x[begin:end] for name, x in small.items() if x is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,15 +26,10 @@ class GeneratedFeatures(FeatureSource):
         self._people, _ = images(64, regions, channels, random)
 
     def stream(
-        self,
-        variables: Variables,
-        images: CroppedSplit,
-        stops: Sequence[int],
-        progress: Progress,
-        check: Callable[[], None] | None = None,
+        self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
     ) -> Iterator[Description]:
         split = images.split
-        for begin, end in zip([0, *stops], [*stops, len(split)], strict=True):
+        for begin, end in pairwise([0, *stops, len(split)]):
             shape = end - begin, *self._features.shape[1:]
             piece = Description(np.empty(shape, np.float32), np.empty(shape[:2], np.float32))
             for first in range(begin - begin % DIFFERENT, end, DIFFERENT):
