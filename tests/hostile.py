@@ -510,12 +510,13 @@ class Flags(Door):
     def read(self, arguments=()):
         import jax
 
-        from vpm_jax import cli, config, models, step
+        from vpm_jax import cli, config, step
+        from vpm_jax.geometry import feature_map_shape
 
         loaded = cli.load_config(str(TESTS.parent / "configs" / "market.py"), list(arguments))
         config.check(loaded)
         loaded.model.num_identities = loaded.model.num_identities or 4
-        models.feature_map_shape(loaded)
+        feature_map_shape(loaded)
         if self.deep:
             loaded.model.dtype = "float32"
             jax.tree.leaves(step.state_shapes(loaded))

@@ -36,7 +36,7 @@ from vpm_jax.data.fit import Fit, Place
 from vpm_jax.description import Describer, Description, Variables, check_finite, fetch
 from vpm_jax.disk import intact
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import KNOWN_PLACES, covered
+from vpm_jax.geometry import KNOWN_PLACES, covered, feature_map_shape
 from vpm_jax.images import Image, Images, each, read
 from vpm_jax.keys import FEATURES, keys_with
 from vpm_jax.machine import threads
@@ -81,7 +81,7 @@ class VPM:
         self._folder: Path | None = None  # that it was loaded from
         self._fit = Fit(config.data)
         self.places = KNOWN_PLACES if self._fit.pads else ()
-        self._map_shape = models.feature_map_shape(config)
+        self._map_shape = feature_map_shape(config)
 
     def __repr__(self) -> str:
         height, width = self.image_size

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
+from ml_collections import ConfigDict
 
 Box = tuple[int, int, int, int]
 
@@ -25,14 +26,19 @@ PLACES = {"top": (0.0, 0.5), "center": (0.5, 0.5), "bottom": (1.0, 0.5), "random
 KNOWN_PLACES = ("top", "center", "bottom")  # of an image whose visible part the user knows
 
 
-def feature_shape(
-    height: int, width: int, stem: str = "7x7", last_stride: int = 1, strides: tuple[int, int, int] = (1, 2, 2)
-) -> tuple[int, int]:
-    """(h, w) of the last stage for an H x W image."""
-    stem_stride = STEMS[stem][1] * (2 if stem == "7x7" else 1)
-    for stride in (stem_stride, *strides, last_stride):
+def feature_map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The shape (h, w) of T for H x W images (default: config.data's)."""
+    m, (height, width) = config.model, size or (config.data.height, config.data.width)
+    stem_stride = STEMS[m.stem][1] * (2 if m.stem == "7x7" else 1)
+    for stride in (stem_stride, *m.strides, m.last_stride):
         height, width = -(-height // stride), -(-width // stride)
     return height, width
+
+
+def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The shape of the region labels: that of T, or (h, 1) for a row locator."""
+    h, w = feature_map_shape(config, size)
+    return (h, 1) if config.model.locator == "row" else (h, w)
 
 
 def fit_box(

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError, optional
-from vpm_jax.geometry import STEMS
-from vpm_jax.models import feature_map_shape
+from vpm_jax.geometry import STEMS, feature_map_shape
 from vpm_jax.models.resnet import BOTTLENECK, STAGE_BLOCKS
 from vpm_jax.models.vpm import MaskedBatchNorm
 

@@ -17,10 +17,9 @@ import numpy as np
 
 from vpm_jax.api import VPM
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import PLACES, place_between
+from vpm_jax.geometry import PLACES, feature_map_shape, place_between
 from vpm_jax.images import Image, Images, each
 from vpm_jax.matching import embedding, match_visibility
-from vpm_jax.models import feature_map_shape
 from vpm_jax.regions import Crop, project_regions
 
 

@@ -25,6 +25,7 @@ from vpm_jax.data.split import Split
 from vpm_jax.description import Describer
 from vpm_jax.disk import make_folder, replacing, write_atomically
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import map_shape
 from vpm_jax.progress import Status, duration
 from vpm_jax.runs import hosts
 from vpm_jax.runs.checkpoints import Checkpoints
@@ -259,7 +260,7 @@ def resolve(requested: ConfigDict, split: Split) -> ConfigDict:
     resolved.model.num_identities = split.num_identities
     for stage in schedule(requested, len(split), split.num_identities):
         resolved[stage.name].steps_per_epoch = stage.steps_per_epoch
-        cells = models.map_shape(requested, (stage.height, stage.width))
+        cells = map_shape(requested, (stage.height, stage.width))
         if any(regions > n for regions, n in zip(requested.model.grid, cells, strict=True)):
             raise UserError(
                 f"Config key model.grid is {requested.model.grid} but the feature map of {stage.name} has {cells[0]} "

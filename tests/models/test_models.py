@@ -13,7 +13,8 @@ from jax import lax
 from tiny import Given, fill, recipe, shrunk
 
 from vpm_jax import losses, models
-from vpm_jax.geometry import feature_shape
+from vpm_jax.config import default
+from vpm_jax.geometry import feature_map_shape
 from vpm_jax.models.batch_norm import BatchNorm
 from vpm_jax.models.resnet import Block, Conv, ResNet
 from vpm_jax.models.vpm import VPM, ExampleDropout, IdentityHeads, MaskedBatchNorm
@@ -96,12 +97,13 @@ def test_backbone_has_torchvisions_parameters_without_fc(depth, torchvision, cha
 @pytest.mark.parametrize("last_stride", [1, 2])
 @pytest.mark.parametrize("stem", ["7x7", "3x3", "4x4"])
 def test_feature_shape_is_that_of_the_last_stage(stem, last_stride):
-    net = ResNet(18, width=1, stem=stem, last_stride=last_stride)
+    net, config = ResNet(18, width=1, stem=stem, last_stride=last_stride), default()
+    config.model.update(stem=stem, last_stride=last_stride)
     for size in [(64, 32), (77, 35), (33, 1), (62, 47)]:
         stages, _ = jax.eval_shape(
             net.init_with_output, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), "float32")
         )
-        assert stages["stage4"].shape[1:3] == feature_shape(*size, stem, last_stride)
+        assert stages["stage4"].shape[1:3] == feature_map_shape(config, size)
 
 
 def test_initial_values():

@@ -112,15 +112,14 @@ def batch_size(args: argparse.Namespace, config: ConfigDict) -> int:
 
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     """A training batch of noise, with crops, labels and visible sets drawn as in training."""
-    from vpm_jax import models
     from vpm_jax.data.sampling import kept_ratios
-    from vpm_jax.geometry import covered, fit_box
+    from vpm_jax.geometry import covered, feature_map_shape, fit_box, map_shape
     from vpm_jax.regions import RegionGrid, draw_crop, project_regions
 
     if count < 4:
         raise UserError(f"--batch {count}: expected at least 4 images, two of each of two identities.")
     random = np.random.default_rng(0)
-    shape, grid = models.map_shape(config), RegionGrid(*config.model.grid)
+    shape, grid = map_shape(config), RegionGrid(*config.model.grid)
     gammas = kept_ratios(np.array(config.data.gamma), random.uniform(size=count))
     crops = [draw_crop(config.data.crop, gamma, tuple(random.uniform(size=3))) for gamma in gammas]
     labels, visible = zip(*(project_regions(crop, grid, shape, config.loss.min_cells) for crop in crops), strict=True)
@@ -134,7 +133,7 @@ def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     }
     if config.data.fit == "pad":
         boxes = [fit_box((crop.height, crop.width), canvas, 1.0) for crop in crops]  # in heights and widths of a person
-        batch["valid"] = np.stack([covered(box, canvas, models.feature_map_shape(config)) for box in boxes])
+        batch["valid"] = np.stack([covered(box, canvas, feature_map_shape(config)) for box in boxes])
     return batch
 
 

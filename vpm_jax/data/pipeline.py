@@ -31,7 +31,7 @@ from vpm_jax.data.fit import Fit
 from vpm_jax.data.sampling import Sampler, uniform
 from vpm_jax.data.split import Split
 from vpm_jax.errors import UserError
-from vpm_jax.geometry import Box, covered_cells, feature_shape
+from vpm_jax.geometry import Box, covered_cells, feature_map_shape, map_shape
 from vpm_jax.machine import threads
 from vpm_jax.regions import Crop, RegionGrid, axis_labels, draw_crop, pixel_box
 from vpm_jax.schedule import stage_at
@@ -124,13 +124,9 @@ class _Loader:
                 f"A batch of {batch} images cannot be divided among {host_count} hosts: choose a multiple of that "
                 "number."
             )
-        self._split, self._fit, self._model = split, Fit(config.data), config.model
+        self._config, self._split, self._fit = config, split, Fit(config.data)
         self._batch, self._count = batch, batch // host_count
         self._first, self._last = host_index * self._count, (host_index + 1) * self._count
-
-    def _feature_shape(self, canvas: tuple[int, int]) -> tuple[int, int]:
-        m = self._model
-        return feature_shape(*canvas, m.stem, m.last_stride, tuple(m.strides))
 
     def read(self, index: int) -> np.ndarray:
         """The decoded image. Raises UserError if it cannot be read."""
@@ -190,8 +186,7 @@ class _TrainLoader(_Loader):
     def __call__(self, step: int) -> Arrays:
         plan, stage = self._sampler.plan(int(step)), stage_at(self._sampler.stages, int(step))
         canvas = stage.height, stage.width
-        h, w = self._feature_shape(canvas)
-        label_width = 1 if self._model.locator == "row" else w
+        (h, w), (_, label_width) = feature_map_shape(self._config, canvas), map_shape(self._config, canvas)
         local = slice(self._first, self._last)
         planned, indices, pixels = plan.indices[local], plan.indices[local].copy(), self._pixels(canvas)
         valid = np.zeros((self._count, h, w), bool)
@@ -251,7 +246,7 @@ class _EvalLoader(_Loader):
         self._identity, self._camera = np.asarray(split.identity, np.int32), _cameras(split)
         self._crops = eval_crops(crop, gamma, len(split))
         self._canvas = int(config.data.height), int(config.data.width)
-        self._shape = self._feature_shape(self._canvas)
+        self._shape = feature_map_shape(config)
 
     def __call__(self, number: int) -> Arrays:
         first = int(number) * self._batch + self._first

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax.geometry import feature_shape
+from vpm_jax.geometry import map_shape
 from vpm_jax.models.resnet import ResNet
 from vpm_jax.models.vpm import VPM
 
@@ -60,16 +60,3 @@ def create(config: ConfigDict, axis_name: str | None = None) -> VPM:
         axis_name=axis_name,
         param_dtype=param_dtype,
     )
-
-
-def feature_map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The shape (h, w) of T for H x W images (default: config.data's)."""
-    m = config.model
-    height, width = size or (config.data.height, config.data.width)
-    return feature_shape(height, width, m.stem, m.last_stride, tuple(m.strides))
-
-
-def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The shape of the region labels: that of T, or (h, 1) for a row locator."""
-    h, w = feature_map_shape(config, size)
-    return (h, 1) if config.model.locator == "row" else (h, w)
