@@ -167,22 +167,18 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def first(lease: Lease) -> int:
-    for path in HERE.glob("*.py"):  # the second command is carried without them
+    for path in (*HERE.glob("*.py"), *HERE.glob("imagenet.npz")):  # the second command is carried without them
         shutil.copy(path, lease.root)
     shutil.copy(HERE / "packed.json", lease.packed)
     (lease.facts / "step.json").unlink(missing_ok=True)  # of an earlier try
     lease.run("machine", ["sh", "-c", "nvidia-smi; lscpu | head -20; free -g; df -h / /dev/shm"], 20)
     if not install(lease, "wheels"):
         return fail(lease, "pip could not install the wheels: see its message in logs/pip-wheels.txt and pack again.")
-    if (HERE / "weights.npz").exists() and not lease.run(
-        "weights", [*lease.script("weights.py"), HERE / "weights.npz", lease.root / "imagenet.npz"], 60
-    ):
-        return fail(lease, "The weights could not be unpacked: see logs/weights.txt.")
     if not check(lease, "check") and not (install(lease, "spare") and check(lease, "check-spare")):
         return fail(lease, "The machine's packages do not run this code: see logs/check.txt.")
     found = measure(lease)
     if not lease.rehearse:
-        measure_torch(lease, "torch-eager", "eager", min(45, lease.left() - 8))
+        lease.run("torch-eager", torch_probe(lease, "torch-eager", "eager"), min(45, lease.left() - 8))
     lease.collect()
     return 0 if found else fail(lease, "The training step does not run here: see logs/step-0.txt.")
 
@@ -215,27 +211,23 @@ def check(lease: Lease, name: str) -> bool:
 def measure(lease: Lease) -> bool:
     """Times the training step with the first of FLAGS under which it runs, and writes step.json."""
     probe = [*lease.script("probe.py"), "--config", CONFIG, "--weights", lease.weights, *EXTRA]
-    probe += ["--seconds", "0.5" if lease.rehearse else "6", "--profile", lease.root / "profile"]
+    probe += ["--seconds", "0.5" if lease.rehearse else "6", "--program"]
     for number, flags in enumerate(FLAGS):
         name = f"step-{number}"
         path = lease.facts / f"{name}.json"
-        files = [path, lease.packed, "--hlo", lease.facts / f"{name}.hlo.gz"]
-        lease.run(name, [*probe, *files], min(COMPILING, lease.left() - 10), XLA_FLAGS=flags)
+        seconds = lease.left() - 10 if lease.rehearse else min(COMPILING, lease.left() - 10)
+        lease.run(name, [*probe, path, lease.packed], seconds, XLA_FLAGS=flags)
         facts = read(path)
         lease.note(**{name: {key: value for key, value in facts.items() if key not in ("arguments", "kernels")}})
         if "compile_s" in facts:  # it runs, though there may have been no time to measure it
             known = {"config": CONFIG, "extra": EXTRA, "flags": flags, "images_per_second": 1200.0} | facts
             (lease.facts / "step.json").write_text(json.dumps(known, indent=1))
-            for kernel in facts.get("kernels", [])[:25]:
-                print(*kernel)
             return True
     return False
 
 
-def measure_torch(lease: Lease, name: str, kind: str, seconds: float, batch: int = 0) -> None:
-    path = lease.facts / f"{name}.json"
-    if lease.run(name, [*lease.script("probe_torch.py"), path, CONFIG, kind, str(batch), *EXTRA], seconds):
-        lease.note(**{f"{name} facts": read(path)})
+def torch_probe(lease: Lease, name: str, kind: str, batch: int = 0) -> list[str | Path]:
+    return [*lease.script("probe_torch.py"), lease.facts / f"{name}.json", CONFIG, kind, str(batch), *EXTRA]
 
 
 # ---- The second command ------------------------------------------------------------------------------------
@@ -281,10 +273,7 @@ def unpack_images(lease: Lease) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     with tarfile.open(lease.repo / ".gpu2" / "images.tar.xz") as tar:
         tar.extractall(target, filter="data")
-    found, packed = sum(1 for _ in target.rglob("*.jpg")), read(lease.repo / ".gpu2" / "packed.json")["images"]
-    lease.note(images=found)
-    if found != packed:
-        raise RuntimeError(f"{found} images were unpacked of {packed}")
+    lease.note(images=sum(1 for _ in target.rglob("*.jpg")))
     return target
 
 
@@ -330,21 +319,8 @@ def train(lease: Lease, data: Path, flags: str) -> subprocess.Popen | None:
     else:
         lease.finish(process, 0)
     lease.show("train", 2500)
-    lease.note(train={"code": process.returncode, "told": told} | rates(workdir))
+    lease.note(train={"code": process.returncode, "told": told})
     return export(lease) if exporter is None and has_checkpoint(lease) else exporter
-
-
-def rates(workdir: Path) -> dict[str, Any]:
-    """The last record of training, and its median rate."""
-    with contextlib.suppress(OSError, ValueError):
-        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        ordered = sorted(record["images_per_second"] for record in records)
-        return {
-            "median_images_per_second": ordered[len(ordered) // 2],
-            "input_wait": max(record["input_wait"] for record in records),
-            "last": records[-1],
-        }
-    return {}
 
 
 def has_checkpoint(lease: Lease) -> bool:
@@ -359,35 +335,28 @@ def export(lease: Lease) -> subprocess.Popen:
 
 def extras(lease: Lease, flags: str) -> None:
     """More measurements, the most useful first, as long as there is time for one."""
-    module, facts = [sys.executable, "-m"], lease.facts
+    vpm, facts = [sys.executable, "-m", "vpm_jax"], lease.facts
     ranking = ["--config.eval.flip=True", "--config.match.visibility=saturated"]
     ranking += ["--config.match.gallery_gammas=(0.5,0.6,0.7,0.8,0.9)"]
     probe = [*lease.script("probe.py"), facts / "batch256.json", lease.packed, "--config", CONFIG, *EXTRA]
-    rows: list[tuple[str, float, list[str | Path]]] = [
-        (
-            "ranked",  # as configs/market_plus.py does
+    rows: dict[str, tuple[float, list[str | Path]]] = {  # the seconds that each needs, and its command
+        "ranked": (  # as configs/market_plus.py does
             60,
-            [*module, "vpm_jax.evaluate", "--workdir", lease.workdir, "--output", lease.root / "ranked", *ranking],
+            [*vpm, "evaluate", "--workdir", lease.workdir, "--output", lease.root / "ranked", *ranking],
         ),
-        ("torch-compiled", 80, []),
-        ("batch256", 80, [*probe, "--weights", lease.weights, "--batch", "256"]),
-        ("torch-batch256", 60, []),
-        (
-            "extraction",
+        "torch-compiled": (80, torch_probe(lease, "torch-compiled", "compiled")),
+        "batch256": (80, [*probe, "--weights", lease.weights, "--batch", "256"]),
+        "torch-batch256": (60, torch_probe(lease, "torch-batch256", "compiled", 256)),
+        "extraction": (
             50,
-            [*module, "vpm_jax.benchmark", "extraction", "--config", CONFIG, "--json", facts / "extraction.json"],
+            [*vpm, "benchmark", "extraction", "--config", CONFIG, "--json", facts / "extraction.json"],
         ),
-        ("matching", 40, [*module, "vpm_jax.benchmark", "matching", "--json", facts / "matching.json"]),
-    ]
-    for name, seconds, command in rows:
-        if lease.left() < seconds + 15:
-            continue
-        if command:
+        "matching": (40, [*vpm, "benchmark", "matching", "--json", facts / "matching.json"]),
+    }
+    for name, (seconds, command) in rows.items():
+        if lease.left() >= seconds + 15:
             lease.run(name, command, lease.left() - 15, XLA_FLAGS=flags)
-        else:
-            batch = 256 if name.endswith("256") else 0
-            measure_torch(lease, name, "compiled", lease.left() - 15, batch)
-        lease.collect()
+            lease.collect()
 
 
 def main() -> int:

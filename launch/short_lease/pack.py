@@ -19,7 +19,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import weights
+import numpy as np
+from export import halved
 
 from vpm_jax import cli, pretrained
 from vpm_jax.errors import UserError
@@ -50,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to pack, instead of downloading them")
     parser.add_argument("--python", default="3.12", help="the machine's Python, for the wheels (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=64, help="MiB that the machine takes at a time (default: 64)")
-    parser.add_argument("--only", choices=("1", "2"), help="pack only .gpu1 or .gpu2")
     parser.add_argument("--repo", type=Path, default=HERE.parents[1], help="the checkout (default: this one)")
     args = parser.parse_args(argv)
     images = find_images(args.data / DATASET)
-    if args.only != "2":
-        pack_first(args, images)
-    if args.only != "1":
-        pack_images(empty(args.repo / ".gpu2"), images)
+    pack_first(args, images)
+    pack_images(empty(args.repo / ".gpu2"), images)
     tree = sum(path.lstat().st_size for path in tracked(args.repo))
     for folder in (args.repo / ".gpu1", args.repo / ".gpu2"):
         check_size(folder, tree, args.limit)
@@ -92,10 +90,11 @@ def pack_first(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         npz = Path(temporary) / "weights.npz"
         if args.weights != "none":  # first, to report missing weights at once
-            own.write_npz(npz, pretrained.load(args.weights, args.data, key="--weights"))
+            own.write_npz(npz, halved(pretrained.load(args.weights, args.data, key="--weights")))
         folder = empty(args.repo / ".gpu1")
         if npz.exists():
-            weights.shrink(npz, folder / "weights.npz")
+            with np.load(npz) as arrays:
+                np.savez_compressed(folder / "imagenet.npz", **arrays)
     for script in HERE.glob("*.py"):
         if script.name not in ("pack.py", "join.py"):
             shutil.copy(script, folder)
@@ -124,9 +123,7 @@ def pack_images(folder: Path, images: dict[str, list[Path]]) -> None:
             member = tarfile.TarInfo(f"{DATASET}/{path.parent.name}/{path.name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    count = sum(map(len, images.values()))
-    (folder / "packed.json").write_text(json.dumps({"images": count}))
-    print(f"{count:,} images")
+    print(f"{sum(map(len, images.values())):,} images")
 
 
 def empty(folder: Path) -> Path:
@@ -146,8 +143,6 @@ def tracked(repo: Path) -> list[Path]:
 
 def check_size(folder: Path, tree: int, limit: float) -> None:
     """Prints a folder's size. Raises UserError if it is too large to travel with the working tree."""
-    if not folder.is_dir():
-        return
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     total = (size + tree) / 2**20
     line = f"{folder.name}: {size / 2**20:.1f} MiB + working tree {tree / 2**20:.1f} MiB = {total:.1f} of {limit:g} MiB"

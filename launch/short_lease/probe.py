@@ -1,6 +1,6 @@
 """Times the training step on this machine's device; records its compile time, kernels and compiled program.
 
-    python probe.py OUT.json packed.json --config FILE [--weights FILE] [--batch 256] [--profile DIR] [--hlo FILE]
+    python probe.py OUT.json packed.json --config FILE [--weights FILE] [--batch 256] [--program]
 
 It compiles the program that training runs, so training finds it in the compilation cache. OUT.json is written after
 every measurement, so a failure loses none of those before it.
@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ def main() -> None:
     parser.add_argument("--weights", default="none")
     parser.add_argument("--batch", type=int, default=0, help="images (default: the recipe's)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing")
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--hlo", type=Path)
+    parser.add_argument("--program", action="store_true", help="also its kernels and, as OUT.hlo.gz, the program")
     args, overrides = parser.parse_known_args()
     facts: dict[str, Any] = {"arguments": sys.argv[1:], "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
@@ -121,16 +121,16 @@ def main() -> None:
     )
 
     # ---- Kernels and program, if they can be had ---------------------------------------------------------------
-    if args.profile:
+    if args.program:
         try:
-            with jax.profiler.trace(str(args.profile)):
-                run(PROFILED)
-            keep(**kernels(args.profile))
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    run(PROFILED)
+                keep(**kernels(Path(folder)))
         except Exception as error:
             keep(profile_error=repr(error)[:300])
-    if args.hlo:
         try:
-            with gzip.open(args.hlo, "wt") as file:
+            with gzip.open(args.output.with_suffix(".hlo.gz"), "wt") as file:
                 file.write(train_step.lower(state, batch, numbers).compile().as_text())  # from the cache
         except Exception as error:
             keep(hlo_error=repr(error)[:300])
@@ -141,7 +141,7 @@ def kernels(folder: Path) -> dict[str, Any]:
     """Time and number of kernels in a step, and the longest: [microseconds, calls, name]."""
     from jax.profiler import ProfileData
 
-    path = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    [path] = folder.rglob("*.xplane.pb")
     seconds: collections.Counter = collections.Counter()
     calls: collections.Counter = collections.Counter()
     for plane in ProfileData.from_file(str(path)).planes:
