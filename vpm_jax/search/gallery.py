@@ -328,7 +328,7 @@ class Gallery:
             raise UserError("max_distance and false_match_rate are both given: choose one.")
         if self.store is None or not len(self.store):
             raise UserError(f"{self.folder} holds no images yet: run python -m vpm_jax.search index.")
-        root, items = self._root, list(each(images))
+        items = list(each(images))
         placed = [places] * len(items) if places is None or isinstance(places, str) else list(places)
         with ThreadPoolExecutor(1) as pool:
             verified = pool.submit(self._stored, UNCUT)
@@ -341,7 +341,7 @@ class Gallery:
         rankings: dict[int, Ranking] = {}
         for crop, rows in route(queries, crops, self.model.grid).items():
             found = self._nearest(crop, queries[rows], k)
-            for row, results in zip(rows, self._results(self._stored(crop), queries[rows], found, root), strict=True):
+            for row, results in zip(rows, self._results(self._stored(crop), queries[rows], found), strict=True):
                 within = [result for result in results if result.distance < limit[row]]
                 closest = min((result.distance for result in results), default=np.inf)
                 image = items[row]
@@ -369,10 +369,8 @@ class Gallery:
             self._reduced[crop] = Reduced.of(store, self._reduction)
         return self._reduced[crop].nearest(match, queries, store, k, self.candidates)
 
-    def _results(
-        self, store: Store, queries: Description, found: tuple[np.ndarray, np.ndarray], root: Path
-    ) -> list[list[Result]]:
-        match, entries, rankings = self.model.config.match, store.entries, []
+    def _results(self, store: Store, queries: Description, found: tuple[np.ndarray, np.ndarray]) -> list[list[Result]]:
+        root, match, entries, rankings = self._root, self.model.config.match, store.entries, []
         for query, distances, indices in zip(queries, *found, strict=True):
             index = indices[np.isfinite(distances)]
             gallery = Description(store.features[index], store.visibility[index])

@@ -38,13 +38,13 @@ class Reduced(NamedTuple):
           UserError: if they are missing, damaged or not up to date.
         """
         folder = store.folder / "reduced"
-        there = path.exists() and folder.exists()
-        reduction, reduced = (Reduction.load(path), Store(folder)) if there else (None, None)
-        if reduction is None or reduced is None or reduced.entries != store.entries:
+        reduced = Store(folder) if path.exists() and folder.exists() else None
+        if reduced is None or reduced.entries != store.entries:
             raise UserError(
                 f"{store.folder} has no reduced features of all its images: write them with python -m vpm_jax.search "
                 "index --reduce D, or query without --candidates."
             )
+        reduction = Reduction.load(path)
         reduction.check(store.about.model)
         reduced.check_model(store.about.model, str(store.folder))
         reduced.verify()
