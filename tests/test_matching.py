@@ -210,7 +210,6 @@ def test_match_visibility():
     np.testing.assert_array_equal(match_visibility(np.array(shares), "saturated"), expected)
     assert match_visibility(scores, "saturated").dtype == np.float32
     np.testing.assert_array_equal(match_visibility(scores, "binary"), [[1, 1, 0, 0]])
-    np.testing.assert_array_equal(match_visibility(scores, "binary", cells=8), [[1, 0, 0, 0]])
     assert match_visibility(scores, "soft").dtype == np.float32
     with pytest.raises(ValueError, match="'hard' is not one of soft"):
         match_visibility(scores, "hard")

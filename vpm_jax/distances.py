@@ -86,11 +86,10 @@ def distances(
     variables: Variables,
     queries: Sequence[CroppedSplit],
     gallery: Split,
-    check: Callable[[], None] | None = None,
 ) -> list[np.ndarray]:
     """The distances float32 [Q, G] of each query set to the gallery: `blocks`, as whole matrices."""
     matrices = [np.empty((len(query.split), len(gallery)), np.float32) for query in queries]
-    for number, rows, columns, distance in blocks(source, variables, queries, gallery, check):
+    for number, rows, columns, distance in blocks(source, variables, queries, gallery):
         matrices[number][rows, columns] = distance
     return matrices
 

@@ -108,17 +108,15 @@ class _Vectors:
         return np.asarray(self[:], dtype)
 
 
-def match_visibility(
-    visibility: Real[Any, "*n p"] | Sequence[Any], mode: str, cells: float = 1.0
-) -> Float32[np.ndarray, "*n p"]:
+def match_visibility(visibility: Real[Any, "*n p"] | Sequence[Any], mode: str) -> Float32[np.ndarray, "*n p"]:
     """The visibility weights of Eq. 4, from the predicted scores C of Eq. 2.
 
     Args:
       visibility: for each region, the sum of its probability over the cells of the feature map.
       mode: "soft" uses the scores as predicted (the paper). "saturated" divides them by the number of cells that a
         region has in a whole image and clips at 1, so that an overestimated region gets no extra weight. "uniform" is
-        1 for every region (MVPM-1). "binary" is 1 for regions with a score of at least `cells`, else 0.
-      cells: the threshold of "binary", in expected cells. A visible region spans at least one (`project_regions`).
+        1 for every region (MVPM-1). "binary" is 1 for regions with a score of at least one cell, which a visible
+        region spans (`project_regions`), else 0.
 
     Raises:
       ValueError: for an unknown mode.
@@ -132,7 +130,7 @@ def match_visibility(
     if mode == "uniform":
         return np.ones_like(scores)
     if mode == "binary":
-        return (scores >= cells).astype(np.float32)
+        return (scores >= 1).astype(np.float32)
     raise ValueError(f"visibility mode {mode!r} is not one of soft, saturated, uniform, binary")
 
 

@@ -278,23 +278,23 @@ def _checksum(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> in
     return zlib.crc32(json.dumps(sorted(item for item in about.items() if item[0] != "crc32")).encode(), total)
 
 
-def fold_epsilon(weights: Pretrained, epsilon: float = TORCH_EPSILON) -> Pretrained:
-    """The same backbone with another BN epsilon, its scales adjusted.
+def fold_epsilon(weights: Pretrained) -> Pretrained:
+    """The same backbone with PyTorch's BN epsilon, its scales adjusted.
 
-    scale / sqrt(var + old) = scale' / sqrt(var + epsilon) is exact for the running variance, hence in eval mode; in
+    scale / sqrt(var + old) = scale' / sqrt(var + new) is exact for the running variance, hence in eval mode; in
     training mode, with the batch's variance, the two differ.
     """
     flat = dict(weights.flat())
     for name in flat:
         if name.endswith("/scale"):
             var = flat[name.replace("params/", "batch_stats/").replace("/scale", "/var")].astype(np.float64)
-            factor = np.sqrt((var + epsilon) / (var + weights.bn_epsilon))
+            factor = np.sqrt((var + TORCH_EPSILON) / (var + weights.bn_epsilon))
             flat[name] = (flat[name] * factor).astype(flat[name].dtype)
     config = weights.config
     if config is not None:
         config = config.copy_and_resolve_references()
-        config.model.bn_epsilon = epsilon
-    return replace(weights, **nested(flat), bn_epsilon=epsilon, config=config)
+        config.model.bn_epsilon = TORCH_EPSILON
+    return replace(weights, **nested(flat), bn_epsilon=TORCH_EPSILON, config=config)
 
 
 def differences_from_torchvision(weights: Pretrained) -> dict[str, str]:
