@@ -60,7 +60,7 @@ def test_the_scale_of_visibility_cancels_though_its_products_are_no_floats(scale
     exact = reference(q, q_weight, g, g_weight)
     scaled = [(scale * weight).astype(np.float32) for weight in (q_weight, g_weight)]
     np.testing.assert_allclose(region_distance(q, scaled[0], g, scaled[1]), exact, rtol=1e-4)
-    distance, index = top_k(q, scaled[0], (g, scaled[1]), 3)
+    distance, index = top_k(q, scaled[0], g, scaled[1], 3)
     np.testing.assert_array_equal(index, np.argsort(exact, axis=1)[:, :3])
     np.testing.assert_allclose(distance, np.sort(exact, axis=1)[:, :3], rtol=1e-4)
 
@@ -155,7 +155,7 @@ def test_few_sizes_compile(monkeypatch, images_per_chunk):
     scan = topk._scanner(Mesh(np.array(jax.local_devices()), ("gallery",)), False)
     before = scan._cache_size()
     for queries, galleries in [(9, 145), (16, 146), (12, 160), (11, 153)]:
-        top_k(q[:queries], q_weight[:queries], (g[:galleries], g_weight[:galleries]), 3)
+        top_k(q[:queries], q_weight[:queries], g[:galleries], g_weight[:galleries], 3)
     assert scan._cache_size() <= before + 1
 
 

@@ -58,7 +58,7 @@ def counted(monkeypatch):
 def test_equals_sorting_everything(devices, chunks, squared):
     data = example(Q, G, P, C)
     data[3][[3, 50]] = 0  # these share no region with anyone
-    assert_nearest(top_k(*data[:2], data[2:], K, squared, devices), data, squared)
+    assert_nearest(top_k(*data, K, squared, devices), data, squared)
 
 
 @pytest.mark.parametrize("k", [1, G, 10 * G])
@@ -66,7 +66,7 @@ def test_any_k(chunks, k):
     data = example(Q, G, P, C)
     data[1][2] = 0  # a query without a region: everything is +inf, in gallery order
     data[3][[3, 50, 51]] = 0
-    distance, index = top_k(*data[:2], data[2:], k)
+    distance, index = top_k(*data, k)
     assert distance.shape == index.shape == (Q, min(k, G))
     assert_nearest((distance, index), data)
     np.testing.assert_array_equal(index[2], np.arange(min(k, G)))
@@ -81,7 +81,7 @@ def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
     data[2][same], data[3][same] = data[0][1], 1.0  # the second query's own picture, many times
     data[1][1] = 1.0
     kept = counted(monkeypatch)
-    distance, index = top_k(*data[:2], data[2:], K, devices=devices)
+    distance, index = top_k(*data, K, devices=devices)
     np.testing.assert_array_equal(index[1], np.sort(same)[:K])
     assert not distance[1].any()
     assert_nearest((distance, index), data)
@@ -90,7 +90,7 @@ def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
 
 def test_one_reading_is_enough_for_usual_galleries(monkeypatch):
     data, kept = example(Q, G, P, C), counted(monkeypatch)
-    top_k(*data[:2], data[2:], K)
+    top_k(*data, K)
     assert kept == [K + topk.SPARE]
 
 
@@ -105,14 +105,14 @@ def test_bounds_are_below_and_answers_right_where_float32_cannot_tell(monkeypatc
     bounds = []
     scan = topk._scan
     monkeypatch.setattr(topk, "_scan", lambda *args: bounds.append(scan(*args)) or bounds[-1])
-    found = top_k(q, q_weight, (g, g_weight), G)
+    found = top_k(q, q_weight, g, g_weight, G)
     assert_nearest(found, data)
     lowest, index = bounds[0]
     exact = np.take_along_axis(reference(*data), index, axis=1)
     assert (lowest <= exact)[np.isfinite(exact)].all() and (np.isinf(lowest) == np.isinf(exact)).all()
     if spread == 1 and not offset:  # and close enough to be of use
         np.testing.assert_allclose(lowest, exact, atol=1e-4)
-    assert_nearest(top_k(q, q_weight, (g, g_weight), K), data)
+    assert_nearest(top_k(q, q_weight, g, g_weight, K), data)
 
 
 class Counting:
@@ -120,7 +120,7 @@ class Counting:
 
     def __init__(self, features):
         self.features, self.most, self.slices = features, 0, 0
-        self.shape = features.shape
+        self.shape, self.dtype = features.shape, features.dtype
 
     def __getitem__(self, rows):
         part = self.features[rows]
@@ -135,11 +135,11 @@ def test_a_store_is_streamed(tmp_path, monkeypatch, dtype, devices):
     q, q_weight, g, g_weight = example(Q, G, P, C)
     write(tmp_path, About("model", "config", P, C, dtype), map(str, range(G)), g, g_weight)
     store = Store(tmp_path)
-    found = top_k(q, q_weight, store, K, devices=devices)
+    found = top_k(q, q_weight, store.features, store.visibility, K, devices=devices)
     data = (q, q_weight, g.astype(dtype).astype(np.float32), g_weight)
     assert_nearest(found, data)
     counting = Counting(store.features)
-    again = top_k(q, q_weight, (counting, store.visibility), K, devices=devices)
+    again = top_k(q, q_weight, counting, store.visibility, K, devices=devices)
     for x, y in zip(found, again, strict=True):
         np.testing.assert_array_equal(x, y)
     # 10 images at a time in each reading; and a query's candidates.
@@ -152,7 +152,7 @@ def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):
     for devices in (jax.devices()[:1], jax.devices()):
         for chunk in (2**27, 2**12):
             monkeypatch.setattr(topk, "CHUNK_BYTES", chunk)
-            found.append(top_k(*data[:2], data[2:], K, devices=devices))
+            found.append(top_k(*data, K, devices=devices))
     for distance, index in found[1:]:
         np.testing.assert_array_equal(distance, found[0][0])
         np.testing.assert_array_equal(index, found[0][1])
@@ -160,8 +160,8 @@ def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):
 
 def test_nothing_asked_or_nothing_there():
     q, q_weight, g, g_weight = example(Q, G, P, C)
-    assert top_k(q[:0], q_weight[:0], (g, g_weight), K)[0].shape == (0, K)
-    assert top_k(q, q_weight, (g[:0], g_weight[:0]), K)[1].shape == (Q, 0)
+    assert top_k(q[:0], q_weight[:0], g, g_weight, K)[0].shape == (0, K)
+    assert top_k(q, q_weight, g[:0], g_weight[:0], K)[1].shape == (Q, 0)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -169,15 +169,15 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(topk, "CHUNK_BYTES", 2**12)
     q, q_weight, g, g_weight = example(Q, G, P, C)
     with pytest.raises(ValueError, match="k is 0, expected at least 1"):
-        top_k(q, q_weight, (g, g_weight), 0)
+        top_k(q, q_weight, g, g_weight, 0)
     with pytest.raises(ValueError, match=r"expected \[Q, P, C\]"):
-        top_k(q, q_weight, (g[:, :2], g_weight), K)
+        top_k(q, q_weight, g[:, :2], g_weight, K)
     broken = g.copy()
     broken[77, 2, 3] = np.nan
     with pytest.raises(ValueError, match="features of gallery image 77 are not finite"):
-        top_k(q, q_weight, (broken, g_weight), K)
+        top_k(q, q_weight, broken, g_weight, K)
     for value in (np.nan, 1e30):
         broken = q.copy()
         broken[4] = value
         with pytest.raises(ValueError, match="features of query image 4 are not finite"):
-            top_k(broken, q_weight, (g, g_weight), K)
+            top_k(broken, q_weight, g, g_weight, K)

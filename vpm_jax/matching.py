@@ -45,7 +45,7 @@ def nearest(
     match: ConfigDict, query: Described, gallery: Described, k: int
 ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
     """The k gallery images nearest to each query by `pairwise_distance`: see `top_k`."""
-    return top_k(*_weighted(match, query), _weighted(match, gallery, True), k, match.squared)
+    return top_k(*_weighted(match, query), *_weighted(match, gallery, True), k, match.squared)
 
 
 def _weight(match: ConfigDict, images: Described, gallery: bool = False) -> np.ndarray:

@@ -15,7 +15,8 @@ from jaxtyping import Float32, Int64, Integer, Real
 
 from vpm_jax.chunks import (
     CHUNK_BYTES,
-    Described,
+    GalleryFeatures,
+    GalleryVisibility,
     QueryFeatures,
     QueryVisibility,
     block_distance,
@@ -38,7 +39,8 @@ FARTHEST = np.finfo(np.float32).max
 def top_k(
     query_features: QueryFeatures,
     query_visibility: QueryVisibility,
-    gallery: Described | tuple[Any, Any],
+    gallery_features: GalleryFeatures,
+    gallery_visibility: GalleryVisibility,
     k: int,
     squared: bool = False,
     devices: Sequence[jax.Device] | None = None,
@@ -53,10 +55,9 @@ def top_k(
     the candidates. Beyond the inputs, memory is about 4 * CHUNK_BYTES.
 
     Args:
-      query_features: of any float type, used as given.
-      query_visibility: at least 0; see `match_visibility`.
-      gallery: a `search.store.Store`, or (features [G, P, C], visibility [G, P]), where features may be any object with
-        a shape whose rows are indexed by slices and integer arrays.
+      query_features, gallery_features: of any float type, used as given. Those of the gallery may be any object with a
+        shape whose rows are indexed by slices and integer arrays.
+      query_visibility, gallery_visibility: at least 0; see `match_visibility`.
       k: the number of images.
       squared: use squared local distances.
       devices: where to compute (default: all local devices). The result does not depend on it.
@@ -68,20 +69,19 @@ def top_k(
     Raises:
       ValueError: if k is less than 1, and as `region_distance`.
     """
-    features, visibility = gallery if isinstance(gallery, tuple) else (gallery.features, gallery.visibility)
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
-    check_shapes(query_features, query_visibility, features, visibility)
+    check_shapes(query_features, query_visibility, gallery_features, gallery_visibility)
     query_weight = checked_visibility(query_visibility, "query")
-    gallery_weight = checked_visibility(visibility, "gallery")
+    gallery_weight = checked_visibility(gallery_visibility, "gallery")
     queries, k = len(query_weight), min(k, len(gallery_weight))
     distance, index = np.empty((queries, k), np.float32), np.empty((queries, k), np.int64)
     if not distance.size:
         return distance, index
 
-    width = int(np.prod(np.shape(features)[1:]))
+    width = int(np.prod(np.shape(gallery_features)[1:]))
     mesh = Mesh(np.array(devices or jax.local_devices()), ("gallery",))
-    todo = [(np.arange(queries), k + SPARE)]
+    gallery, todo = (gallery_features, gallery_weight), [(np.arange(queries), k + SPARE)]
     while todo:
         rows, kept = todo.pop()
         kept = min(kept, len(gallery_weight))
@@ -94,8 +94,8 @@ def top_k(
         bad = np.flatnonzero(~np.isfinite(4 * np.einsum("qpc,qpc->q", query[0], query[0])))
         if len(bad):
             raise ValueError(f"the features of query image {rows[bad[0]]} are not finite, or overflow when squared")
-        bound, candidates = _scan(query, (features, gallery_weight), kept, squared, mesh)
-        exact = _exact(query, (features, gallery_weight), candidates, squared)
+        bound, candidates = _scan(query, gallery, kept, squared, mesh)
+        exact = _exact(query, gallery, candidates, squared)
         order = np.lexsort((candidates, exact))[:, :k]
         distance[rows], index[rows] = (np.take_along_axis(x, order, axis=1) for x in (exact, candidates))
         last = distance[rows, -1]

@@ -55,7 +55,7 @@ def check(query: tuple[np.ndarray, np.ndarray], gallery: tuple[np.ndarray, np.nd
     """Raises RuntimeError unless `top_k` agrees with sorting all distances of Eq. 4 in float64."""
     from vpm_jax.topk import top_k
 
-    distances, index = top_k(*query, gallery, k)
+    distances, index = top_k(*query, *gallery, k)
     for exact, distance, chosen in zip(exact_distance(*query, *gallery), distances, index, strict=True):
         nearest = np.sort(exact)[: len(chosen)]
         if not (np.allclose(exact[chosen], nearest, rtol=1e-6) and np.allclose(distance, nearest, rtol=1e-6)):
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         store = make_gallery(Path(folder), args)
         checked = slice(0, max(1, CHECKED_BYTES // (8 * args.regions * args.channels)))
         check(query, (store.features[checked], store.visibility[checked]), args.k)
-        search = partial(top_k, *query, store, args.k)
+        search = partial(top_k, *query, store.features, store.visibility, args.k)
         reduction = Reduction.fit(Description(store.features[checked], store.visibility[checked]), args.reduce)
         reduced.write(store, reduction)
         small = reduced.Reduced(reduction, Store(store.folder / "reduced"))
