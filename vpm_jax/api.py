@@ -302,13 +302,12 @@ class VPM:
         A model of padded images (data.fit) also takes bool [N, h, w]: the cells of T that each image covers. Raises as
         `features`.
         """
-        pixels, valid = [], []
-        for number, image in enumerate(each(images)):
-            out = np.empty((*self.image_size, 3), np.uint8)
-            valid.append(self._fill(image, f"image {number}", out))
-            pixels.append(out)
-        array = np.array(pixels, np.uint8).reshape(-1, *self.image_size, 3)
-        return (array, np.array(valid, bool).reshape(-1, *self._map_shape)) if self._fit.pads else (array,)
+        given = list(each(images))
+        pixels = np.empty((len(given), *self.image_size, 3), np.uint8)
+        valid = np.empty((len(given), *self._map_shape), bool)
+        for number, image in enumerate(given):
+            valid[number] = self._fill(image, f"image {number}", pixels[number])
+        return (pixels, valid) if self._fit.pads else (pixels,)
 
     def _fill(
         self, image: Image, name: str, out: np.ndarray, crop: Crop = WHOLE, place: Place | None = None

@@ -61,9 +61,8 @@ def _of_gamma(pairs: Pairs) -> dict[str, Any]:
     for rate in ALARMS:
         distance, found = pairs.identification_rate(rate)
         identification[f"{rate:g}"] = {"distance": _number(distance), "rate": _numbers(found)}
-    curve = {"distance": pairs.thresholds} | dict(
-        zip(("true_match_rate", "false_match_rate"), pairs.curve(), strict=True)
-    )
+    names = ("distance", "true_match_rate", "false_match_rate")
+    curve = dict(zip(names, (pairs.thresholds, *pairs.curve()), strict=True))
     shown = np.unique(np.linspace(0, len(pairs.thresholds) - 1, POINTS).astype(int))
     return {
         "pairs": pairs.count,

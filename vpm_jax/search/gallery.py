@@ -234,8 +234,8 @@ class Gallery:
             deleted = len(stored.keys() - current.keys())
             return Update(len(written) - changed, changed, deleted, len(unreadable))
 
-        shape = {"regions": regions, "channels": channels, "dtype": self._dtype}
-        about = About(model=self.model.fingerprint, config=config_digest(self.model), extra=extra(), **shape)
+        digest = hashlib.sha256(config_lib.to_json(self.model.config).encode()).hexdigest()[:16]
+        about = About(self.model.fingerprint, digest, regions, channels, self._dtype, extra())
         old_crops = stored_crops(self.store) if self.store is not None else {}
         with Writer(self.folder, about) as writer:
             for crop in old_crops.keys() - set(self._crops):
@@ -437,11 +437,6 @@ def stored_crops(store: Store) -> dict[GalleryCrop, bool]:
 def crop_folder(store: Path, crop: GalleryCrop) -> Path:
     """The folder of a crop's store."""
     return store / str(crop).replace(" ", "-")
-
-
-def config_digest(model: VPM) -> str:
-    """16 hexadecimal digits of the model's whole config."""
-    return hashlib.sha256(config_lib.to_json(model.config).encode()).hexdigest()[:16]
 
 
 def _crops(model: VPM, gammas: Iterable[float] | None) -> list[GalleryCrop]:

@@ -86,12 +86,10 @@ def _number(text: str) -> float:
 
 
 def distance(given: dict[str, str]) -> float:
-    if "max_distance" not in given:
-        return math.inf
-    text = given["max_distance"]
-    if not _number(text) >= 0:  # not a number, too
+    text = given.get("max_distance", "inf")
+    if not (value := _number(text)) >= 0:  # not a number, too
         raise Refusal(400, "bad-parameter", f"max_distance is {text[:40]!r}, expected a number of at least 0.")
-    return _number(text)
+    return value
 
 
 def box(given: dict[str, str]) -> Crop:
