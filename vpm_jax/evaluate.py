@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="preview: only N evenly spaced queries")
     cli.add_hosts(parser)
     args, overrides = parser.parse_known_args(argv)
+    overrides += ["--config.match.rerank=True"] * args.rerank
 
     # Loader processes import this module again, so it stays light.
     from vpm_jax.evaluation import evaluate_run
@@ -56,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with hosts.joined(args):
         output = args.output or args.workdir
-        files = args.save, args.features, args.queries
-        evaluate_run(args.workdir, output, overrides, args.dataset, args.root, args.rerank, *files)
+        evaluate_run(args.workdir, output, overrides, args.dataset, args.root, args.save, args.features, args.queries)
     return 0
 
 

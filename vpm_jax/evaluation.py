@@ -45,7 +45,6 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     dataset_name: str | None = None,
     root: str | None = None,
-    rerank: bool = False,
     save: Sequence[str] = (),
     features: Path | None = None,
     queries: int = 0,
@@ -58,7 +57,6 @@ def evaluate_run(
       overrides: --config.KEY=VALUE.
       dataset_name: evaluate on this dataset instead of the run's; looked up in $VPM_DATA or ./data without `root`.
       root: the dataset's folder, zip or CSV; None: config.data.root.
-      rerank: turns match.rerank on.
       save: files for other tools, written into a folder in `output`: "features", "distances", "ranking".
       features: match the features that an earlier evaluation saved in this folder, instead of extracting them.
       queries: evaluate on this many evenly spaced queries; 0: all.
@@ -66,7 +64,7 @@ def evaluate_run(
     Raises:
       UserError: for any problem the user can fix.
     """
-    opened = open_run(workdir, overrides, dataset_name, root, rerank, features, queries, bool(save))
+    opened = open_run(workdir, overrides, dataset_name, root, features, queries, bool(save))
     trained, source, dataset, about = opened.trained, opened.source, opened.dataset, opened.about
     # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
     before, now = config_lib.flatten(trained), config_lib.flatten(source.config)
@@ -104,7 +102,6 @@ def open_run(
     overrides: Sequence[str] = (),
     dataset_name: str | None = None,
     root: str | None = None,
-    rerank: bool = False,
     features: Path | None = None,
     queries: int = 0,
     fingerprinted: bool = False,
@@ -120,8 +117,6 @@ def open_run(
         # The run's data.root points to its own dataset.
         overrides = ["--config.data.root=", *overrides]
     trained, config = read_run(workdir, overrides)
-    config.match.rerank = config.match.rerank or rerank
-    config_lib.check(config)
     data = config.data.copy_and_resolve_references()  # of the evaluation; config.data is that of the training
     if dataset_name:
         data.name, data.holdout_identities = dataset_name, 0
