@@ -59,7 +59,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 # Files that take long go first, the longest before all, so that no worker is left with one of them at the end.
-LONG = ("train", "hosts", "losses", "step", "parity", "reproduce", "export", "devices", "benchmark", "evaluate")
+LONG = ("train", "step", "parity", "losses", "short_lease", "hosts", "export", "reproduce", "models", "onnx_export")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
