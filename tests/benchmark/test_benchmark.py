@@ -175,9 +175,10 @@ def test_metrics_and_the_plain_evaluator_agree(tmp_path, capsys):
     assert all(row["value"] > 0 and row["share"] > 0 for row in record["rows"]) and "numpy" in record["versions"]
 
 
-def test_extraction_and_evaluation(capsys):
+def test_extraction_and_evaluation(capsys, stem_alone):
+    changes = SHRUNK | {key.replace("__", "."): value for key, value in stem_alone.items()}
     for arguments in (["extraction", "--images=10"], ["evaluation", "--queries=3", "--gallery=12"]):
-        tiny = [f"--config.{key}={value}" for key, value in SHRUNK.items() if key != "model.num_identities"]
+        tiny = [f"--config.{key}={value}" for key, value in changes.items() if key != "model.num_identities"]
         main([*arguments, "--seconds=0.1", "--config.eval.batch=4", "--config.eval.gammas=(0.5,1.0)", *tiny])
     out = capsys.readouterr().out
     for row in ("extraction: network alone", "extraction: from JPEG to features", "evaluation: whole"):
