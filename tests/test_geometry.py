@@ -149,7 +149,7 @@ def test_only_covered_cells_take_part(locator):
         [covered(box, (60, 40), (6, 4)) for box in [(0, 0, 30, 40), (20, 0, 60, 40), (0, 10, 60, 30), (0, 0, 60, 40)]]
     )
     net = network(locator, global_head=True)
-    variables = net.init(jax.random.key(0), image)
+    variables = jax.jit(net.init)(jax.random.key(0), image)
     _, out = net.apply(variables, image, valid=valid)
     other = np.where(valid[..., None], image, random.normal(size=image.shape)).astype(np.float32)
     _, changed = net.apply(variables, other, valid=valid)
@@ -182,7 +182,7 @@ def test_a_picture_that_covers_no_cell_has_no_features():
     image = np.random.default_rng(0).normal(size=(2, 4, 2, 8)).astype(np.float32)
     valid = np.stack([np.zeros((4, 2), bool), np.ones((4, 2), bool)])
     net = network(global_head=True)
-    variables = net.init(jax.random.key(0), image)
+    variables = jax.jit(net.init)(jax.random.key(0), image)
     _, out = net.apply(variables, image, valid=valid)
     assert not out["visibility"][0].any() and not out["region_features"][0].any()
 
@@ -190,7 +190,7 @@ def test_a_picture_that_covers_no_cell_has_no_features():
         _, out = net.apply(variables, x, valid=valid)
         return sum(jnp.sum(out[key]) for key in ("visibility", "region_features", "logits", "global_logits"))
 
-    gradient = jax.grad(loss)(image)
+    gradient = jax.jit(jax.grad(loss))(image)
     assert np.isfinite(gradient).all() and not gradient[0].any() and gradient[1].any()
 
 
