@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -31,7 +30,6 @@ from trackers import ByteTrackTracker, OCSORTTracker
 
 from vpm_jax import VPM
 from vpm_jax.benchmark.report import hardware, versions
-from vpm_jax.benchmark.timing import best
 from vpm_jax.data import synthetic
 from vpm_jax.data.pedestrians.canvas import Canvas
 from vpm_jax.data.pedestrians.figure import Pose, draw_person
@@ -323,22 +321,6 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def rates(model: VPM, encoder: Encoder, frame: Frame) -> dict[str, float]:
-    """Crops/s of CPU time by the encoder and by the network alone, 8 and 64 at a time."""
-    result = {}
-    boxes = np.resize(frame.detected, (64, 4))
-    limits = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT]) / SCALE
-    (images,) = model.inputs([frame.pixels[:100, :50]] * 64)
-    for count in (8, 64):
-        shown, batch = boxes[:count].clip(0, limits), images[:count]
-        works = {
-            "encoder": partial(encoder.encode, frame.pixels, shown),
-            "network": lambda batch=batch: [np.asarray(x) for x in model.step(batch).values()],
-        }
-        result |= {f"{name}, {count}": count / best(work, 5, "cpu") for name, work in works.items()}
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="a run of configs/synthetic.py")
@@ -399,7 +381,6 @@ def main() -> None:
         "counts": counts,
         "distances": {key: float(np.mean([x[key] for x in apart])) for key in apart[0]},
         "videos": {name: {key: x.tolist() for key, x in found.items()} for name, found in figures.items()},
-        "rates, crops/s of CPU": rates(model, encoder, max(first[0], key=lambda frame: len(frame.detected))),
         "model": {"source": model.source, "fingerprint": model.fingerprint},
         "hardware": hardware(),
         "versions": versions(),
@@ -407,11 +388,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "figures.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     picture(*first, figures)
-    print(
-        json.dumps(
-            {key: record[key] for key in ("table", "known minus ignored", "counts", "rates, crops/s of CPU")}, indent=1
-        )
-    )
+    print(json.dumps({key: record[key] for key in ("table", "known minus ignored", "counts")}, indent=1))
 
 
 def picture(frames: list[Frame], tracks: dict[str, Tracks], figures: dict[str, dict[str, np.ndarray]]) -> None:

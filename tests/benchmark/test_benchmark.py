@@ -185,6 +185,21 @@ def test_extraction_and_evaluation(capsys, stem_alone):
         assert row in out
 
 
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_tracking(fit, capsys):
+    tiny = [f"--config.{key}={value}" for key, value in SHRUNK.items() if key != "model.num_identities"]
+    main(["tracking", "--people", "1", "3", "--rounds=1", f"--config.data.fit={fit}", *tiny])
+    out = capsys.readouterr().out
+    for people in (1, 3):
+        rates = [
+            float(line.removeprefix(name).split()[0].replace(",", ""))
+            for name in (f"tracking: network alone, {people} crops", f"tracking: {people} people in a frame")
+            for line in out.splitlines()
+            if line.startswith(name)
+        ]
+        assert len(rates) == 2 and min(rates) > 0
+
+
 def test_distractors_in_pieces(monkeypatch, capsys):
     monkeypatch.setattr("vpm_jax.distances.PIECE_BYTES", 1)  # a batch at a time
     size = ["--queries=6", "--gallery=30", "--distractors=300", "--channels=8", "--config.eval.batch=64"]

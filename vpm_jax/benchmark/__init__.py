@@ -30,6 +30,7 @@ from vpm_jax.benchmark import (
     search,
     serve,
     step,
+    tracking,
 )
 from vpm_jax.benchmark.report import Report, text, to_json
 from vpm_jax.disk import write_atomically
@@ -48,11 +49,12 @@ SECTIONS = {
     "metrics": metrics,
     "evaluation": evaluation,
     "distractors": distractors,
+    "tracking": tracking,
     "elsewhere": elsewhere,
     "serve": serve,
 }
 NOT_IN_ALL = ("elsewhere", "serve")  # measures another machine; needs a gallery
-NETWORKS = ("step", "convolutions", "extraction", "evaluation")  # default to the small recipe on CPU
+NETWORKS = ("step", "convolutions", "extraction", "evaluation", "tracking")  # default to the small recipe on CPU
 
 
 def parser() -> argparse.ArgumentParser:

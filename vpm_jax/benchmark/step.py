@@ -93,6 +93,7 @@ def fixed(config: ConfigDict) -> ConfigDict:
     """A copy of the config with stage 2 alone and the values that normally come from the training set."""
     config = config.copy_and_resolve_references()
     config.model.num_identities = config.model.num_identities or CLASSES
+    config.data.aspect = config.data.aspect or config.data.height / config.data.width
     config.pretrained = "none"
     config.stage1.epochs, config.stage2.epochs, config.stage2.steps_per_epoch = 0, 10_000, 100
     stage = config.stage2

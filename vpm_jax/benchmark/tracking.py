@@ -1,0 +1,71 @@
+"""Appearance vectors for a tracker: crops/s from video frames by `vpm_jax.tracking.Encoder`, compared with the network
+alone on crops of the input's size."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from statistics import median
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpm_jax import parallel
+from vpm_jax.benchmark.report import Report, Row
+from vpm_jax.benchmark.step import fixed
+from vpm_jax.benchmark.timing import in_turn, timed
+from vpm_jax.errors import UserError
+
+HELP = "appearance vectors for a tracker, compared with the network alone"
+FRAME = (1080, 1920)
+PERSON = (300, 120)  # height and width in pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--people", type=int, nargs="+", default=[8, 64], help="in a frame (default: 8 64)")
+    parser.add_argument("--rounds", type=int, default=10, help="frames of each (default: %(default)s)")
+
+
+def boxes(count: int, random: np.random.Generator) -> np.ndarray:
+    """Boxes [count, 4] of people whose centers are in the frame, so that its edges cut some of them."""
+    center = random.uniform(0, FRAME[::-1], (count, 2))
+    half = np.array(PERSON[::-1]) / 2
+    return np.concatenate([center - half, center + half], axis=1)
+
+
+def run(args: argparse.Namespace, config: ConfigDict) -> Report:
+    if min(args.rounds, *args.people) < 1:
+        raise UserError("--people and --rounds: expected at least 1 of each.")
+    import jax
+
+    from vpm_jax import step
+    from vpm_jax.api import VPM
+    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.description import Describer
+    from vpm_jax.tracking import Encoder
+
+    here, config, random = describe(), fixed(config), np.random.default_rng(0)
+    mesh, state = parallel.data_mesh(devices=jax.local_devices()), step.init_state(config)
+    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
+    model = VPM(config, partial(Describer(config, mesh, region_maps=True).step, variables), "", "random weights")
+    encoder, frame = Encoder(model, "bgr", max(args.people)), random.integers(0, 256, (*FRAME, 3), np.uint8)
+    m, rows = config.model, []
+    for people in args.people:
+        inputs = model.inputs(random.integers(0, 256, (people, *model.image_size, 3), np.uint8))
+        work = {
+            "encoder": partial(encoder.encode, frame, boxes(people, random)),
+            "network": lambda inputs=inputs: [np.asarray(x) for x in model.step(*inputs).values()],
+        }
+        for contestant in work.values():
+            contestant()  # compiles
+        times = in_turn({name: timed(contestant, args.clock) for name, contestant in work.items()}, args.rounds)
+        encoder_rate, alone = (people / median(times[name]) for name in ("encoder", "network"))
+        rows += [
+            Row(f"tracking: network alone, {people} crops", alone, "crops/s"),
+            Row(f"tracking: {people} people in a frame", encoder_rate, "crops/s", alone, "the network alone"),
+        ]
+    line = (
+        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {m.dtype} compute, crops of about {PERSON[0]} x "
+        f"{PERSON[1]} pixels to {config.data.height} x {config.data.width}, on {here['device']}."
+    )
+    return Report(rows, [line], device=here["accelerator"], config=config.to_dict())
