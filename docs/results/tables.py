@@ -113,13 +113,12 @@ _ABLATIONS = (
     ("MVPM-4: in neither", "mvpm-4"),
 )
 
-_MARKET = {"gamma 0.5": ("market1501", "0.5"), "whole": ("market1501", "1.0")}
+_MARKET = {f"gamma {gamma}": ("market1501", str(gamma)) for gamma in (0.5, 0.6, 0.7, 0.8, 0.9)}
+_MARKET["whole"] = ("market1501", "1.0")
 TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] = {
-    "vectors": Vectors(
-        {f"Market-1501, {title}": source for title, source in _MARKET.items()}
-        | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}
-    ),
-    "recall": Vectors(_MARKET, recall=True),
+    "vectors": Vectors(_MARKET | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}),
+    "recall": Vectors({title: _MARKET[title] for title in ("gamma 0.5", "whole")}, recall=True),
+    "million": Written("search/stages"),
     "stages": Benchmarks(
         {"1,000,000 x 6 x 256": "search/million", "100,000 x 6 x 2,048": "search/wide"},
         {
@@ -195,6 +194,21 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("VPM in the paper (ResNet-50, 384x128)", PAPER),
     ),
     "serve": Figures("serve"),
+    "crops": Benchmarks(
+        {
+            f"{network}, {cores}": f"tracking/{file}-{count}"
+            for network, file in (("ResNet-18 of width 24, 128x64", "small"), ("ResNet-50, 256x128", "resnet50"))
+            for count, cores in ((1, "one core"), (2, "two cores"))
+        },
+        {
+            f"{title}, {people} people": figure.format(people)
+            for people in (8, 64)
+            for title, figure in (
+                ("encoder", "tracking: {} people in a frame"),
+                ("network alone", "tracking: network alone, {} crops"),
+            )
+        },
+    ),
     "synthetic": (
         Row("VPM", "synthetic-vpm"),
         Row("global feature, same training crops", "synthetic-baseline"),

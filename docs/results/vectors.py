@@ -1,7 +1,7 @@
 """Measures one vector per image, and reduced features, beside Eq. 4; writes DATASET.json into the folder vectors.
 
     python docs/results/vectors.py --workdir runs/market_fast --features runs/market_fast/saved --learn train.npz \\
-        "--config.eval.gammas=(0.5,1.0)"
+        "--config.eval.gammas=(0.5,0.6,0.7,0.8,0.9,1.0)"
     python docs/results/tables.py
 
 --features holds what `evaluate --save features` wrote; with --dataset and --root, of another dataset. --learn is a
