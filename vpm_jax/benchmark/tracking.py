@@ -4,6 +4,7 @@ alone on crops of the input's size."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     m, rows = config.model, []
     for people in args.people:
         inputs = model.inputs(random.integers(0, 256, (people, *model.image_size, 3), np.uint8))
-        work = {
+        work: dict[str, Callable[[], object]] = {
             "encoder": partial(encoder.encode, frame, boxes(people, random)),
             "network": lambda inputs=inputs: [np.asarray(x) for x in model.step(*inputs).values()],
         }
