@@ -49,13 +49,17 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     mesh, state = parallel.data_mesh(devices=jax.local_devices()), step.init_state(config)
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     model = VPM(config, partial(Describer(config, mesh, region_maps=True).step, variables), "", "random weights")
+
+    def network(inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        return [np.asarray(x) for x in model.step(*inputs).values()]
+
     encoder, frame = Encoder(model, "bgr", max(args.people)), random.integers(0, 256, (*FRAME, 3), np.uint8)
     m, rows = config.model, []
     for people in args.people:
         inputs = model.inputs(random.integers(0, 256, (people, *model.image_size, 3), np.uint8))
         work: dict[str, Callable[[], object]] = {
             "encoder": partial(encoder.encode, frame, boxes(people, random)),
-            "network": lambda inputs=inputs: [np.asarray(x) for x in model.step(*inputs).values()],
+            "network": partial(network, inputs),
         }
         for contestant in work.values():
             contestant()  # compiles
