@@ -91,6 +91,9 @@ def test_mapping_starts_anywhere_in_a_large_file(tmp_path):
     store = Store(tmp_path)
     for first in (1, 137, 1365, 2999):
         np.testing.assert_array_equal(store.features[first : first + 40], features[first : first + 40])
+    for scattered in ([2999, 5, 137, 5], [2000], range(7, 900, 31), range(40, 90), []):
+        rows = np.array(scattered, int)
+        np.testing.assert_array_equal(store.features[rows], features[rows])
 
 
 def test_an_empty_store(tmp_path):

@@ -99,7 +99,8 @@ class Rows:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if not isinstance(rows, slice):
-            return self._map(0, len(self))[rows]
+            first, last = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+            return self._map(first, last, scattered=2 * len(rows) < last - first)[rows - first]
         first, last, step = rows.indices(len(self))
         if step < 1:
             raise ValueError(f"rows {rows}, expected a positive step")
@@ -108,13 +109,15 @@ class Rows:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self._map(0, len(self)), dtype)
 
-    def _map(self, first: int, last: int) -> np.ndarray:
+    def _map(self, first: int, last: int, scattered: bool = False) -> np.ndarray:
         if first == last:
             return np.empty((0, *self.shape[1:]), self.dtype)
         start = first * self._row_bytes
         aligned = start - start % mmap.ALLOCATIONGRANULARITY
         length = last * self._row_bytes - aligned
         mapped = mmap.mmap(self._file.fd, length, access=mmap.ACCESS_READ, offset=aligned)
+        if scattered and hasattr(mmap, "MADV_RANDOM"):  # or the system also reads far around each row
+            mapped.madvise(mmap.MADV_RANDOM)
         values = np.frombuffer(mapped, self.dtype, (last - first) * int(np.prod(self.shape[1:])), start - aligned)
         return values.reshape(last - first, *self.shape[1:])
 
