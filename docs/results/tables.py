@@ -118,9 +118,12 @@ _MARKET["whole"] = ("market1501", "1.0")
 TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] = {
     "vectors": Vectors(_MARKET | {"Partial-REID": ("partial_reid", "1.0"), "Partial-iLIDS": ("partial_ilids", "1.0")}),
     "recall": Vectors({title: _MARKET[title] for title in ("gamma 0.5", "whole")}, recall=True),
-    "million": Written("search/stages"),
+    "million": Written("search/recall"),
     "stages": Benchmarks(
-        {"1,000,000 x 6 x 256": "search/million", "100,000 x 6 x 2,048": "search/wide"},
+        {
+            "1,000,000 x 6 x 256": "search/million",
+            "100,000 x 6 x 2,048": "search/wide",
+        },
         {
             "exact, s": "search: 16 queries",
             "two stages, s": "search in two stages: 1,000 candidates by 252 numbers per image",
