@@ -55,14 +55,14 @@ def compare(recipe: str, dtype: str, steps: int, counts: Sequence[int], kind: st
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from tiny import NO_BLOCKS, STEM_ALONE, fill, shrunk
+    from tiny import STEM_ALONE, drop_blocks, fill, shrunk
 
     from vpm_jax import parallel
     from vpm_jax import step as step_lib
     from vpm_jax.config import stage
 
     if stem:
-        exec(NO_BLOCKS)
+        drop_blocks()
     config = shrunk(recipe, model__dtype=dtype, **STEM_ALONE if stem else {})
     # The second stage, with the triplet loss and new momentum, starts in between.
     config.stage1 = stage(epochs=1, steps_per_epoch=steps // 3)

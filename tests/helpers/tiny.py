@@ -12,6 +12,7 @@ from paths import CONFIGS, FUSION_EMITTERS
 
 from vpm_jax import Description
 from vpm_jax.config import flatten, set_key
+from vpm_jax.models.resnet import STAGE_BLOCKS
 
 SHRUNK = {
     "pretrained": "none",
@@ -45,10 +46,14 @@ def shrunk(file: str, **changes) -> ConfigDict:
     return config
 
 
-# A ResNet-10 that is its stem alone, for what does not depend on the blocks: most of the time to compile is theirs.
-# The code is for other processes (here: the fixture `stem_alone`), the changes are to a config on small images.
-NO_BLOCKS = "from vpm_jax.models.resnet import STAGE_BLOCKS; STAGE_BLOCKS[10] = (0, 0, 0, 0)"
+# Changes to a config on small images for a ResNet-10 that is its stem alone: for what does not depend on the blocks,
+# most of the time to compile.
 STEM_ALONE = {"model__stem": "4x4", "model__strides": (1, 1, 1), "model__width": 32}
+
+
+def drop_blocks() -> None:
+    """Leaves the stem alone of every ResNet-10 of this process; the fixture `stem_alone` does so for a test."""
+    STAGE_BLOCKS[10] = (0, 0, 0, 0)
 
 
 def optimized(function):

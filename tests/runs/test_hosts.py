@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from partial_files import make
 from paths import LOCAL, PYTHON_PATH
-from tiny import NO_BLOCKS, STEM_ALONE
+from tiny import STEM_ALONE
 from tiny_runs import STEPS, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import cli, parallel
@@ -29,7 +29,8 @@ from vpm_jax.runs import hosts
 from vpm_jax.training import train
 
 CHANGES = STEM_ALONE | {"model__dtype": "float64", "eval__batch": 12}  # 8 queries and 17 gallery images fill no batch
-EVALUATE = ["-c", f"{NO_BLOCKS}\nfrom vpm_jax import cli, evaluate\ncli.run(evaluate.main)"]
+DROP_BLOCKS = "from tiny import drop_blocks; drop_blocks()"
+EVALUATE = ["-c", f"{DROP_BLOCKS}\nfrom vpm_jax import cli, evaluate\ncli.run(evaluate.main)"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +75,7 @@ def training(pedestrians: Path, folder: Path, act: str = "", victim: int = -1, *
     )
     program = f"""
 import os, signal, sys
-{NO_BLOCKS}
+{DROP_BLOCKS}
 from vpm_jax import cli, train, training
 add = training.Window.add
 def and_act(self, steps, metrics):
@@ -130,7 +131,7 @@ def test_the_first_process_alone_writes(alone, tmp_path, environment):
     make(tmp_path, "original", 5, 3)
     program = f"""
 import sys
-{NO_BLOCKS}
+{DROP_BLOCKS}
 from vpm_jax import cli, evaluate
 at = sys.argv.index("--output") + 1
 sys.argv[at] += "/" + sys.argv[-1]
