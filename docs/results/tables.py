@@ -123,6 +123,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         {
             "1,000,000 x 6 x 256": "search/million",
             "100,000 x 6 x 2,048": "search/wide",
+            "1,000,000 x 6 x 2,048": "search/largest",
         },
         {
             "exact, s": "search: 16 queries",
