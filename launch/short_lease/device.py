@@ -273,7 +273,10 @@ def unpack_images(lease: Lease) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     with tarfile.open(lease.repo / ".gpu2" / "images.tar.xz") as tar:
         tar.extractall(target, filter="data")
-    lease.note(images=sum(1 for _ in target.rglob("*.jpg")))
+    found, packed = sum(1 for _ in target.rglob("*.jpg")), read(lease.repo / ".gpu2" / "packed.json")["images"]
+    lease.note(images=found)
+    if found != packed:
+        raise RuntimeError(f"{found} images were unpacked of {packed}")
     return target
 
 

@@ -123,7 +123,9 @@ def pack_images(folder: Path, images: dict[str, list[Path]]) -> None:
             member = tarfile.TarInfo(f"{DATASET}/{path.parent.name}/{path.name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    print(f"{sum(map(len, images.values())):,} images")
+    count = sum(map(len, images.values()))
+    (folder / "packed.json").write_text(json.dumps({"images": count}))
+    print(f"{count:,} images")
 
 
 def empty(folder: Path) -> Path:
