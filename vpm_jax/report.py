@@ -323,7 +323,7 @@ def choose(precision: np.ndarray, identity: np.ndarray, count: int) -> Mapping[s
 def rank(index: int, distance: np.ndarray, query: Split, gallery: Split) -> Ranking:
     protocol = metrics.Protocol(query.identity, gallery.identity, query.camera, gallery.camera)
     matches, removed = protocol.images_of(index)
-    correct, junk = np.zeros(len(distance), bool), protocol.junk
+    correct, junk = np.zeros(len(distance), bool), protocol.junk.copy()
     correct[matches] = junk[removed] = True
     return Ranking(np.argsort(distance, kind="stable"), correct, junk)
 
