@@ -126,11 +126,11 @@ def whole(pedestrians: Path, shared: Path) -> Path:
 @pytest.fixture
 def stem_alone(monkeypatch: pytest.MonkeyPatch) -> dict:
     """Leaves the stem alone of every ResNet-10; the changes to a config that fit."""
-    from tiny import STEM_ALONE
+    from tiny import NO_BLOCKS, STEM_ALONE
 
     from vpm_jax.models.resnet import STAGE_BLOCKS
 
-    monkeypatch.setitem(STAGE_BLOCKS, 10, (0, 0, 0, 0))
+    monkeypatch.setitem(STAGE_BLOCKS, 10, NO_BLOCKS)
     return STEM_ALONE
 
 

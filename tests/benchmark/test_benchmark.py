@@ -175,20 +175,24 @@ def test_metrics_and_the_plain_evaluator_agree(tmp_path, capsys):
     assert all(row["value"] > 0 and row["share"] > 0 for row in record["rows"]) and "numpy" in record["versions"]
 
 
-def test_extraction_and_evaluation(capsys, stem_alone):
+@pytest.fixture
+def tiny_network(stem_alone) -> list[str]:
+    """Overrides of a config."""
     changes = SHRUNK | {key.replace("__", "."): value for key, value in stem_alone.items()}
+    return [f"--config.{key}={value}" for key, value in changes.items() if key != "model.num_identities"]
+
+
+def test_extraction_and_evaluation(capsys, tiny_network):
     for arguments in (["extraction", "--images=10"], ["evaluation", "--queries=3", "--gallery=12"]):
-        tiny = [f"--config.{key}={value}" for key, value in changes.items() if key != "model.num_identities"]
-        main([*arguments, "--seconds=0.1", "--config.eval.batch=4", "--config.eval.gammas=(0.5,1.0)", *tiny])
+        main([*arguments, "--seconds=0.1", "--config.eval.batch=4", "--config.eval.gammas=(0.5,1.0)", *tiny_network])
     out = capsys.readouterr().out
     for row in ("extraction: network alone", "extraction: from JPEG to features", "evaluation: whole"):
         assert row in out
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
-def test_tracking(fit, capsys):
-    tiny = [f"--config.{key}={value}" for key, value in SHRUNK.items() if key != "model.num_identities"]
-    main(["tracking", "--people", "1", "3", "--rounds=1", f"--config.data.fit={fit}", *tiny])
+def test_tracking(fit, capsys, tiny_network):
+    main(["tracking", "--people", "1", "3", "--rounds=1", f"--config.data.fit={fit}", *tiny_network])
     out = capsys.readouterr().out
     for people in (1, 3):
         rates = [

@@ -48,12 +48,13 @@ def shrunk(file: str, **changes) -> ConfigDict:
 
 # Changes to a config on small images for a ResNet-10 that is its stem alone: for what does not depend on the blocks,
 # most of the time to compile.
+NO_BLOCKS = (0, 0, 0, 0)
 STEM_ALONE = {"model__stem": "4x4", "model__strides": (1, 1, 1), "model__width": 32}
 
 
 def drop_blocks() -> None:
     """Leaves the stem alone of every ResNet-10 of this process; the fixture `stem_alone` does so for a test."""
-    STAGE_BLOCKS[10] = (0, 0, 0, 0)
+    STAGE_BLOCKS[10] = NO_BLOCKS
 
 
 def optimized(function):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from partial_files import make
 from paths import LOCAL, PYTHON_PATH
-from tiny import STEM_ALONE
+from tiny import NO_BLOCKS, STEM_ALONE
 from tiny_runs import STEPS, records, saved_state, saved_steps, tiny_run
 
 from vpm_jax import cli, parallel
@@ -36,7 +36,7 @@ EVALUATE = ["-c", f"{DROP_BLOCKS}\nfrom vpm_jax import cli, evaluate\ncli.run(ev
 @pytest.fixture(scope="module", autouse=True)
 def no_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STAGE_BLOCKS, 10, (0, 0, 0, 0))
+        patch.setitem(STAGE_BLOCKS, 10, NO_BLOCKS)
         yield
 
 

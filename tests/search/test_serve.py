@@ -521,7 +521,8 @@ def test_the_command_says_what_is_wrong(gallery, tmp_path, monkeypatch):
     monkeypatch.delattr("vpm_jax.search.serve")
     monkeypatch.delitem(sys.modules, "vpm_jax.search.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(UserError, match=r"^serve needs .*uvicorn.*: pip install starlette uvicorn\.$"):
+    sentence = r"^serve needs an optional package \(.*uvicorn.*\): pip install starlette uvicorn\.$"
+    with pytest.raises(UserError, match=sentence):
         command.main(["serve", "--index", store])
 
 
