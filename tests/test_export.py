@@ -183,6 +183,7 @@ def test_what_an_export_cannot_be(exported, tmp_path):
         (run, tmp_path / "a", ("--format", "stablehlo"), "ends in .stablehlo"),
         (run, tmp_path / "a.stablehlo", ("--format", "safetensors"), "ends in .safetensors"),
         (run, tmp_path / "a.onnx", ("--dtype", "bfloat16"), "expected float32 or float16 or int8 for a .onnx"),
+        (run, tmp_path / "a.stablehlo", ("--layout", "nchw"), "expected only for a .onnx"),
         (run, tmp_path / "none" / "a.stablehlo", (), "there is no folder"),
         (run, tmp_path / "folder.stablehlo", (), "that is a folder"),
         (tmp_path, tmp_path / "a.stablehlo", (), "holds no run"),

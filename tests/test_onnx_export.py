@@ -30,8 +30,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def exported(run, path):
-    assert not export.main(["--workdir", str(run), "--output", str(path)])
+def exported(run, path, *more):
+    assert not export.main(["--workdir", str(run), "--output", str(path), *more])
     return VPM.load(run, "float32"), path.read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_it_computes_what_the_model_does(tmp_path, monkeypatch, changes):
 
 def test_kernels_in_float16_take_half_the_size(run, tmp_path):
     live, data = exported(run, tmp_path / "a.onnx")
-    assert not export.main(["--workdir", str(run), "--output", str(tmp_path / "b.onnx"), "--dtype", "float16"])
+    exported(run, tmp_path / "b.onnx", "--dtype", "float16")
     half = onnx.load(tmp_path / "b.onnx")
     kernels = [x for x in half.graph.initializer if len(x.dims) == 4]
     assert {x.data_type for x in kernels} == {onnx.TensorProto.FLOAT16}
@@ -84,23 +84,38 @@ def test_kernels_in_float16_take_half_the_size(run, tmp_path):
     assert {entry.key: entry.value for entry in half.metadata_props}["kernels"] == "float16"
 
 
-def test_convolutions_in_int8_are_near_the_model(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", onnx_export.LAYOUTS)
+def test_convolutions_in_int8_are_near_the_model(whole, tmp_path, monkeypatch, layout):
     path = tmp_path / "a.onnx"
-    assert not export.main(["--workdir", str(whole), "--output", str(path), "--dtype", "int8"])
-    live, proto = VPM.load(whole, "float32"), onnx.load(path)
+    live, data = exported(whole, path, "--dtype", "int8", "--layout", layout)
+    proto = onnx.load_from_string(data)
     convolutions = [x for x in proto.graph.node if x.op_type == "Conv"]
     in_int8 = {x.output[0] for x in proto.graph.node if x.op_type == "DequantizeLinear"}
     assert [x.input[1] in in_int8 for x in convolutions] == [True] * (len(convolutions) - 1) + [False]
     said = {entry.key: entry.value for entry in proto.metadata_props}
     assert (said["kernels"], said["fingerprint"]) == ("int8", live.fingerprint)
     images = sorted((pedestrians_of(live) / "query").glob("*.jpg"))[:8]
-    vectors = onnx_export.runtime_step(path.read_bytes())(*live.inputs(images))["embedding"]
+    vectors = onnx_export.runtime_step(data, layout)(*live.inputs(images))["embedding"]
     assert ((vectors * live.embedding(images)).sum(1) > 0.97).all()
     path.unlink()
     monkeypatch.setattr(export, "FURTHEST", 1e-6)
     with raises("wrong-export"):
         export.write_onnx(path, live, "int8")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{}, PADDED | {"eval__flip": True}], ids=["stretched", "padded, mirrored"])
+def test_images_in_the_layout_of_trackers(tmp_path, changes):
+    make_run(tmp_path / "run", **changes, data__mean=(0.4, 0.5, 0.3), data__std=(0.2, 0.3, 0.25))
+    live, data = exported(tmp_path / "run", tmp_path / "a.onnx", "--layout", "nchw")
+    step = onnx_export.packages()[1].InferenceSession(data)
+    pixels, *valid = live.inputs(PICTURES)
+    images = ((pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).transpose(0, 3, 1, 2).astype(np.float32)
+    given = dict(zip(("images", "valid"), (images, *valid), strict=False))
+    np.testing.assert_allclose(step.run(["embedding"], given)[0], live.embedding(PICTURES), rtol=0, atol=2e-5)
+    said = json.loads(step.get_modelmeta().custom_metadata_map["input"])
+    assert (said["dtype"], said["shape"]) == ("float32", ["b", 3, 64, 32])
+    assert (said["mean"], said["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def pedestrians_of(model):

@@ -3,7 +3,8 @@
   stablehlo    the whole network, uint8 [b, H, W, 3] -> features, visibility and region maps, for any b, on CPU, GPU and
                TPU. It needs only JAX, not this package; FILE.json beside it documents inputs and outputs.
   onnx         the same network for ONNX Runtime, in float32, with one vector per image as the first output and one for
-               galleries of whole people as the last; needs the packages onnx and onnxruntime
+               galleries of whole people as the last; needs the packages onnx and onnxruntime. --layout nchw takes
+               images as trackers feed them
   safetensors  the parameters for PyTorch, as written by python -m vpm_jax.convert
 
 vpm_jax.VPM.load reads StableHLO and safetensors. A file is kept only if its outputs match the live model's.
@@ -30,6 +31,7 @@ from vpm_jax.disk import replacing, sealed, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.matching import embedding, match_visibility
 from vpm_jax.pretrained import own
+from vpm_jax.pretrained.weights import IMAGENET_MEAN, IMAGENET_STD
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUTS = ("features", "visibility", "region_maps")
@@ -59,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "int8: what the convolutions of a .onnx compute in, calibrated on the run's training images; otherwise all "
         "is float32 (default: float32)",
     )
+    parser.add_argument(
+        "--layout",
+        choices=onnx_export.LAYOUTS,
+        default="nhwc",
+        help="the images a .onnx takes: nhwc, uint8 RGB [b, H, W, 3]; nchw, float32 RGB [b, 3, H, W], normalized by "
+        "the mean and standard deviation of ImageNet, as trackers feed them (default: nhwc)",
+    )
     args = parser.parse_args(argv)
     kind = {suffix: name for name, suffix in FORMATS.items()}.get(args.output.suffix.lower())
     if kind is None or args.format not in (None, kind):
@@ -66,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {args.output}: expected a file name that ends in {expected}.")
     if args.dtype not in DTYPES[kind]:
         raise UserError(f"--dtype {args.dtype}: expected {' or '.join(DTYPES[kind])} for a {FORMATS[kind]}.")
+    if args.layout != "nhwc" and kind != "onnx":
+        raise UserError(f"--layout {args.layout}: expected only for a .onnx, not for a {FORMATS[kind]}.")
     cli.check_output("--output", args.output)
     parallel.prepare_backend()
     if kind == "stablehlo":
         write_stablehlo(args.output, VPM.load(args.workdir, args.dtype))
     elif kind == "onnx":
-        write_onnx(args.output, VPM.load(args.workdir, "float32"), args.dtype)
+        write_onnx(args.output, VPM.load(args.workdir, "float32"), args.dtype, args.layout)
     else:
         write_safetensors(args.output, args.workdir)
     return 0
@@ -108,19 +119,22 @@ def write_stablehlo(path: Path, model: VPM) -> float:
     return error
 
 
-def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:
+def write_onnx(path: Path, model: VPM, kernels: str = "float32", layout: str = "nhwc") -> float:
     """Writes `model` as ONNX, for ONNX Runtime; returns the largest difference from the model.
 
-    It takes `VPM.inputs` as "images" and, for a model of padded images, "valid", for any batch size. It returns
-    "embedding", float32 [b, P * C] (`VPM.embedding`), the arrays of a `Description`, and "embedding_whole", which is
-    `VPM.embedding` with whole=True. The metadata holds what is in the JSON beside a .stablehlo, each entry as JSON.
-    `kernels` is the dtype of the kernels. With int8, convolutions compute in int8, calibrated on images of the run's
-    training set, and the difference is that of vectors.
+    It takes `VPM.inputs`, images in `layout` (`onnx_export.feed`), as "images" and, for a model of padded images,
+    "valid", for any batch size. It returns "embedding", float32 [b, P * C] (`VPM.embedding`), the arrays of a
+    `Description`, and "embedding_whole", which is `VPM.embedding` with whole=True. The metadata holds what is in the
+    JSON beside a .stablehlo, each entry as JSON. `kernels` is the dtype of the kernels. With int8, convolutions compute
+    in int8, calibrated on images of the run's training set, and the difference is that of vectors.
 
     Raises:
       UserError: as `write_stablehlo`, and without the packages onnx and onnxruntime.
     """
     about = _about(model, "onnx") | {"kernels": kernels}
+    if layout == "nchw":
+        about["input"] |= {"dtype": "float32", "shape": ["b", 3, *model.image_size], "values": "(x / 255 - mean) / std"}
+        about["input"] |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     image = dict(about["input"])
     inputs = [image, image.pop("valid")] if "valid" in image else [image]
     regions, channels = about["output"]["features"]["shape"][1:]
@@ -134,12 +148,13 @@ def write_onnx(path: Path, model: VPM, kernels: str = "float32") -> float:
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     if kernels == "int8":
         images = _training_inputs(model)
-        data = onnx_export.quantized(onnx_export.serialize(model, named, about["output"], text), images, text)
-        error = _vector_difference(model, _checked_embedding(model, onnx_export.runtime_step(data)), images)
+        whole = onnx_export.serialize(model, named, about["output"], text, layout=layout)
+        data = onnx_export.quantized(whole, onnx_export.feed(images, layout), text)
+        error = _vector_difference(model, _checked_embedding(model, onnx_export.runtime_step(data, layout)), images)
         summary = f"vectors of {len(images[0])} training images differ from the live model's by {error:.1e} on average"
     else:
-        data = onnx_export.serialize(model, named, about["output"], text, kernels)
-        error = compare(model, _checked_embedding(model, onnx_export.runtime_step(data)), kernels)
+        data = onnx_export.serialize(model, named, about["output"], text, kernels, layout)
+        error = compare(model, _checked_embedding(model, onnx_export.runtime_step(data, layout)), kernels)
         summary = _summary(error)
     with replacing(path) as temporary:
         temporary.write_bytes(data)

@@ -18,9 +18,11 @@ from vpm_jax.errors import UserError, optional
 from vpm_jax.geometry import STEMS, feature_map_shape
 from vpm_jax.models.resnet import BOTTLENECK, STAGE_BLOCKS
 from vpm_jax.models.vpm import MaskedBatchNorm
+from vpm_jax.pretrained.weights import IMAGENET_MEAN, IMAGENET_STD
 
 OPSET, IR_VERSION = 18, 8  # ONNX 1.13, which older runtimes read too
 INPUTS = ("images", "valid")  # the second for a model of padded images only
+LAYOUTS = ("nhwc", "nchw")  # of images: uint8 [b, H, W, 3]; float32 [b, 3, H, W], see `feed`
 
 
 def packages() -> tuple[Any, Any]:
@@ -31,12 +33,22 @@ def packages() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
+def feed(inputs: Sequence[np.ndarray], layout: str) -> tuple[np.ndarray, ...]:
+    """`VPM.inputs` as a file takes them: with "nchw", normalized by the mean and standard deviation of ImageNet."""
+    images, *valid = inputs
+    if layout == "nchw":
+        scaled = (images / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+        images = np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
+    return images, *valid
+
+
 def serialize(
     model: VPM,
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
     about: Mapping[str, str],
     kernels: str = "float32",
+    layout: str = "nhwc",
 ) -> bytes:
     """The model as an ONNX file.
 
@@ -45,10 +57,12 @@ def serialize(
       inputs, outputs: {"dtype", "shape"} by name, in order; a dimension that is a string may vary.
       about: the metadata of the file.
       kernels: the dtype in which kernels are stored; everything is computed in float32.
+      layout: of the images, one of LAYOUTS.
     """
     onnx, _ = packages()
     graph = _Graph(onnx, np.dtype(kernels))
-    values = _outputs(graph, model, *inputs)
+    images, *valid = inputs
+    values = _outputs(graph, model, _pixels(graph, model.config, images, layout), *valid)
     for name in outputs:
         graph.nodes.append(onnx.helper.make_node("Identity", [values[name]], [name]))
 
@@ -71,7 +85,7 @@ def quantized(data: bytes, images: Sequence[np.ndarray], about: Mapping[str, str
 
     Args:
       data: a file of `serialize`.
-      images: inputs like those to come, to find the range of every activation (calibration).
+      images: what `feed` returns of images like those to come, to find the range of every activation (calibration).
       about: the metadata of the file.
     """
     onnx, _ = packages()
@@ -97,7 +111,7 @@ def quantized(data: bytes, images: Sequence[np.ndarray], about: Mapping[str, str
             small,
             Reader(),
             op_types_to_quantize=["Conv", "Add", "MaxPool"],
-            nodes_to_exclude=[node.name for node in nodes[last:]] + [nodes[0].name],
+            nodes_to_exclude=[node.name for node in nodes[last:]],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -107,8 +121,8 @@ def quantized(data: bytes, images: Sequence[np.ndarray], about: Mapping[str, str
     return proto.SerializeToString()
 
 
-def runtime_step(data: bytes) -> Callable[..., dict[str, np.ndarray]]:
-    """An ONNX file as a function of its inputs, in ONNX Runtime on the CPU: {output name: array}.
+def runtime_step(data: bytes, layout: str = "nhwc") -> Callable[..., dict[str, np.ndarray]]:
+    """An ONNX file as a function of `VPM.inputs`, in ONNX Runtime on the CPU: {output name: array}.
 
     Raises:
       UserError: if ONNX Runtime cannot read it.
@@ -124,7 +138,12 @@ def runtime_step(data: bytes) -> Callable[..., dict[str, np.ndarray]]:
             code="wrong-export",
         ) from None
     inputs, outputs = ([x.name for x in side()] for side in (session.get_inputs, session.get_outputs))
-    return lambda *arrays: dict(zip(outputs, session.run(outputs, dict(zip(inputs, arrays, strict=True))), strict=True))
+
+    def run(*arrays: np.ndarray) -> dict[str, np.ndarray]:
+        given = dict(zip(inputs, feed(arrays, layout), strict=True))
+        return dict(zip(outputs, session.run(outputs, given), strict=True))
+
+    return run
 
 
 class _Graph:
@@ -155,11 +174,22 @@ class _Graph:
         return name if stored.dtype == array.dtype else self("Cast", name, to=self.onnx.TensorProto.FLOAT)
 
 
+def _pixels(g: _Graph, config: ConfigDict, images: str, layout: str) -> str:
+    """What the network takes, [b, 3, H, W]."""
+    mean, std = np.array(config.data.mean), np.array(config.data.std)
+    if layout == "nchw":
+        scale, shift = np.array(IMAGENET_STD) / std, (np.array(IMAGENET_MEAN) - mean) / std
+    else:
+        images = g("Transpose", g("Cast", images, to=g.onnx.TensorProto.FLOAT), perm=[0, 3, 1, 2])
+        scale, shift = 1 / (255 * std), -mean / std
+    return g("Add", g("Mul", images, scale.reshape(3, 1, 1)), shift.reshape(3, 1, 1))
+
+
 def _outputs(g: _Graph, model: VPM, images: str, valid: str | None = None) -> dict[str, str]:
     """The names of the outputs of `step.make_feature_step` with region maps, and of both embeddings."""
     config = model.config
     if config.eval.flip:  # the mirror images are the second half of the batch
-        images = g("Concat", images, _mirror(g, images, 2), axis=0)
+        images = g("Concat", images, _mirror(g, images, 3), axis=0)
         valid = valid and g("Concat", valid, _mirror(g, valid, 2), axis=0)
     features, visibility, probability = _network(g, model, images, valid)
     if config.eval.flip:
@@ -211,10 +241,7 @@ def _network(g: _Graph, model: VPM, images: str, valid: str | None) -> tuple[str
     config, params, stats = model.config, model.trained_variables["params"], model.trained_variables["batch_stats"]
     regions = model.grid.count
     float_ = g.onnx.TensorProto.FLOAT
-    mean, std = np.array(config.data.mean, np.float64), np.array(config.data.std, np.float64)
-    x = g("Add", g("Mul", g("Cast", images, to=float_), 1 / (255 * std)), -mean / std)
-    x = g("Transpose", x, perm=[0, 3, 1, 2])
-    stages = _backbone(g, x, config, params["backbone"], stats["backbone"])
+    stages = _backbone(g, images, config, params["backbone"], stats["backbone"])
     feature_map = stages[-1]
     cells = covered = None
     by_row = config.model.locator == "row"
