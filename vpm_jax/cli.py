@@ -110,6 +110,13 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def positive(text: str) -> int:
+    """A count argument, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive whole number")
+    return int(text)
+
+
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds --config. Pass the --config.KEY=VALUE that argparse leaves to `load_config` or `override`."""
     parser.add_argument(

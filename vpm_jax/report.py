@@ -49,18 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="include ranked lists and region maps, with images (default: for synthetic pedestrians only)",
     )
     parser.add_argument("--gamma", type=float, help="gamma of the ranked queries (default: the smallest evaluated)")
-    parser.add_argument("--queries", type=int, default=3, help="number of best, typical and worst queries (default: 3)")
-    parser.add_argument("--top", type=int, default=10, help="ranks to show (default: 10)")
+    parser.add_argument(
+        "--queries", type=cli.positive, default=3, help="number of best, typical and worst queries (default: 3)"
+    )
+    parser.add_argument("--top", type=cli.positive, default=10, help="ranks to show (default: 10)")
     parser.add_argument("--figure", type=cli.path, metavar="FILE.png", help="draw one ranked list instead of the page")
     parser.add_argument("--query", metavar="NAME", help="file name of the query of --figure (default: the best query)")
     args, overrides = parser.parse_known_args(argv)
     _, config = read_run(args.workdir, overrides)
     gamma = min(config.eval.gammas) if args.gamma is None else args.gamma
-    if not 0 < gamma <= 1 or args.queries < 1 or args.top < 1:
-        raise UserError(
-            f"--gamma {gamma:g}, --queries {args.queries}, --top {args.top}: expected a kept area ratio in (0, 1] and "
-            "counts of at least 1."
-        )
+    if not 0 < gamma <= 1:
+        raise UserError(f"--gamma {gamma:g}: expected a kept area ratio in (0, 1].")
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
     if args.figure:
         cli.check_output("--figure", args.figure)

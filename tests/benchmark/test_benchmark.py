@@ -105,11 +105,14 @@ def test_steps_batch_is_one_that_training_draws():
         assert set(np.unique(labels)) == set(np.flatnonzero(visible))
 
 
-@pytest.mark.parametrize(("arguments", "named"), [(["--batch=1"], "--batch"), (["--dtype=float16"], "--dtype")])
-def test_step_refuses_what_it_cannot_measure(monkeypatch, arguments, named):
+@pytest.mark.parametrize(
+    "arguments",
+    ["step --batch=1", "step --dtype=float16", "step --rounds=0", "metrics --gallery=49", "distractors --queries=501"],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, arguments):
     monkeypatch.setattr(step, "start_side", fake_side)
-    with pytest.raises(UserError, match=named):
-        main(["step", *arguments])
+    with pytest.raises(UserError, match=arguments.split()[1].partition("=")[0]):
+        main(arguments.split())
 
 
 def test_a_share_of_a_time_is_the_limit_over_it():
@@ -255,8 +258,8 @@ def test_step_runs(capsys):
         ("--target h300", "expected a100, h100, h200"),
         ("--target v5e", "such as v5e:4x4"),
         ("--target h200:2x2", "such as v5e:4x4"),
-        ("--target h200 --devices 0", "at least 1"),
-        ("--target h200 --batch 0", "--batch is 0"),
+        ("--target h200 --devices 0", "--devices: '0'"),
+        ("--target h200 --batch 0", "--batch: '0'"),
         ("--target v5e:2x2 --devices 2", "the shape of v5e:2x2"),
     ],
 )

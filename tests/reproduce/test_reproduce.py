@@ -131,7 +131,7 @@ def test_overrides_that_change_results_need_a_name():
         ("--scale small", "name a --table"),
         ("--table 1 --dataset market1501 --scale synthetic", "synthetic pedestrians, not on market1501"),
         ("--table 1 --scale small --recipe released", "belongs to --scale paper"),
-        ("--table 1 --seeds 0", "at least 1"),
+        ("--table 1 --seeds 0", "--seeds: '0'"),
         ("--table 1 --variant a/b", "for a file's name"),
         ("--table 1 --models mvpm-2", "need none of these"),
         ("--table 1 --config.model.widht=3", "did you mean"),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row, align, number
 from vpm_jax.benchmark.step import batch_size, fixed
 from vpm_jax.benchmark.timing import best
@@ -21,7 +22,7 @@ HELP = "each convolution of the backbone alone, compared with the matmul limit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, help="images (default: the batch of the config's stage 2)")
+    parser.add_argument("--batch", type=cli.positive, help="images (default: the batch of the config's stage 2)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each pass (default: %(default)s)")
 
 

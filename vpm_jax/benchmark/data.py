@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
 from vpm_jax.benchmark.timing import Rate, measure
@@ -63,7 +64,7 @@ def measure_data(config: ConfigDict, split: Split, seconds: float, most_threads:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="same as --config.data.root (without it and $VPM_DATA: generated images)")
-    parser.add_argument("--threads", type=int, default=0, help="for the last row (default: all cores)")
+    parser.add_argument("--threads", type=cli.positive, default=0, help="for the last row (default: all cores)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each row (default: %(default)s)")
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from vpm_jax import cli
 from vpm_jax.benchmark import program
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import batch_size, fixed, random_batch
@@ -73,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHIP",
         help=f"{', '.join(GPUS)}, or a TPU slice: {', '.join(TPUS)} with a shape, such as v5e:4x4 or v4:2x2x4",
     )
-    parser.add_argument("--devices", type=int, default=1, help="number of GPUs, in one host (default: 1)")
-    parser.add_argument("--batch", type=int, help="global batch size (default: that of the config's stage 2)")
+    parser.add_argument("--devices", type=cli.positive, default=1, help="number of GPUs, in one host (default: 1)")
+    parser.add_argument("--batch", type=cli.positive, help="global batch size (default: that of the config's stage 2)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="default: the config's, with bfloat16 for auto"
     )
@@ -168,8 +169,6 @@ def chip_of(target: str, count: int) -> Chip:
     """The chip of a --target. Raises UserError for an unknown target or an invalid number of devices."""
     name, _, shape = target.partition(":")
     if name in GPUS and not shape:
-        if count < 1:
-            raise UserError(f"--devices {count}: expected at least 1.")
         return GPUS[name]
     if name in TPUS and shape:
         if count != 1:

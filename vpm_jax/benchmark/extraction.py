@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import parallel
+from vpm_jax import cli, parallel
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import best, clocked
-from vpm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -23,7 +22,7 @@ HELP = "feature extraction, compared with the matmul limit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="a dataset's query and gallery images (default: generated ones)")
-    parser.add_argument("--images", type=int, default=1024, help="generated images (default: %(default)s)")
+    parser.add_argument("--images", type=cli.positive, default=1024, help="generated images (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the network alone (default: %(default)s)")
 
 
@@ -48,8 +47,6 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    if args.images < 1:
-        raise UserError(f"--images {args.images}: expected at least 1.")
     from vpm_jax.benchmark.limits import describe
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer

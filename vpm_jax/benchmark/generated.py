@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vpm_jax.data.split import Dataset, Split
+from vpm_jax.errors import UserError
+
+DIFFERENT = 512  # images, which a larger split repeats
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,22 @@ def encoded_images(count: int) -> tuple[bytes, ...]:
     return tuple(data)
 
 
-def split(name: str, images: int, identities: int = 128, different: int = 512) -> Split:
-    """Images of identities 1, 2, ..., over six cameras; `different` distinct images, repeated."""
+def split(name: str, images: int, identities: int = 128) -> Split:
+    """Images of identities 1, 2, ..., over six cameras."""
     index = np.arange(images)
     identity, camera = (index % identities + 1).astype(np.int32), (index // identities % 6 + 1).astype(np.int32)
     names = tuple(f"generated/{i:05d}.jpg" for i in range(images))
-    return Split(name, names, identity, camera, Memory(encoded_images(min(images, different))))
+    return Split(name, names, identity, camera, Memory(encoded_images(min(images, DIFFERENT))))
 
 
 def dataset(queries: int, gallery: int) -> Dataset:
-    """Queries, a gallery (at least twice as large, two or more cameras per identity) and an unused training image."""
+    """Queries, a gallery with two or more cameras per identity, and an unused training image.
+
+    Raises:
+      UserError: unless the gallery is at least twice as large.
+    """
+    if gallery < 2 * queries:
+        raise UserError(f"--queries {queries} --gallery {gallery}: expected at least twice as many gallery images.")
     identities = min(queries, 128)
     train, query, ranked = (
         split(name, n, identities) for name, n in (("train", 1), ("query", queries), ("gallery", gallery))

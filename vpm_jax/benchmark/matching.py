@@ -11,9 +11,9 @@ from statistics import median
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, matmul_size, timed
-from vpm_jax.errors import UserError
 from vpm_jax.machine import threads
 
 HELP = "pairs/s of matching, compared with NumPy, PyTorch and the matmul limit"
@@ -21,10 +21,10 @@ BLOCK = 2048  # gallery images in a block of NumPy and PyTorch: bounded memory, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--queries", type=int, default=1000, help="(default: %(default)s; Market-1501: 3368)")
-    parser.add_argument("--gallery", type=int, default=8000, help="(default: %(default)s; Market-1501: 15913)")
-    parser.add_argument("--channels", type=int, default=2048, help="per region (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--queries", type=cli.positive, default=1000, help="(default: %(default)s; Market-1501: 3368)")
+    parser.add_argument("--gallery", type=cli.positive, default=8000, help="(default: %(default)s; Market-1501: 15913)")
+    parser.add_argument("--channels", type=cli.positive, default=2048, help="per region (default: %(default)s)")
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="(default: %(default)s)")
 
 
 def images(count: int, regions: int, channels: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +94,6 @@ def torch_distance() -> tuple[Callable[..., np.ndarray], Callable[[], None]]:
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    if min(args.queries, args.gallery, args.channels, args.rounds) < 1:
-        raise UserError("--queries, --gallery, --channels and --rounds: expected at least 1 of each.")
     from vpm_jax.benchmark.limits import describe, limits
     from vpm_jax.matching import region_distance
 

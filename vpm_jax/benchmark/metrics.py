@@ -10,6 +10,7 @@ from statistics import median
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
@@ -18,19 +19,20 @@ from vpm_jax.metrics import rank_metrics
 HELP = "CMC and mAP of a distance matrix, compared with a plain Python evaluator"
 IDENTITIES, CAMERAS = 750, 6  # Market-1501's; the fraction DISTRACTORS of its gallery has identity 0
 DISTRACTORS = 2798 / 15913
+RANKS = 50  # of the CMC
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--queries", type=int, default=3368, help="(default: %(default)s, Market-1501's)")
-    parser.add_argument("--gallery", type=int, default=15913, help="(default: %(default)s, Market-1501's)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--queries", type=cli.positive, default=3368, help="(default: %(default)s, Market-1501's)")
+    parser.add_argument("--gallery", type=cli.positive, default=15913, help="(default: %(default)s, Market-1501's)")
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="(default: %(default)s)")
 
 
 def plain(
     distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, query_cameras: np.ndarray, cameras: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """(CMC of 50 ranks, mAP) as re-ID code usually computes them: sorts the gallery for each query and walks it."""
-    cmc, precisions = np.zeros(50), []
+    """(CMC of RANKS ranks, mAP) as re-ID code usually computes them: sorts the gallery for each query and walks it."""
+    cmc, precisions = np.zeros(RANKS), []
     for q in range(len(distance)):
         order = np.argsort(distance[q], kind="stable")
         dropped = (gallery_ids[order] == query_ids[q]) & (cameras[order] == query_cameras[q])
@@ -60,8 +62,8 @@ def generate(queries: int, gallery: int) -> tuple[np.ndarray, ...]:
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    if args.queries < 1 or args.gallery < 50 or args.rounds < 1:
-        raise UserError("--queries, --gallery and --rounds: expected at least 1, 50 and 1.")
+    if args.gallery < RANKS:
+        raise UserError(f"--gallery {args.gallery}: expected at least {RANKS} images.")
     case = generate(args.queries, args.gallery)
     ours, theirs = rank_metrics(*case), plain(*case)
     difference = max(np.abs(ours["cmc"] - theirs[0]).max(), abs(ours["mAP"] - theirs[1]))

@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import parallel
+from vpm_jax import cli, parallel
 from vpm_jax.benchmark.matching import exact_distance, images
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
@@ -26,18 +26,20 @@ CHECKED_BYTES = 2**25  # of float64 features used to check the results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--queries", type=int, default=16, help="(default: %(default)s)")
-    parser.add_argument("--gallery", type=int, default=50_000, help="images (default: %(default)s)")
-    parser.add_argument("--regions", type=int, default=6, help="per image (default: %(default)s)")
-    parser.add_argument("--channels", type=int, default=256, help="per region (default: %(default)s)")
+    parser.add_argument("--queries", type=cli.positive, default=16, help="(default: %(default)s)")
+    parser.add_argument("--gallery", type=cli.positive, default=50_000, help="images (default: %(default)s)")
+    parser.add_argument("--regions", type=cli.positive, default=6, help="per image (default: %(default)s)")
+    parser.add_argument("--channels", type=cli.positive, default=256, help="per region (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="on disk (default: %(default)s)")
-    parser.add_argument("--k", type=int, default=10, help="number of nearest images (default: %(default)s)")
+    parser.add_argument("--k", type=cli.positive, default=10, help="number of nearest images (default: %(default)s)")
     parser.add_argument(
-        "--reduce", type=int, default=252, help="numbers per image of the first stage (default: %(default)s)"
+        "--reduce", type=cli.positive, default=252, help="numbers per image of the first stage (default: %(default)s)"
     )
-    parser.add_argument("--candidates", type=int, default=1000, help="of the second stage (default: %(default)s)")
+    parser.add_argument(
+        "--candidates", type=cli.positive, default=1000, help="of the second stage (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, help="for the temporary gallery (default: the system's)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=cli.positive, default=3, help="(default: %(default)s)")
 
 
 def make_gallery(folder: Path, args: argparse.Namespace) -> Store:
@@ -69,10 +71,6 @@ def read(store: Store) -> int:
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    if min(args.queries, args.gallery, args.regions, args.channels, args.k, args.candidates, args.rounds) < 1:
-        raise UserError(
-            "--queries, --gallery, --regions, --channels, --k, --candidates and --rounds: expected at least 1 of each."
-        )
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
     from vpm_jax.benchmark.limits import describe, limits

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import cli, parallel
 from vpm_jax import config as config_lib
-from vpm_jax import parallel
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
 from vpm_jax.errors import UserError, first_line
@@ -34,12 +34,12 @@ CLASSES = 751  # Market-1501's, used if the config leaves them to the training s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=("torch",), help="compare with the same step in PyTorch")
-    parser.add_argument("--batch", type=int, help="images (default: the batch of the config's stage 2)")
+    parser.add_argument("--batch", type=cli.positive, help="images (default: the batch of the config's stage 2)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float32,bfloat16 (default: float32 on CPU, else both)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns per side (default: %(default)s)")
+    parser.add_argument("--rounds", type=cli.positive, default=5, help="turns per side (default: %(default)s)")
     timed = parser.add_mutually_exclusive_group()
     timed.add_argument("--seconds", type=float, default=20.0, help="per side, over all turns (default: 20)")
-    timed.add_argument("--steps", type=int, help="steps per turn, instead of --seconds")
+    timed.add_argument("--steps", type=cli.positive, help="steps per turn, instead of --seconds")
     parser.add_argument("--no-torch-compile", action="store_true", help="run PyTorch only without torch.compile")
 
 
@@ -105,10 +105,7 @@ def fixed(config: ConfigDict) -> ConfigDict:
 
 def batch_size(args: argparse.Namespace, config: ConfigDict) -> int:
     """--batch, by default the batch of the config's stage 2."""
-    images = config.stage2.identities * config.stage2.images_per_identity if args.batch is None else args.batch
-    if images < 1:
-        raise UserError(f"--batch is {images}, expected at least one image.")
-    return images
+    return args.batch or config.stage2.identities * config.stage2.images_per_identity
 
 
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:

@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         "with --dataset synthetic, or screen with --parts)",
     )
     top.add_argument("--recipe", choices=("paper", "released"), default="paper", help="of --scale paper")
-    top.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
+    top.add_argument("--seeds", type=cli.positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     top.add_argument(
         "--models",
         nargs="+",
@@ -187,8 +187,6 @@ def choose(args: argparse.Namespace) -> tuple[str, str, list[str], Mapping[str, 
     methods = experiments.ingredients(cli.find_config(str(args.parts), "--parts")[0]) if args.parts else METHODS
     if unknown := [model for model in args.models if model not in methods]:
         raise UserError(f"--models {unknown[0]}: expected some of {', '.join(methods)}.")
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}, expected a number of seeds, at least 1.")
     if args.variant and not experiments.is_name(args.variant):
         raise UserError(f"--variant {args.variant}: expected letters, digits, dots and underscores, for a file's name.")
     return scale, dataset, exhibits, methods

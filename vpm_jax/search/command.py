@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(default: those of the store; for a new store, the model's match.gallery_gammas)",
     )
     indexing.add_argument("--dtype", choices=DTYPES, default="float16", help="of a new store (default: %(default)s)")
-    indexing.add_argument("--batch", type=_positive, default=64, help="images per batch (default: %(default)s)")
+    indexing.add_argument("--batch", type=cli.positive, default=64, help="images per batch (default: %(default)s)")
     indexing.add_argument(
         "--reduce",
         type=int,
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     querying.add_argument(
         "images", type=cli.path, nargs="+", metavar="IMAGE", help="a whole or partial image of a person"
     )
-    querying.add_argument("--top", type=_positive, default=20, help="number of images to rank (default: %(default)s)")
+    querying.add_argument(
+        "--top", type=cli.positive, default=20, help="number of images to rank (default: %(default)s)"
+    )
     limit = querying.add_mutually_exclusive_group()
     limit.add_argument("--max-distance", type=float, metavar="D", help="show only images nearer than this")
     limit.add_argument(
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (querying, serving):
         command.add_argument(
             "--candidates",
-            type=_positive,
+            type=cli.positive,
             metavar="N",
             help="compare only the N nearest by the features of index --reduce, such as 1000: fast in large galleries",
         )
@@ -132,12 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command != "index":
             raise
         raise KeyboardInterrupt("Interrupted: run the same command to continue.") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive whole number")
-    return int(text)
 
 
 def _port(text: str) -> int:
