@@ -3,9 +3,41 @@
     python -m vpm_jax.train --config configs/market_fast.py --config.data.root=DATA
 
 ResNet-50, 6 x 1 regions, batches of 32 identities x 2 images: 960 steps at 128x64, then 480 at 256x128.
+
+SCREEN and EVALUATED list changes to try on held-out training identities (configs/market_plus.py explains them):
+
+    python -m vpm_jax.reproduce --parts configs/market_fast.py --scale fast_screen
 """
 
 from vpm_jax.config import default, stage
+
+_RANKED = {"match.gallery_gammas": (0.5, 0.6, 0.7, 0.8, 0.9), "match.visibility": "saturated"}
+_NECK = {"model.neck": "bn", "model.head_dim": 0, "model.head_bias": False}
+_STRETCHED = {"data.fit": "stretch"}
+
+SCREEN: dict[str, dict[str, object]] = {
+    "base": {},
+    "stretched": _STRETCHED,
+    "ema": {"optim.ema": 0.99},
+    "neck": _NECK,
+    "erasing": {"data.erasing": 0.5},
+    "smoothing": {"loss.label_smoothing": 0.1},
+    "locator_stage3": {"model.locator_stage": 3},
+    "random_place": {"data.place": "random"},
+    "stretched_neck": _STRETCHED | _NECK,
+    "stretched_erasing": _STRETCHED | {"data.erasing": 0.5},
+    "stretched_smoothing": _STRETCHED | {"loss.label_smoothing": 0.1},
+}
+
+EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
+    "saturated": ("base", {"match.visibility": "saturated"}),
+    "flip": ("base", {"eval.flip": True}),
+    "gallery_crops": ("base", _RANKED),
+    "neck_after": ("neck", {"match.feature": "after"}),
+    "stretched_saturated": ("stretched", {"match.visibility": "saturated"}),
+    "stretched_flip": ("stretched", {"eval.flip": True}),
+    "stretched_gallery_crops": ("stretched", _RANKED),
+}
 
 
 def get_config():

@@ -47,12 +47,15 @@ def test_every_config_passes_the_check_and_survives_json(file, variant):
     }
 
 
-def test_what_is_to_be_compared_can_be():
-    lists = runpy.run_path(str(CONFIGS / "market_plus.py"))
+@pytest.mark.parametrize(
+    ("file", "start"), [("market_plus", ("market", "small")), ("market_fast", ("market_fast", ""))]
+)
+def test_what_is_to_be_compared_can_be(file, start):
+    lists = runpy.run_path(str(CONFIGS / f"{file}.py"))
     screen, evaluated = lists["SCREEN"], lists["EVALUATED"]
     assert screen["base"] == {} and len({str(changes) for changes in screen.values()}) == len(screen)
     for of, changes in [*((name, {}) for name in screen), *evaluated.values()]:
-        base, trained, config = (recipe("market", "small") for _ in range(3))
+        base, trained, config = (recipe(*start) for _ in range(3))
         for key, value in screen[of].items():
             set_key(trained, key, value)
         assert (flatten(trained) == flatten(base)) == (of == "base")

@@ -91,12 +91,13 @@ def test_mvpm_1_and_partial_images_evaluate_what_was_trained():
     )
 
 
-def test_screening_never_sees_a_test_set():
-    cells = plan(["table 2", "table 3"], "market1501", "screen", 1)
+@pytest.mark.parametrize("scale", ["screen", "fast_screen"])
+def test_screening_never_sees_a_test_set(scale):
+    cells = plan(["table 2", "table 3"], "market1501", scale, 1)
     assert all(run.config.data.holdout_identities == 100 and not run.test for run in cells.values())
     assert not any(run.test for run in plan(["table 2"], "synthetic", "synthetic", 1).values())
     with pytest.raises(UserError, match="never looks at a test set"):
-        make_run("market1501", "screen", "vpm", variant="x", overrides=["--config.data.holdout_identities=0"])
+        make_run("market1501", scale, "vpm", variant="x", overrides=["--config.data.holdout_identities=0"])
 
 
 def test_the_command_of_a_run_is_its_config(monkeypatch):

@@ -134,8 +134,9 @@ def parser() -> argparse.ArgumentParser:
         "--scale",
         choices=[s for s in SCALES if s != "released"],
         help="paper: the full recipe; small: an hour per run on two CPU cores; screen: ten minutes per run, for "
-        "choosing on held-out training identities; synthetic: the synthetic pedestrians (default: small, or synthetic "
-        "with --dataset synthetic, or screen with --parts)",
+        "choosing on held-out training identities; fast: configs/market_fast.py, four hours per run; fast_screen: an "
+        "hour of it, for choosing; synthetic: the synthetic pedestrians (default: small, or synthetic with --dataset "
+        "synthetic, or screen with --parts)",
     )
     top.add_argument("--recipe", choices=("paper", "released"), default="paper", help="of --scale paper")
     top.add_argument("--seeds", type=cli.positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
