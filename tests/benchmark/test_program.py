@@ -41,6 +41,7 @@ ENTRY %main (a: bf16[4,6,32]) -> f32[6,32] {
   %slice-done = bf16[1,6,32]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
   %slice.1 = bf16[2,6,32]{2,1,0:T(8,128)(2,1)S(1)} slice(%a)
   %near = f32[6,32]{1,0:T(8,128)S(1)} fusion(%slice-done, %slice.1), calls=%x, backend_config={"estimated_cycles":"70"}
+  %all-reduce = f32[6,32]{1,0:T(8,128)S(1)} all-reduce(%near), channel_id=1, to_apply=%near
   %copy-start = (f32[6,32]{1,0:T(8,128)}, f32[6,32]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
   ROOT %far = f32[6,32]{1,0:T(8,128)} copy-done(%copy-start)
 }
@@ -60,6 +61,7 @@ def test_a_tpu_moves_whole_tiles_between_its_memories():
     found, tile = program.read(TPU), 8 * 128
     first, half, result = 2 * tile, 2 * 2 * tile, 4 * tile
     assert (found.kernels, found.moved, found.cycles) == (4, first + half + result, 70)
+    assert found.collectives == [result]  # near the cores or not, it goes to the other devices
 
 
 def test_an_all_reduce_sends_nearly_twice_its_bytes():
