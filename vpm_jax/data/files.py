@@ -46,15 +46,9 @@ class FolderReader:
 
     def read(self, name: str, position: int) -> bytes:
         try:
-            path = os.path.join(self.root, name)  # name is absolute if a CSV lists absolute paths
-            file = os.open(path, os.O_RDONLY)  # takes half the time of open()
-            try:
-                chunks = []
-                while chunk := os.read(file, 2**16):
-                    chunks.append(chunk)
-            finally:
-                os.close(file)
-            return b"".join(chunks)
+            # The name is absolute if a CSV lists absolute paths. Not Path.read_bytes, which takes twice as long.
+            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
+                return file.readall()
         except OSError as error:
             raise UserError(f"The image {self.root / name} cannot be read: {error.strerror}.") from error
 
