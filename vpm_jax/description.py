@@ -169,7 +169,7 @@ class Describer(FeatureSource):
     def _put(self, images: np.ndarray) -> jax.Array:
         missing = -len(images) % len(self.mesh.local_devices)
         padded = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1)) if missing else images
-        return parallel.shard(self.mesh, {"images": padded})["images"]
+        return parallel.shard(self.mesh, padded)
 
     def _put_batch(self, batch: EvalBatch) -> list[jax.Array]:
         return [self._put(x) for x in (batch["image"], batch.get("valid")) if x is not None]

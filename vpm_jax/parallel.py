@@ -112,20 +112,12 @@ def extraction_batch(mesh: Mesh) -> int:
     return -(-128 // count) * count if mesh.devices.flat[0].platform == "cpu" else 256 * count
 
 
-def shard(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Global arrays, sharded over the mesh, from this process's rows of a batch."""
+def shard(mesh: Mesh, tree: Any) -> Any:
+    """Global arrays, sharded over the mesh, from this process's rows of them (NumPy)."""
     import jax
 
-    sharding, devices = data_sharding(mesh), list(mesh.local_devices)
-
-    def place(value: Any) -> Array:
-        value = np.asarray(value)
-        # Place shards explicitly, to satisfy the transfer guard.
-        pieces = jax.device_put(np.split(value, len(devices)), devices)
-        shape = (len(value) * mesh.size // len(devices), *value.shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-
-    return {key: place(value) for key, value in batch.items()}
+    with jax.transfer_guard("allow"):  # on several hosts, JAX counts this transfer as implicit
+        return jax.make_array_from_process_local_data(data_sharding(mesh), tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -153,17 +145,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def mapped(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step (state, batch, ...) of one device, mapped over the mesh; only the batch is divided."""
+    """The step (state, batch, numbers) of one device, mapped over the mesh; only the batch is divided."""
     import jax
     from jax.sharding import PartitionSpec
 
-    def of_mesh(state: Any, batch: Any, *numbers: Any) -> Any:
-        whole, rows = PartitionSpec(), PartitionSpec("data")
-        specs = (whole, rows, *(whole for _ in numbers))
-        # Not checked: the step follows pmap's rules for gradients through sums over devices.
-        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(state, batch, *numbers)
-
-    return of_mesh
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    # Not checked: the step follows pmap's rules for gradients through sums over devices.
+    of_mesh = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, whole), out_specs=whole, check_vma=False)
+    return lambda state, batch, numbers=None: of_mesh(state, batch, numbers)
 
 
 def peak_memory() -> float:

@@ -36,7 +36,7 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
     state = step.init_state(config)
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     shape = (config.eval.batch, config.data.height, config.data.width, 3)
-    image = parallel.shard(mesh, {"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8)})["image"]
+    image = parallel.shard(mesh, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     compiled = jax.jit(step.make_feature_step(config)).lower(variables, image).compile()
     seconds = best(lambda: jax.block_until_ready(compiled(variables, image)), args.seconds, clock=args.clock)
 

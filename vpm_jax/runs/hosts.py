@@ -171,7 +171,7 @@ class Agreement:
         if self._alone:
             return number
         numbers = np.full(len(self._mesh.local_devices), number, np.int32)
-        self._pending.append(self._max(parallel.shard(self._mesh, {"number": numbers})["number"]))
+        self._pending.append(self._max(parallel.shard(self._mesh, numbers)))
         return int(jax.device_get(self._pending.popleft())) if len(self._pending) > self.LAG else 0
 
 
