@@ -281,30 +281,17 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
 
 
 def _read_value(key: str, text: str, old: Any) -> Any:
-    def wrong(expected: str) -> UserError:
-        return UserError(f"--config.{key}={text}: expected {expected}, such as {old!r}.")
-
     if isinstance(old, str):
         return text
-    if isinstance(old, bool):
-        if text.lower() not in ("true", "false"):
-            raise wrong("true or false")
-        return text.lower() == "true"
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(old, int):
-        if type(value) is not int:
-            raise wrong("a whole number")
-        return value
-    if isinstance(old, float):
-        if type(value) not in (int, float):
-            raise wrong("a number")
-        return float(value)
-    number = (int, float)
-    if type(value) in number:
-        value = (value,)
-    if not isinstance(value, tuple | list) or not all(type(v) in number for v in value):
-        raise wrong("numbers in brackets")
-    return tuple(value)
+    numbers, kind = (int, float), type(old)
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text.capitalize() if kind is bool else text)
+        if type(value) is kind and kind is not tuple:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        values = value if isinstance(value, tuple | list) else (value,)
+        if kind is tuple and all(type(v) in numbers for v in values):
+            return tuple(values)
+    expected = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers in brackets"}[kind]
+    raise UserError(f"--config.{key}={text}: expected {expected}, such as {old!r}.")

@@ -282,19 +282,12 @@ def from_json(text: str, source: str) -> ConfigDict:
         if saved.get("tensorboard"):  # a separate key in earlier versions
             saved["tracker"] = "tensorboard" + ",wandb" * (saved.get("tracker") == "wandb")
 
-        def fill(target: ConfigDict, values: Mapping[str, Any], prefix: str = "") -> None:
-            for key, value in values.items():
-                if prefix + key in RETIRED:
-                    continue
-                if key not in target:
-                    raise KeyError(f"unknown key {key!r}")
-                if isinstance(value, dict):
-                    fill(target[key], value, f"{prefix}{key}.")
-                else:
-                    with target.ignore_type():
-                        target[key] = tuple(value) if isinstance(value, list) else value
-
-        fill(config, saved)
+        for key, value in flatten(ConfigDict(saved)).items():
+            if key in RETIRED:
+                continue
+            if key not in _KEY:
+                raise KeyError(f"unknown key {key!r}")
+            set_key(config, key, tuple(value) if isinstance(value, list) else value)
         check(config)
     except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error.args[0] if error.args else error).splitlines()[0].removesuffix(".")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,13 +112,10 @@ def _relabeled(before: Mapping[str, int], now: Mapping[str, int]) -> int:
 
     Each old identity continues as the new one with which it shares the most images.
     """
-    pairs: dict[tuple[int, int], int] = {}
-    for name in before.keys() & now.keys():
-        pair = before[name], now[name]
-        pairs[pair] = pairs.get(pair, 0) + 1
-    kept, taken = 0, set()
-    for (old, new), count in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
-        if ("old", old) not in taken and ("new", new) not in taken:
-            taken |= {("old", old), ("new", new)}
-            kept += count
-    return sum(pairs.values()) - kept
+    pairs = Counter((before[name], now[name]) for name in before.keys() & now.keys())
+    new_of: dict[int, int] = {}
+    old_of: dict[int, int] = {}
+    for old, new in sorted(pairs, key=lambda pair: (-pairs[pair], pair)):
+        if old not in new_of and new not in old_of:
+            new_of[old], old_of[new] = new, old
+    return pairs.total() - sum(pairs[pair] for pair in new_of.items())
