@@ -96,7 +96,7 @@ def test_json_of_a_version_with_other_keys_is_read(board, before, tracker):
         ("{", "Expecting property name"),
         ("[]", "config.json"),
         ('{"modle": {"width": 3}}', "(unknown key 'modle.width')"),
-        ('{"model": {"wdith": 3}}', "(unknown key 'wdith')"),
+        ('{"model": {"wdith": 3}}', "(unknown key 'model.wdith')"),
         ('{"model": 3}', "model"),
         ('{"model": {"width": "wide"}}', "model.width is 'wide' (str), expected int"),
     ],

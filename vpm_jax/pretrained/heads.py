@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from vpm_jax import config as config_lib
 from vpm_jax import models
 
 # Our names, with a leading axis of heads -> PyTorch's names within a head.
@@ -40,12 +39,11 @@ LOCATOR = {
 
 def shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """{"params/heads/reducer": shape, ...} of the config's model without its backbone."""
-    return dict(_shapes(config_lib.to_json(config)))
+    return dict(_shapes(FrozenConfigDict(config)))
 
 
 @functools.lru_cache(maxsize=2)
-def _shapes(config_json: str) -> dict[str, tuple[int, ...]]:
-    config = config_lib.from_json(config_json, "config")
+def _shapes(config: FrozenConfigDict) -> dict[str, tuple[int, ...]]:
     image = np.zeros((1, config.data.height, config.data.width, 3), np.uint8)
     tree = flatten_dict(jax.eval_shape(models.create(config).init, jax.random.key(0), image), sep="/")
     return {name: x.shape for name, x in tree.items() if name.split("/")[1] != "backbone"}

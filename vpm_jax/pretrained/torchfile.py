@@ -92,10 +92,6 @@ def _parameter(tensor: Any, *rest: Any) -> Any:
     return tensor
 
 
-def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
-    return dict(pairs)
-
-
 _STORAGES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -110,7 +106,7 @@ _STORAGES = {
 }
 # The names that a file may use. Functions of this module stand in for PyTorch's; a dtype stands for a storage class.
 _GLOBALS: dict[str, Any] = {
-    "collections.OrderedDict": _dictionary,
+    "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
@@ -141,7 +137,7 @@ _GLOBALS: dict[str, Any] = {
 def _call(function: Any, arguments: Any) -> Any:
     if function is _IGNORED:
         return _IGNORED
-    if not any(function is known for known in (_dictionary, _tensor, _parameter)):
+    if not any(function is known for known in (dict, _tensor, _parameter)):
         raise _Refused("calls something that is not a function")
     return function(*arguments)
 
@@ -314,22 +310,12 @@ def _read_legacy(file: io.BufferedReader) -> dict[str, np.ndarray]:
     storages: dict[str, _Storage] = {}
     checkpoint = _unpickle(file, storages)
     keys = [str(key) for key in _unpickle(file)]
-    start = file.tell()
-    file.seek(0, io.SEEK_END)
-    end = file.tell()
-    where: dict[str, tuple[int, int]] = {}
+    data, start = memoryview(file.read()), 0
+    contents: dict[str, memoryview] = {}
     for key in keys:  # each storage: its number of elements, then its bytes
-        file.seek(start)
-        (count,) = struct.unpack("<q", file.read(8))
-        size = count * storages[key].dtype.itemsize
-        if count < 0 or start + 8 + size > end:
+        (count,) = struct.unpack_from("<q", data, start)
+        end = start + 8 + count * storages[key].dtype.itemsize
+        if not start < end <= len(data):
             raise EOFError(f"storage {key} ends past the file's end")
-        where[key] = (start + 8, size)
-        start += 8 + size
-
-    def entry(storage: _Storage) -> bytes:
-        position, size = where[storage.key]
-        file.seek(position)
-        return file.read(size)
-
-    return _arrays(checkpoint, entry)
+        contents[key], start = data[start + 8 : end], end
+    return _arrays(checkpoint, lambda storage: contents[storage.key])
