@@ -72,7 +72,7 @@ def saved_state(workdir: Path, number: int | None = None):
     config = read(workdir)
     assert config is not None
     with Checkpoints(workdir, keep=0) as checkpoints:
-        return checkpoints.restore(step.state_shapes(config), number)
+        return checkpoints.read(checkpoints.latest if number is None else number, step.state_shapes(config))
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -80,7 +80,8 @@ def test_a_state_is_saved_as_it_was_though_the_next_steps_reuse_its_memory(tmp_p
             checkpoints.save(step, big, {})
             for _ in range(20):
                 big = following(big)
-            assert_equal(checkpoints.restore(big, step)[0], expected)
+            checkpoints.wait()
+            assert_equal(checkpoints.read(step, big)[0], expected)
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -88,7 +89,7 @@ def test_the_newest_are_kept(tmp_path):
         for step in (1, 2, 3, 4):
             checkpoints.save(step, tree(step), {"step": step})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.restore(tree(), 3)[1] == {"step": 3}
+        assert checkpoints.read(3, tree())[1] == {"step": 3}
         assert checkpoints.restore(tree())[1] == {"step": 4}
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 

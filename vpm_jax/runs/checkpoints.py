@@ -75,7 +75,7 @@ class Checkpoints:
       keep: the number of checkpoints to keep, newest first; 0 opens them read-only.
 
     Attributes:
-      latest: the newest step, None without checkpoints. `restore` without a step sets it to the restored one.
+      latest: the newest step, None without checkpoints. `restore` sets it to the restored one.
 
     Raises:
       UserError: if the folder cannot be created, or its path is not UTF-8.
@@ -179,15 +179,14 @@ class Checkpoints:
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         return UserError(f"A checkpoint could not be written to {self.folder}: {trouble} ({kept}).", code="not-written")
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
-        """Reads a checkpoint.
+    def restore(self, like: Any) -> tuple[Any, dict]:
+        """Reads the newest checkpoint.
 
         Training falls back to the newest intact checkpoint and sets damaged ones aside. Readers (keep=0) never fall
         back to an older checkpoint.
 
         Args:
           like: arrays or shapes of a state.
-          step: the step to read; None: the newest.
 
         Returns:
           The state as NumPy arrays, and the meta.
@@ -196,22 +195,20 @@ class Checkpoints:
           UserError: if there is no intact checkpoint (for readers: the newest is damaged), or it is of another model.
         """
         self.wait()
-        number, state, meta = hosts.from_first(lambda: self._restore(like, step))
-        if step is None:
-            self.latest = number
+        self.latest, state, meta = hosts.from_first(lambda: self._restore(like))
         return state, meta
 
-    def _restore(self, like: Any, step: int | None) -> tuple[int, Any, dict]:
+    def _restore(self, like: Any) -> tuple[int, Any, dict]:
         steps = self._steps()
-        if step is None and not steps:
+        if not steps:
             raise UserError(
                 f"There is no checkpoint in {self.folder}: train first (python -m vpm_jax.train), or make a saved "
                 "model a workdir (python -m vpm_jax.convert FOLDER --output RUN)."
             )
         errors: dict[int, UserError] = {}
-        for number in reversed(steps) if step is None else (step,):
+        for number in reversed(steps):
             try:
-                state, meta = self._read(number, like)
+                state, meta = self.read(number, like)
             except UserError as error:
                 errors[number] = error
                 continue
@@ -234,7 +231,8 @@ class Checkpoints:
         (self.folder / str(step)).rename(aside)
         self._manager.reload()
 
-    def _read(self, step: int, like: Any) -> tuple[Any, dict]:
+    def read(self, step: int, like: Any) -> tuple[Any, dict]:
+        """What `restore` returns, of this step, on process 0. Raises UserError if it is damaged or of another model."""
         self._compare(step, like)
         empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(empty), meta=ocp.args.JsonRestore())
