@@ -189,8 +189,9 @@ class _TrainLoader(_Loader):
         (h, w), (_, label_width) = feature_map_shape(self._config, canvas), map_shape(self._config, canvas)
         local = slice(self._first, self._last)
         planned, indices, pixels = plan.indices[local], plan.indices[local].copy(), self._pixels(canvas)
+        labels = np.empty((self._count, h, label_width), np.int32)
+        visible = np.empty((self._count, self._grid.rows, self._grid.cols), bool)
         valid = np.zeros((self._count, h, w), bool)
-        rows, columns = [], []
         flips, shifts, jitters, places, erased = (
             numbers[local].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
         )
@@ -200,16 +201,12 @@ class _TrainLoader(_Loader):
             indices[row], image = self._readable(int(planned[row]))
             down, across = self._put(out, image, crop, place, flip, shift, jitter)
             out[y:y_end, x:x_end] = self._fit.fill
-            rows.append(_project_axis(down, self._grid.rows, h, self._min_cells))
-            columns.append(_project_axis(across, self._grid.cols, label_width, self._min_cells))
+            row_labels, row_visible = _project_axis(down, self._grid.rows, h, self._min_cells)
+            column_labels, column_visible = _project_axis(across, self._grid.cols, label_width, self._min_cells)
+            labels[row] = row_labels[:, None] * self._grid.cols + column_labels
+            visible[row] = row_visible[:, None] & column_visible
             valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
-        # The projection is separable, so rows and columns combine for the whole batch at once.
-        (row_labels, row_visible), (column_labels, column_visible) = (
-            (np.stack([labels for labels, _ in axis]), np.stack([visible for _, visible in axis]))
-            for axis in (rows, columns)
-        )
-        labels = row_labels[:, :, None] * np.int32(self._grid.cols) + column_labels[:, None, :]
-        visible = (row_visible[:, :, None] & column_visible[:, None, :]).reshape(self._count, -1)
+        visible = visible.reshape(self._count, -1)
         if self._hides < 1:
             visible &= ~self._hidden(labels, plan.erased[local], canvas)
         batch = {
