@@ -124,14 +124,13 @@ def boxes(query: Split, multi_query: Split) -> tuple[Split, np.ndarray, np.ndarr
       (the images; int [images], the group of each; int [Q], the group of each query).
     """
     assert query.camera is not None and multi_query.camera is not None
-    pairs = np.stack([query.identity, query.camera], axis=1)
-    groups, group_of_query = np.unique(pairs, axis=0, return_inverse=True)
-    number = {pair: group for group, pair in enumerate(map(tuple, groups.tolist()))}
-    found = [number.get(p, -1) for p in zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)]
-    group = np.array(found, np.int64)
-    alone = ~np.isin(group_of_query, group)
-    images = join(multi_query.take(group >= 0), query.take(alone))
-    return images, np.concatenate([group[group >= 0], group_of_query[alone]]), group_of_query
+    identity = np.concatenate([query.identity, multi_query.identity])
+    camera = np.concatenate([query.camera, multi_query.camera])
+    groups = np.unique(np.stack([identity, camera]), axis=1, return_inverse=True)[1]
+    of_query, of_box = np.split(groups, [len(query)])
+    wanted, alone = np.isin(of_box, of_query), ~np.isin(of_query, of_box)
+    images = join(multi_query.take(wanted), query.take(alone))
+    return images, np.concatenate([of_box[wanted], of_query[alone]]), of_query
 
 
 def number(texts: Collection[str]) -> dict[str, int]:

@@ -18,13 +18,9 @@ from jaxtyping import Float
 from vpm_jax.models import cpu
 
 
-def _plain_sum(x: Array) -> Array:
-    return jnp.sum(x, axis=(0, 1, 2))
-
-
 def channel_sum(x: Float[Array, "b h w c"]) -> Float[Array, " c"]:
     """The sum over all but the channels."""
-    return lax.platform_dependent(x, cpu=cpu.channel_sum, default=_plain_sum)
+    return lax.platform_dependent(x, cpu=cpu.channel_sum, default=partial(jnp.sum, axis=(0, 1, 2)))
 
 
 def _separate(*arrays: Array) -> tuple[Array, ...]:

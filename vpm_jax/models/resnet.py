@@ -99,11 +99,6 @@ def _scatter(x: Array, y: Array, g: Array) -> Array:
     return jax.vjp(_reduce_window, x)[1](g)[0]
 
 
-def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    y = max_pool(x)
-    return y, (x, y)
-
-
 def _max_pool_gradient(inputs: tuple[Array, Array], g: Array) -> tuple[Array]:
     x, y = inputs
     on_cpu = cpu.in_float32(_distribute) if g.dtype == jnp.bfloat16 else _distribute
@@ -120,9 +115,8 @@ def _distribute(x: Array, y: Array, g: Array) -> Array:
     def from_below(v: Array) -> Array:  # of the windows one row further down
         return jnp.pad(v[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
 
-    def columns(
-        row: list[Array],
-    ) -> tuple[Array, Array]:  # even columns are window centers, odd ones two windows' edges
+    def columns(row: list[Array]) -> tuple[Array, Array]:
+        """Even columns, which are window centers, and odd ones, which are two windows' edges."""
         left, center, right = row
         return center, right + jnp.pad(left[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
 
@@ -131,7 +125,7 @@ def _distribute(x: Array, y: Array, g: Array) -> Array:
     return jnp.stack(rows, 2).reshape(b, 2 * y.shape[1], -1, c)[:, :h, :w]
 
 
-max_pool.defvjp(_max_pool_forward, _max_pool_gradient)
+max_pool.defvjp(lambda x: (y := max_pool(x), (x, y)), _max_pool_gradient)
 
 
 class Conv(nn.Module):
