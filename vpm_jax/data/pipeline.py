@@ -190,7 +190,7 @@ class _TrainLoader(_Loader):
         local = slice(self._first, self._last)
         planned, indices, pixels = plan.indices[local], plan.indices[local].copy(), self._pixels(canvas)
         labels = np.empty((self._count, h, label_width), np.int32)
-        visible = np.empty((self._count, self._grid.rows, self._grid.cols), bool)
+        visible = np.empty((self._count, self._grid.count), bool)
         valid = np.zeros((self._count, h, w), bool)
         flips, shifts, jitters, places, erased = (
             numbers[local].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
@@ -204,9 +204,8 @@ class _TrainLoader(_Loader):
             row_labels, row_visible = _project_axis(down, self._grid.rows, h, self._min_cells)
             column_labels, column_visible = _project_axis(across, self._grid.cols, label_width, self._min_cells)
             labels[row] = row_labels[:, None] * self._grid.cols + column_labels
-            visible[row] = row_visible[:, None] & column_visible
+            visible[row] = (row_visible[:, None] & column_visible).reshape(-1)
             valid[row, slice(*down.cells(h)), slice(*across.cells(w))] = True
-        visible = visible.reshape(self._count, -1)
         if self._hides < 1:
             visible &= ~self._hidden(labels, plan.erased[local], canvas)
         batch = {
