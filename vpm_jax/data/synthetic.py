@@ -148,9 +148,8 @@ def _shots(train: int, test: int, images: int, cameras: int) -> Iterator[Shot]:
         for camera in range(1, cameras + 1):
             for take in range(images):
                 split = "bounding_box_train" if stream == TRAIN else "bounding_box_test" if take else "query"
-                yield Shot(
-                    f"{split}/{name(number + 1, camera, 7 * number + 3 * take, take)}", stream, index, camera, take
-                )
+                file = name(number + 1, camera, 7 * number + 3 * take, take)
+                yield Shot(f"{split}/{file}", stream, index, camera, take)
     # Junk and distractors are about a tenth of the gallery each, as in Market-1501.
     for extra in range(-(-test * cameras * (images - 1) // 10)):
         camera = 1 + extra % cameras
@@ -208,10 +207,6 @@ def camera(seed: int, number: int) -> Camera:
     )
 
 
-def _color(values: np.ndarray) -> Color:
-    return float(values[0]), float(values[1]), float(values[2])
-
-
 def _texture(rng: np.random.Generator, shape: tuple[int, int], size: float, stretch: float = 1.0) -> np.ndarray:
     """Smooth noise with standard deviation 1 and grains of `size` pixels."""
     noise = cv2.GaussianBlur(rng.normal(0, 1, shape).astype(np.float32), (0, 0), sigmaX=size * stretch, sigmaY=size)
@@ -250,7 +245,7 @@ def _scene(rng: np.random.Generator) -> np.ndarray:
                 cv2.rectangle(top, (left, 12), (left + 38, horizon - 30), (0.20, 0.24, 0.29), -1)
                 cv2.rectangle(top, (left, 12), (left + 38, horizon - 30), (0.75, 0.75, 0.73), 2)
             elif back == "shop":
-                color = _color(rng.uniform(0.15, 0.85, 3))
+                color = rng.uniform(0.15, 0.85, 3).tolist()
                 cv2.rectangle(top, (left, 4), (left + 60, 30), color, -1)
                 cv2.rectangle(top, (left, 34), (left + 56, horizon), (0.14, 0.15, 0.17), -1)
     top *= np.linspace(1.05, 0.85, horizon, dtype=np.float32)[:, None, None]
@@ -258,7 +253,7 @@ def _scene(rng: np.random.Generator) -> np.ndarray:
     # Clutter: bicycles, posts, bins.
     for _ in range(int(rng.integers(6, 18))):
         at, foot = int(rng.integers(0, width)), horizon + int(rng.integers(0, 50))
-        color = _color(rng.uniform(0.08, 0.75) * rng.uniform(0.6, 1.2, 3))
+        color = (rng.uniform(0.08, 0.75) * rng.uniform(0.6, 1.2, 3)).tolist()
         match rng.integers(4):
             case 0 | 1:
                 _bicycle(scene, at, foot, int(rng.integers(22, 34)), color)
@@ -289,13 +284,7 @@ def _bicycle(picture: np.ndarray, x: int, foot: int, radius: int, color: Color) 
         cv2.circle(picture, wheel, 3, (0.5, 0.5, 0.5), -1)
         for spoke in np.linspace(0, np.pi, 5):
             d = (radius * np.array((np.cos(spoke), np.sin(spoke)))).astype(int)
-            cv2.line(
-                picture,
-                (wheel[0] - int(d[0]), wheel[1] - int(d[1])),
-                (wheel[0] + int(d[0]), wheel[1] + int(d[1])),
-                (0.45, 0.45, 0.45),
-                1,
-            )
+            cv2.line(picture, (wheel - d).tolist(), (wheel + d).tolist(), (0.45, 0.45, 0.45), 1)
     for a, b in ((left, pedal), (pedal, bar), (saddle, pedal), (saddle, bar), (bar, right), (left, saddle)):
         cv2.line(picture, a, b, color, 3)
     cv2.ellipse(picture, saddle, (9, 4), 0, 0, 360, (0.08, 0.08, 0.08), -1)
@@ -329,9 +318,8 @@ def render(seed: int, shot: Shot) -> np.ndarray:
     if rng.random() < 0.22:  # a person further back
         other = person(seed, STRANGERS, int(rng.integers(400)))
         aside = rng.choice((-1, 1)) * rng.uniform(0.25, 0.55) * width
-        draw_person(
-            canvas, other, _pose(rng, cam), x + aside, ground - 0.07 * height, tall * rng.uniform(0.72, 0.9), stretch
-        )
+        pose, scale = _pose(rng, cam), tall * rng.uniform(0.72, 0.9)
+        draw_person(canvas, other, pose, x + aside, ground - 0.07 * height, scale, stretch)
     _shadow(canvas, x, ground, tall)
     # Boxes are fitted to people, so stature is only partly visible.
     scale = tall * (0.4 + 0.6 / who.stature)
@@ -369,16 +357,8 @@ def _shadow(canvas: Canvas, x: float, ground: float, tall: float) -> None:
     height, width = canvas.pixels.shape[1:]
     mask = np.zeros((height, width), np.float32)
     reach = -canvas.light[0] * 0.28 * tall
-    cv2.ellipse(
-        mask,
-        (int(x + reach / 2), int(ground - 2)),
-        (int(0.13 * tall + abs(reach) / 2), int(0.022 * tall)),
-        0,
-        0,
-        360,
-        1.0,
-        -1,
-    )
+    center, radii = (int(x + reach / 2), int(ground - 2)), (int(0.13 * tall + abs(reach) / 2), int(0.022 * tall))
+    cv2.ellipse(mask, center, radii, 0, 0, 360, 1.0, -1)
     top = max(0, int(ground - 0.08 * tall))
     if top < height - 1:
         soft = cv2.blur(mask[top:], (15, 7))
@@ -388,21 +368,14 @@ def _shadow(canvas: Canvas, x: float, ground: float, tall: float) -> None:
 def _occlude(rng: np.random.Generator, seed: int, cam: Camera, canvas: Canvas, tall: float, stretch: float) -> None:
     """Draws an object between the camera and the person."""
     height, width = canvas.pixels.shape[1:]
-    color = _color(rng.uniform(0.12, 0.7) * rng.uniform(0.75, 1.2, 3))
+    color = tuple((rng.uniform(0.12, 0.7) * rng.uniform(0.75, 1.2, 3)).tolist())
     side = int(rng.choice((-1, 1)))
     match rng.integers(4):
         case 0:  # the side of another person
             other = person(seed, STRANGERS, int(rng.integers(400)))
             at = width * (0.5 + side * rng.uniform(0.42, 0.62))
-            draw_person(
-                canvas,
-                other,
-                _pose(rng, cam),
-                at,
-                height * rng.uniform(1.02, 1.2),
-                tall * rng.uniform(1.05, 1.25),
-                stretch,
-            )
+            pose, ground, scale = _pose(rng, cam), height * rng.uniform(1.02, 1.2), tall * rng.uniform(1.05, 1.25)
+            draw_person(canvas, other, pose, at, ground, scale, stretch)
         case 1:  # a post
             at, half = width * (0.5 + side * rng.uniform(0.1, 0.4)), rng.uniform(3, 7)
             y = np.array((height * (0.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.6)), float(height)))
@@ -410,10 +383,9 @@ def _occlude(rng: np.random.Generator, seed: int, cam: Camera, canvas: Canvas, t
         case 2:  # a box, a bin, a low wall
             at, edge = width * (0.5 + side * rng.uniform(0.2, 0.6)), int(height * rng.uniform(0.6, 0.85))
             half = rng.uniform(18, 50)
+            across = slice(max(int(at - half), 0), int(at + half))
             for top, bottom, light in ((edge, edge + 8, 1.25), (edge + 8, height, 0.85)):
-                canvas.pixels[:, top:bottom, max(int(at - half), 0) : int(at + half)] = (
-                    light * np.array(color)[:, None, None]
-                )
+                canvas.pixels[:, top:bottom, across] = light * np.array(color)[:, None, None]
         case _:
             picture = _picture(canvas.pixels)
             foot, radius = int(height * rng.uniform(0.96, 1.08)), int(rng.integers(26, 40))
