@@ -134,3 +134,12 @@ def test_records_of_earlier_versions_have_words():
     ]
     [first, *_] = captions.lines(record | {"trained_on": "dukemtmc"})
     assert first.endswith("trained on DukeMTMC-reID, evaluated on Market-1501.")
+
+
+def test_titles_name_the_network_and_the_seeds():
+    run = config.default()
+    assert captions.network(run) == "ResNet-50, 384x128 input"
+    run.model.depth, run.model.width, run.data.height, run.data.width, run.seed = 18, 24, 128, 64, 3
+    title = "VPM trained on Market-1501; recipe paper, seed 3; ResNet-18 of width 24, 128x64 input"
+    assert captions.run_title("VPM", run) == title
+    assert [captions.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]

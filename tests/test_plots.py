@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from vpm_jax import plots
-from vpm_jax.config import default
 
 
 def panel(figure, title):
@@ -195,15 +194,6 @@ def test_gains(tmp_path, figures):
     assert legend(figures[0]) == ["a seed", "one seed only", "range of the seeds", "their mean"]
     plots.gains(tmp_path / "gains.png", {"neck": gained["neck"]}, "a title")
     assert legend(figures[1]) == ["one seed only"]
-
-
-def test_titles_name_the_network_and_the_seeds():
-    config = default()
-    assert plots.network(config) == "ResNet-50, 384x128 input"
-    config.model.depth, config.model.width, config.data.height, config.data.width, config.seed = 18, 24, 128, 64, 3
-    title = "VPM trained on Market-1501; recipe paper, seed 3; ResNet-18 of width 24, 128x64 input"
-    assert plots.run_title("VPM", config) == title
-    assert [plots.count_seeds(seeds) for seeds in ([2, 2], [3, 1])] == ["2 seeds", "1 to 3 seeds"]
 
 
 def test_a_damaged_log_is_drawn_from_its_numbers(tmp_path):

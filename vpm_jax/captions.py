@@ -7,7 +7,7 @@ figures and pages agree. Records of earlier versions may lack some keys.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,6 +36,26 @@ def training_set(config: ConfigDict) -> str:
 def training_names(config: ConfigDict) -> list[str]:
     """The names of the datasets that a config trains on."""
     return [config.data.name, *(name for name, _ in further_sets(config.data.also_train))]
+
+
+def network(config: ConfigDict) -> str:
+    """The backbone and input size, such as "ResNet-18 of width 24, 128x64 input"."""
+    width = f" of width {config.model.width}" if config.model.width != 64 else ""
+    return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
+
+
+def run_title(model: str, config: ConfigDict) -> str:
+    """The title of training curves."""
+    trained = f"{model} trained on {training_set(config)}"
+    return f"{trained}; recipe {config.recipe}, seed {config.seed}; {network(config)}"
+
+
+def count_seeds(seeds: Sequence[int]) -> str:
+    """Numbers of seeds in words, such as "1 to 3 seeds"."""
+    low, high = min(seeds), max(seeds)
+    if high == 1:
+        return "one seed"
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 def departures(config: ConfigDict, dataset: str, held_out: int = 0) -> list[str]:

@@ -361,7 +361,7 @@ def record_of(
         "same_camera": "keep" if config.eval.same_camera == "keep" else same_camera,
         "match": config.match.to_dict() | {"flip": config.eval.flip},
         "input": [config.data.height, config.data.width],
-        "network": plots.network(config),
+        "network": captions.network(config),
         "chance_rank1": chance_rank1(dataset),
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

@@ -20,9 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
-from ml_collections import ConfigDict
-
-from vpm_jax import captions
 
 # The Okabe-Ito palette, which is safe for color blindness; without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,26 +32,6 @@ _MIN_SEEDS = 3  # for a standard deviation; with fewer, each seed is drawn
 
 # {method: {gamma: {"rank-1": ..., "mAP": ...}}}; each value is a number or a sequence with one number per seed
 Curves = Mapping[str, Mapping[float, Mapping[str, float | Sequence[float]]]]
-
-
-def network(config: ConfigDict) -> str:
-    """The backbone and input size, such as "ResNet-18 of width 24, 128x64 input"."""
-    width = f" of width {config.model.width}" if config.model.width != 64 else ""
-    return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
-
-
-def run_title(model: str, config: ConfigDict) -> str:
-    """The title of training curves."""
-    trained = f"{model} trained on {captions.training_set(config)}"
-    return f"{trained}; recipe {config.recipe}, seed {config.seed}; {network(config)}"
-
-
-def count_seeds(seeds: Sequence[int]) -> str:
-    """Numbers of seeds in words, such as "1 to 3 seeds"."""
-    low, high = min(seeds), max(seeds)
-    if high == 1:
-        return "one seed"
-    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 def gamma_curves(

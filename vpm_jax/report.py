@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(config: ConfigDict) -> str:
     m = config.model
-    model = f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {config.data.height} x {config.data.width} "
-    model += f"images, {m.grid[0]} x {m.grid[1]} regions, {m.locator} locator, seed {config.seed}, trained on "
-    model += captions.training_set(config)
+    model = f"Recipe {config.recipe}: {captions.network(config)}, {m.grid[0]} x {m.grid[1]} regions, {m.locator} "
+    model += f"locator, seed {config.seed}, trained on {captions.training_set(config)}"
     return f'<p class="soft">{html.escape(model)}</p>\n'
 
 
@@ -142,7 +141,7 @@ def training(workdir: Path, config: ConfigDict) -> str:
         facts.append(f"first time estimate {duration(first['eta'])}")
     summary = ", ".join(facts)
     alt = f"Training curves: losses, accuracies, learning rate and gradient norm over the steps. {summary}"
-    title = plots.run_title(paper.title(paper.method_of(config)), config)
+    title = captions.run_title(paper.title(paper.method_of(config)), config)
     plot = html.plot(lambda file: plots.training_curves(file, path, title), alt)
     return html.section("Training", f'<p class="soft">{html.escape(summary)}</p>\n{plot}')
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vpm_jax import captions, evaluation, models, paper, parallel, plots, pretrained, step
 from vpm_jax import config as config_lib
-from vpm_jax import evaluation, models, paper, parallel, plots, pretrained, step
 from vpm_jax.data.decode import decode
 from vpm_jax.data.inventory import Inventory
 from vpm_jax.data.pipeline import Batch, train_batches
@@ -239,7 +239,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     print(f"trained {total} steps in {duration(meta['seconds'])}")
     if first:
         with replacing(workdir / "training.png") as path:
-            title = plots.run_title(paper.title(paper.method_of(config)), config)
+            title = captions.run_title(paper.title(paper.method_of(config)), config)
             plots.training_curves(path, workdir / "metrics.jsonl", title)
 
     # ---- Evaluation ------------------------------------------------------------------------------------

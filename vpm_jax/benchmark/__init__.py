@@ -105,7 +105,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> ConfigDict:
     """The config of --config; by default the paper's recipe, or the small one for networks on CPU."""
     if args.config:
         return cli.load_config(args.config, overrides)
-    small = args.section in NETWORKS and step.probe()["platform"] == "cpu"
+    small = args.section in NETWORKS and not step.probe()
     config = config_lib.small() if small else config_lib.default()
     cli.override(config, overrides)
     config_lib.check(config)
@@ -125,7 +125,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> Report:
         arguments = [name, f"--clock={args.clock}", *([f"--config={args.config}"] if args.config else [])]
         if name == "step" and find_spec("torch"):
             arguments.append("--against=torch")
-            if step.probe()["platform"] == "cpu":  # compiling takes longer than everything else
+            if not step.probe():  # on CPU, compiling takes longer than everything else
                 arguments.append("--no-torch-compile")
         print(f"{name} ...", flush=True)
         section_args = parser().parse_args(arguments)

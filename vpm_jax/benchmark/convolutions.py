@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import models
-    from vpm_jax.benchmark.limits import describe, matmul_limit
+    from vpm_jax.benchmark.limits import accelerator, matmul_limit
 
     config = fixed(config)
     batch = batch_size(args, config)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     summary = f"All: {total:.3g} s for {flops / 1e9:,.4g} GFLOP, {flops / total / 1e9:,.0f} GFLOP/s, "
     summary += f"{flops / total / peak:.0%} of {limit_is}: at most {number(images)} images/s."
     lines = [f"{batch} images of {config.data.height} x {config.data.width}, {dtype}; rates in GFLOP/s."]
-    return Report([row], lines, f"{align(table)}\n{summary}", describe()["accelerator"], config.to_dict())
+    return Report([row], lines, f"{align(table)}\n{summary}", accelerator(), config.to_dict())
 
 
 def passes(conv: Convolution, dtype: str, args: argparse.Namespace) -> list[float]:

@@ -61,11 +61,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         raise UserError(f"--distractors {args.distractors}: expected a number of images, 0 for none.")
     from vpm_jax import evaluation
     from vpm_jax.benchmark.generated_features import GeneratedFeatures
-    from vpm_jax.benchmark.limits import describe, matmul_limit
+    from vpm_jax.benchmark.limits import accelerator, matmul_limit
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.data.split import join
 
-    here, config = describe(), fixed(config)
+    config = fixed(config)
     config.data.root = args.root or ""
     dataset = load_test_set(config.data) if args.root else generated.dataset(args.queries, args.gallery)
     nobody = generated.split("gallery", args.distractors)
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     bytes_of = {"features": 4 * len(gallery) * regions * args.channels, "distances": 4 * pairs}
     lines = [
         f"{len(dataset.query):,} queries of {dataset.name} at {gammas} gammas, {len(gallery):,} gallery images, "
-        f"{args.distractors:,} of them distractors; generated features of {regions} x {args.channels} float32, on "
-        f"{here['device']}.",
+        f"{args.distractors:,} of them distractors; generated features of {regions} x {args.channels} float32.",
         f"The metrics of {len(few.query)} queries differ by {difference:.1e} from those of a plain evaluator.",
         f"Peak memory before: {before:.2f} GiB.",
         "Rank-1 / mAP, of generated features: "
@@ -99,4 +98,4 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         Row("distractors: peak memory", after, "GiB"),
         *(Row(f"distractors: all {name}, never in memory", n / 2**30, "GiB") for name, n in bytes_of.items()),
     ]
-    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())
+    return Report(rows, lines, device=accelerator(), config=config.to_dict())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli
+from vpm_jax import captions, cli
 from vpm_jax.benchmark import program
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import batch_size, fixed, random_batch
@@ -118,7 +118,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     assert memory is not None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed, peak = held + memory.temp_size_in_bytes, getattr(chip, dtype) * len(devices)
-    m, height, width = config.model, config.data.height, config.data.width
     amounts = program.read(compiled.as_text())
     seconds_of = {
         "moving bytes": amounts.moved / (OF_BANDWIDTH * chip.bandwidth),
@@ -128,8 +127,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     }
     modelled = sum(seconds_of.values())
     lines = [
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} a batch, "
-        f"{dtype}; compiled for {len(devices)} x {args.target.partition(':')[0]}.",
+        f"Recipe {config.recipe}: {captions.network(config)}, {images} images per batch, {dtype}; "
+        f"compiled for {len(devices)} x {args.target.partition(':')[0]}.",
         f"Each device holds {held / gib:.3g} GiB of state, batch and metrics, and "
         f"{memory.temp_size_in_bytes / gib:.3g} GiB of temporary buffers.",
         f"The step computes {flops / 1e9:,.4g} GFLOP: at most {images * peak / flops:,.0f} images/s on all devices at "

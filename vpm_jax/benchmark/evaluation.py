@@ -6,7 +6,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import captions, cli, parallel
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.extraction import network
 from vpm_jax.benchmark.report import Report, Row
@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import evaluation
-    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.benchmark.limits import accelerator
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import Describer
 
-    here, config = describe(), fixed(config)
+    config = fixed(config)
     mesh = parallel.data_mesh(config.eval.batch)
     describer = Describer(config, mesh)
     config = describer.config
@@ -45,12 +45,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     seconds = clocked(lambda: evaluation.evaluate(describer, variables, dataset))[0][args.clock]
     queries, gallery = len(dataset.query), len(evaluation.ranked(dataset.gallery))
     images = gallery + queries * len(config.eval.gammas)
-    m = config.model
     lines = [
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {queries:,} queries at "
-        f"{len(config.eval.gammas)} gammas, {gallery:,} gallery images ({dataset.name}), on {here['device']}."
+        f"Recipe {config.recipe}: {captions.network(config)}, {queries:,} queries at "
+        f"{len(config.eval.gammas)} gammas, {gallery:,} gallery images ({dataset.name})."
     ]
     rows = [Row("evaluation: whole", seconds, "s", images / alone, "the network alone on the same images")]
     if limit:
         rows.append(Row("evaluation: whole", seconds, "s", images / limit, limit_is))
-    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())
+    return Report(rows, lines, device=accelerator(), config=config.to_dict())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import captions, cli, parallel
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed
@@ -47,11 +47,11 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.benchmark.limits import accelerator
     from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit, Describer
 
-    here, config = describe(), fixed(config)
+    config = fixed(config)
     mesh = parallel.data_mesh(config.eval.batch)
     describer = Describer(config, mesh)
     config = describer.config
@@ -65,13 +65,12 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     describer.split(variables, splits[0].take(np.arange(min(len(splits[0]), 8))))  # compiles
     seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(split) for split in splits]))[0][args.clock]
     count = sum(map(len, splits))
-    m = config.model
     lines = [
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {m.dtype} compute, {count:,} {source} images to "
-        f"{config.data.height} x {config.data.width}, {config.eval.batch} per batch, on {here['device']}."
+        f"Recipe {config.recipe}: {captions.network(config)}, {config.model.dtype} compute, {count:,} {source} images, "
+        f"{config.eval.batch} per batch."
     ]
     rows = [
         Row("extraction: network alone", alone, "images/s", limit, limit_is),
         Row("extraction: from JPEG to features", count / seconds, "images/s", alone, "the network alone"),
     ]
-    return Report(rows, lines, device=here["accelerator"], config=config.to_dict())
+    return Report(rows, lines, device=accelerator(), config=config.to_dict())

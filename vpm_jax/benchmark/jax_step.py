@@ -9,16 +9,14 @@ import jax
 import numpy as np
 
 from vpm_jax import config as config_lib
-from vpm_jax import parallel, step
-from vpm_jax.benchmark.limits import describe, limits
+from vpm_jax import step
+from vpm_jax.benchmark.limits import limits
 from vpm_jax.benchmark.timing import clocked
 
 
 def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Callable]]:
     """The facts and the timed functions of a `step.Side`: {"step", "matmul", "copy"}, functions of the repetitions."""
-    parallel.prepare_backend()
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is reported
-    facts: dict[str, Any] = dict(describe())
     config = config_lib.from_json(config_json, "config")
     state, on_device, numbers = jax.device_put((step.init_state(config), batch, step.numbers(config)))
     train_step = jax.jit(step.make_step(config), donate_argnums=0)
@@ -28,10 +26,10 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
         lowered.append(train_step.lower(state, on_device, numbers))
         return lowered[0].compile()
 
-    facts["compiled"], compiled = clocked(compile_step)
+    seconds, compiled = clocked(compile_step)
     # FLOPs before compiling: compilation for GPU replaces convolutions by cuDNN calls, which are not counted.
-    facts["flops"] = (lowered[0].cost_analysis() or {}).get("flops")
-    facts["bytes"] = (compiled.cost_analysis() or {}).get("bytes accessed")
+    flops = (lowered[0].cost_analysis() or {}).get("flops")
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
 
     def steps(repetitions: int) -> None:
         nonlocal state
@@ -39,5 +37,6 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
             state, metrics = compiled(state, on_device, numbers)
         jax.block_until_ready((state, metrics))
 
-    facts["limits"], work = limits(config.model.dtype)
+    amounts, work = limits(config.model.dtype)
+    facts = {"compiled": seconds, "flops": flops, "bytes": accessed, "limits": amounts}
     return facts, {"step": steps, **work}

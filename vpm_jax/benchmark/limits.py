@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from vpm_jax.benchmark.timing import best, matmul_size
-from vpm_jax.machine import threads
 
 COPY_BYTES = {"cpu": 2**28}  # far beyond any cache; 2**30 elsewhere
 
 
-def describe() -> dict[str, str]:
-    """JAX's first device: "platform"; "device", in words; "accelerator", the same, or "" for a CPU."""
+def accelerator() -> str:
+    """The name of JAX's first device; "" for a CPU."""
     device = jax.devices()[0]
-    if device.platform == "cpu":
-        return {"platform": "cpu", "device": f"{threads()} CPU thread{'s' * (threads() > 1)}", "accelerator": ""}
-    return {"platform": device.platform, "device": device.device_kind, "accelerator": device.device_kind}
+    return "" if device.platform == "cpu" else device.device_kind
+
+
+def build() -> tuple[str, dict[str, Callable]]:
+    """`accelerator` as the facts of a `step.Side` that measures nothing."""
+    return accelerator(), {}
 
 
 def limits(dtype: str, precision: str | None = None) -> tuple[dict[str, float], dict[str, Callable[[int], None]]]:

@@ -73,14 +73,13 @@ def read(store: Store) -> int:
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
-    from vpm_jax.benchmark.limits import describe, limits
+    from vpm_jax.benchmark.limits import accelerator, limits
     from vpm_jax.config import default
     from vpm_jax.description import Description
     from vpm_jax.reduction import Reduction
     from vpm_jax.search import reduced
     from vpm_jax.topk import top_k
 
-    machine = describe()
     query = images(args.queries, args.regions, args.channels, np.random.default_rng(0))
     amounts, work = limits("float32", "highest")  # the precision of `top_k`
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="gallery-") as folder:
@@ -129,10 +128,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         ],
         lines=[
             f"The {args.k} nearest of {args.gallery:,} images of {args.regions} x {args.channels} {args.dtype} in a "
-            f"store on disk, just written; on {machine['device']}, {args.rounds} rounds. Checked against the full "
+            f"store on disk, just written; {args.rounds} rounds. Checked against the full "
             f"float64 distance matrix of the first {min(args.gallery, checked.stop):,} images. "
             "docs/results/vectors.md has how many of the nearest two stages find.",
             f"Peak memory: {before:.2f} GiB before the first search, {after:.2f} GiB after it.",
         ],
-        device=machine["accelerator"],
+        device=accelerator(),
     )

@@ -83,13 +83,13 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         raise UserError("--clock cpu: the CPU time of the server is read from /proc, which this system lacks.")
     if args.queries < max(CLIENTS):
         raise UserError(f"--queries {args.queries}: expected at least {max(CLIENTS)}, one for each client.")
-    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.benchmark.limits import accelerator
     from vpm_jax.images import read
     from vpm_jax.regions import Crop
     from vpm_jax.search.gallery import Gallery
     from vpm_jax.search.serve import BATCH, TOP
 
-    gallery, here = Gallery.open(args.index), describe()
+    gallery = Gallery.open(args.index)
     if gallery.store is None or not len(gallery):
         raise UserError(f"{args.index} holds no images: run python -m vpm_jax.search index.")
     root = gallery.store.path("folder") or Path()
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         rows += [Row(f"{name}, {of}", float(np.percentile(each, q)), "s") for of, q in PERCENTILES.items()]
     rows += [Row(f"search query, {n} image{'s' * (n > 1)}", by_command(n), "s") for n in (1, args.queries)]
     lines = [
-        f"Upper halves of {args.queries} of the {len(gallery):,} images of the gallery ({gallery.model}) on "
-        f"{here['device']}, {args.rounds} rounds; the clients share the server's cores.",
+        f"Upper halves of {args.queries} of the {len(gallery):,} images of the gallery ({gallery.model}), "
+        f"{args.rounds} rounds; the clients share the server's cores.",
         "The command loads the model first; its queries are whole images. Latencies are wall-clock times.",
     ]
-    return Report(rows, lines, device=here["accelerator"])
+    return Report(rows, lines, device=accelerator())

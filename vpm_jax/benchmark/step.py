@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import captions, cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
@@ -72,20 +72,19 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         check_rival(config)
     config = fixed(config)
     batch = random_batch(config, batch_size(args, config))
-    machine = probe()
-    dtypes = args.dtype.split(",") if args.dtype else (DTYPES[:1] if machine["platform"] == "cpu" else DTYPES[::-1])
+    device = probe()
+    dtypes = args.dtype.split(",") if args.dtype else (DTYPES[::-1] if device else DTYPES[:1])
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {args.dtype}: expected float32, bfloat16 or float32,bfloat16.")
-    report = Report(rows=[], device=machine["accelerator"], config=config.to_dict())
-    m, (images, height, width, _) = config.model, batch["image"].shape
+    report = Report(rows=[], device=device, config=config.to_dict())
     report.lines.append(
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {images} images of {height} x {width} per "
-        f"batch; on {machine['device']}, one process per side, {args.rounds} turns each."
+        f"Recipe {config.recipe}: {captions.network(config)}, {len(batch['image'])} images per batch; one process per "
+        f"side, {args.rounds} turns each."
     )
     for dtype in dtypes:
         config.model.dtype = dtype
-        measure_dtype(report, config, batch, args, machine["platform"])
+        measure_dtype(report, config, batch, args)
     return report
 
 
@@ -135,18 +134,16 @@ def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def measure_dtype(
-    report: Report, config: ConfigDict, batch: dict[str, np.ndarray], args: argparse.Namespace, platform: str
-) -> None:
+def measure_dtype(report: Report, config: ConfigDict, batch: dict[str, np.ndarray], args: argparse.Namespace) -> None:
     """Appends the results of one dtype to the report."""
     dtype, text = config.model.dtype, config_lib.to_json(config)
     with contextlib.ExitStack() as stack:
-        sides = {"JAX": stack.enter_context(start_side("jax", text, batch))}
+        sides = {"JAX": stack.enter_context(start_side("jax_step", text, batch))}
         if args.against:
-            sides["PyTorch, eager"] = stack.enter_context(start_side("torch", text, batch, False))
+            sides["PyTorch, eager"] = stack.enter_context(start_side("torch_step", text, batch, False))
             if not args.no_torch_compile:
                 try:
-                    sides["PyTorch, compiled"] = stack.enter_context(start_side("torch", text, batch, True))
+                    sides["PyTorch, compiled"] = stack.enter_context(start_side("torch_step", text, batch, True))
                 except UserError as error:
                     report.lines.append(f"{dtype}: PyTorch ran without torch.compile: {error}")
         repetitions = {
@@ -167,14 +164,12 @@ def measure_dtype(
         if "compiled" in side.facts:
             line += f"; compiled in {side.facts['compiled'][args.clock]:.1f} s"
         report.lines.append(line + ".")
-    step_times = {name: times[name, "step"] for name in sides}
-    add_rates(report, dtype, len(batch["image"]), step_times, times, sides["JAX"].facts)
-    rivals = {name: median(seconds) for name, seconds in step_times.items() if name != "JAX"}
-    if rivals:
-        rival = min(rivals, key=lambda name: rivals[name])
+    add_rates(report, dtype, len(batch["image"]), times, {name: side.facts for name, side in sides.items()})
+    if rivals := [name for name in sides if name != "JAX"]:
+        rival = min(rivals, key=lambda name: median(times[name, "step"]))
         # The ratio of each turn: other load slows both of its sides.
-        ratio = median(b / a for a, b in zip(step_times["JAX"], step_times[rival], strict=True))
-        aim = "1" if platform == "cpu" else "1.5"
+        ratio = median(b / a for a, b in zip(times["JAX", "step"], times[rival, "step"], strict=True))
+        aim = "1.5" if report.device else "1"
         report.rows.append(Row(f"step {dtype}: JAX / {rival}", ratio, "times", aim=aim))
 
 
@@ -182,25 +177,25 @@ def add_rates(
     report: Report,
     dtype: str,
     images: int,
-    step_times: dict[str, list[float]],
     times: dict[tuple[str, str], list[float]],
-    facts: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
 ) -> None:
     """Appends images/s with the limits from the program's FLOPs and, once compiled, its bytes."""
-    fastest, library = min((min(t), name) for (name, work), t in times.items() if work == "matmul")
-    peak = facts["limits"]["matmul"] / fastest
-    bandwidth = facts["limits"]["copy"] / min(times["JAX", "copy"])
-    flops, accessed = facts["flops"], facts["bytes"]
+    ours = facts["JAX"]
+    peak, library = max((known["limits"]["matmul"] / min(times[name, "matmul"]), name) for name, known in facts.items())
+    bandwidth = ours["limits"]["copy"] / min(times["JAX", "copy"])
+    flops, accessed = ours["flops"], ours["bytes"]
     limit = images * peak / flops if flops else None
     limit_is = f"matmul at {peak / 1e9:,.0f} GFLOP/s ({library.partition(',')[0]}'s)"
-    for name, seconds in step_times.items():
-        report.rows.append(Row(f"step {dtype}: {name}", images / median(seconds), "images/s", limit, limit_is))
+    for name in facts:
+        rate = images / median(times[name, "step"])
+        report.rows.append(Row(f"step {dtype}: {name}", rate, "images/s", limit, limit_is))
     if limit and accessed:
         report.lines.append(
             f"{dtype}: the step computes {flops / 1e9:,.4g} GFLOP, and compiled accesses {accessed / 1e9:,.4g} GB "
             f"(ignoring caches); a copy moves {bandwidth / 1e9:,.4g} GB/s. The roofline is the lower of the two limits."
         )
-        by_bytes, rate = images * bandwidth / accessed, images / median(step_times["JAX"])
+        by_bytes, rate = images * bandwidth / accessed, images / median(times["JAX", "step"])
         which = "roofline, bytes" if by_bytes < limit else "roofline, FLOPs"
         report.rows.append(Row(f"step {dtype}: JAX", rate, "images/s", min(limit, by_bytes), which))
 
@@ -213,7 +208,7 @@ class Side:
 
     def __init__(self, connection: Any, name: str) -> None:
         self._connection, self._name = connection, name
-        self.facts: dict[str, Any]
+        self.facts: Any
         self.offers: list[str]
         self.facts, self.offers = self._receive()
 
@@ -242,7 +237,7 @@ class Side:
 
 @contextlib.contextmanager
 def start_side(kind: str, *arguments: Any) -> Iterator[Side]:
-    """Runs vpm_jax.benchmark.{kind}_step.build(*arguments) in a process."""
+    """Runs `build(*arguments)` of the module vpm_jax.benchmark.{kind} in a process."""
     context = multiprocessing.get_context("spawn")  # JAX and PyTorch do not support forking
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
@@ -251,27 +246,23 @@ def start_side(kind: str, *arguments: Any) -> Iterator[Side]:
     process.start()
     theirs.close()
     try:
-        yield Side(ours, "PyTorch" if kind == "torch" else "JAX")
+        yield Side(ours, "PyTorch" if kind == "torch_step" else "JAX")
     finally:
         ours.close()
         process.join(10)
         process.kill()
 
 
-def probe() -> dict[str, Any]:
-    """`limits.describe`, in another process: this one must not hold a device."""
+def probe() -> str:
+    """`limits.accelerator`, in another process: this one must not hold a device."""
     with start_side("limits") as side:
         return side.facts
 
 
 def _serve(connection: Any, kind: str, arguments: tuple[Any, ...]) -> None:
-    functions: dict[str, Callable[[int], None]]
     try:
-        if kind == "limits":
-            parallel.prepare_backend()
-            facts, functions = import_module("vpm_jax.benchmark.limits").describe(), {}
-        else:
-            facts, functions = import_module(f"vpm_jax.benchmark.{kind}_step").build(*arguments)
+        parallel.prepare_backend()
+        facts, functions = import_module(f"vpm_jax.benchmark.{kind}").build(*arguments)
         connection.send((facts, list(functions)))
         while True:
             work, repetitions = connection.recv()

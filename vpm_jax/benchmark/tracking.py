@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpm_jax import cli, parallel
+from vpm_jax import captions, cli, parallel
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import in_turn, timed
@@ -38,11 +38,11 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     from vpm_jax import step
     from vpm_jax.api import VPM
-    from vpm_jax.benchmark.limits import describe
+    from vpm_jax.benchmark.limits import accelerator
     from vpm_jax.description import Describer
     from vpm_jax.tracking import Encoder
 
-    here, config, random = describe(), fixed(config), np.random.default_rng(0)
+    config, random = fixed(config), np.random.default_rng(0)
     mesh, state = parallel.data_mesh(devices=jax.local_devices()), step.init_state(config)
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     model = VPM(config, partial(Describer(config, mesh, region_maps=True).step, variables), "", "random weights")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         return [np.asarray(x) for x in model.step(*inputs).values()]
 
     encoder, frame = Encoder(model, "bgr", max(args.people)), random.integers(0, 256, (*FRAME, 3), np.uint8)
-    m, rows = config.model, []
+    rows = []
     for people in args.people:
         inputs = model.inputs(random.integers(0, 256, (people, *model.image_size, 3), np.uint8))
         work: dict[str, Callable[[], object]] = {
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
             Row(f"tracking: {people} people in a frame", encoder_rate, "crops/s", alone, "the network alone"),
         ]
     line = (
-        f"Recipe {config.recipe}: ResNet-{m.depth} of width {m.width}, {m.dtype} compute, crops of about {PERSON[0]} x "
-        f"{PERSON[1]} pixels to {config.data.height} x {config.data.width}, on {here['device']}."
+        f"Recipe {config.recipe}: {captions.network(config)}, {config.model.dtype} compute, crops of about "
+        f"{PERSON[0]} x {PERSON[1]} pixels."
     )
-    return Report(rows, [line], device=here["accelerator"], config=config.to_dict())
+    return Report(rows, [line], device=accelerator(), config=config.to_dict())

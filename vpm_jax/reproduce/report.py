@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpm_jax import captions, cli, paper, plots
+from vpm_jax import captions, cli, paper
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.disk import make_folder, write_atomically
 from vpm_jax.errors import UserError
@@ -82,7 +82,7 @@ def exhibit(
     data, lines = {"sweep": rows}, [f"## {title}", ""]
     if rows:
         lines += tables.sweep(rows)
-        seeds = plots.count_seeds([len(row["seeds"]) for row in rows])
+        seeds = captions.count_seeds([len(row["seeds"]) for row in rows])
         done = tables.about(run, results[rows[0]["runs"][0]])
         figure_title = captions.title(done, seeds)
         if differing and len(rows) > 1:
@@ -105,7 +105,7 @@ def ingredients(output: Path, cells: Mapping[Cell, Run], results: Results) -> tu
     lines = ["## Gain of each ingredient", "", *tables.ingredients(rows, base.method)]
     gained = [row for row in rows if "gain" in row]
     if len(gained) > 1:
-        seeds = plots.count_seeds([len(row["seeds"]) for row in gained])
+        seeds = captions.count_seeds([len(row["seeds"]) for row in gained])
         done = tables.about(run, results[rows[0]["runs"][0]])
         title = f"Gains over {paper.title(paper.method_of(run.config))}, mean over gammas"
         figures.gains(output / "parts.png", rows, f"{title}\n{captions.title(done, seeds)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from vpm_jax import captions, comparison, paper, plots
+from vpm_jax import captions, comparison, paper
 from vpm_jax.data.datasets import TITLES
 from vpm_jax.progress import duration
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, Run, differences
@@ -98,7 +98,7 @@ def about(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     known = {
         "held_out_identities": held_out,
         "not_comparable": captions.departures(run.config, test, held_out),
-        "network": plots.network(run.config),
+        "network": captions.network(run.config),
     }
     return known | dict(result) | {"dataset": test}
 
