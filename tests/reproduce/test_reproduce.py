@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 from functools import partial
@@ -105,11 +106,13 @@ def test_the_command_of_a_run_is_its_config(monkeypatch):
     from vpm_jax import cli
 
     for method in METHODS:
-        run = make_run("market1501", "screen", method, seed=2, variant="x", overrides=["--config.data.gamma=0.4,1.0"])
+        overrides = ["--config.data.gamma=0.4,1.0", "--config.pretrained=it's; mine.npz"]
+        run = make_run("market1501", "screen", method, seed=2, variant="x", overrides=overrides)
         if run.of is not None:
             continue
-        *_, spec = re.search(r"--config (\S+)", run.command()).groups()
-        keys = [part.replace("'", "") for part in re.findall(r"--config\.\S+?=(?:'[^']*'|\S+)", run.command())]
+        words = shlex.split(run.command())
+        keys = [word for word in words if word.startswith("--config.")]
+        spec = words[words.index("--config") + 1]
         assert fingerprint(cli.load_config(spec, keys)) == fingerprint(run.config)
 
 

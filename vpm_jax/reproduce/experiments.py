@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,20 +200,14 @@ class Run:
         """The command line of this run alone."""
         if self.of is None:
             spec = config_file(self.scale, self.dataset)
-            command, before = (
-                f"python -m vpm_jax.train --config {spec} --workdir runs/{self.name}",
-                cli.load_config(spec),
-            )
+            command = f"python -m vpm_jax.train --config {spec} --workdir runs/{self.name}"
+            before = cli.load_config(spec)
         else:
             command = f"python -m vpm_jax.evaluate --workdir runs/{self.of.name} --output runs/{self.name}"
             before = self.of.config
         command += f" --dataset {self.test}" * bool(self.test)
-        return " ".join([command, *(_argument(*item) for item in differences(before, self.config).items())])
-
-
-def _argument(key: str, value: Any) -> str:
-    text = str(value)
-    return f"--config.{key}='{text}'" if set(text) & set("() ") else f"--config.{key}={text}"
+        changes = differences(before, self.config).items()
+        return " ".join([command, *(f"--config.{key}={shlex.quote(str(value))}" for key, value in changes)])
 
 
 def family(dataset: str, scale: str) -> str:

@@ -17,6 +17,7 @@ from vpm_jax.regions import draw_crop, pixel_box
 from vpm_jax.reproduce.tables import Row
 
 _METRICS = {"rank-1": "R-1", "mAP": "mAP"}
+PEOPLE = 2  # rows of the figure
 VIEWS = (("none", 1.0), ("left", 0.6), ("top", 0.7), ("top", 0.5))  # (crop, gamma) of each person, as in Figure 5
 
 
@@ -90,29 +91,28 @@ def gains(path: Path, rows: Sequence[Row], title: str) -> None:
     _draw(path, lambda file: plots.gains(file, gained, title))
 
 
-def region_maps(path: Path, workdir: Path, people: int = 2) -> None:
+def region_maps(path: Path, workdir: Path) -> None:
     """Region maps of a trained run on synthetic pedestrians, whole and cropped (Figure 5).
 
     Args:
       path: the output file.
       workdir: of the run.
-      people: one row of images each.
 
     Raises:
       UserError: if the workdir holds no trained model.
     """
     model = VPM.load(workdir)
-    images, captions = views(people)
+    images, captions = views()
     description = model(images)
     grid = (model.grid.rows, model.grid.cols)
     maps, scores = description.region_maps, description.visibility
     _draw(path, lambda file: overlay.region_maps(file, images, maps, scores, grid, captions, across=len(VIEWS)))
 
 
-def views(people: int) -> tuple[list[np.ndarray], list[str]]:
-    """(images uint8 [h, w, 3], captions) of synthetic test pedestrians, each cropped to VIEWS."""
+def views() -> tuple[list[np.ndarray], list[str]]:
+    """(images uint8 [h, w, 3], captions) of PEOPLE synthetic test pedestrians, each cropped to VIEWS."""
     images, captions = [], []
-    for person in range(people):
+    for person in range(PEOPLE):
         shot = synthetic.Shot("", synthetic.TEST, 5 * person + 2, 1 + person % 4, 0)
         image = synthetic.render(0, shot)
         for crop, gamma in VIEWS:
