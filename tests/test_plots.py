@@ -165,6 +165,8 @@ def test_running_mean():
     values = np.random.default_rng(0).random(30)
     expected = [values[max(0, i - 2) : i + 3].mean() for i in range(30)]
     np.testing.assert_allclose(plots._running_mean(values, 5), expected)
+    values[10] = np.nan  # spoils no more than its neighbors
+    assert np.flatnonzero(np.isnan(plots._running_mean(values, 5))).tolist() == [8, 9, 10, 11, 12]
 
 
 def test_pyplot_stays_out():

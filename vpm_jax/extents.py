@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from vpm_jax import cli
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM
-from vpm_jax.config import estimates_extent
 from vpm_jax.description import unfamiliar_parts, visible_parts
 from vpm_jax.disk import write_atomically
 from vpm_jax.errors import UserError, printable
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries, _ = list_images(args.folder)
     path = args.workdir or args.model
     model = VPM.load(path)
-    if not estimates_extent(model.config):
+    if not config_lib.estimates_extent(model.config):
         raise UserError(
             f"{path} has {model.grid.rows} x {model.grid.cols} regions and the locator {model.config.model.locator}, "
             "which cannot locate regions: use a model with several rows and a pixel or row locator."

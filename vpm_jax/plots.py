@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 # The Okabe-Ito palette, which is safe for color blindness; without yellow, which is too faint for lines.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,7 +90,7 @@ def gamma_curves(
         top = axes.dataLim.y1
         axes.set_ylim(-0.02 * top, 1.05 * top)  # keeps a chance line near zero off the axis
         axes.set_xticks(_apart(gamma for by_gamma in results.values() for gamma in by_gamma))
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
         _plain(axes)
     _legend_below(figure, legend | notes)
     figure.suptitle(title, fontsize=11)
@@ -246,20 +246,11 @@ def save(figure: Figure, path: str | Path | IO[bytes], dpi: int) -> None:
         figure.savefig(path, dpi=dpi, metadata=metadata)
 
 
-@FuncFormatter
-def _percent(value: float, position: int | None = None) -> str:
-    return f"{100 * value:.4g}%"
-
-
 def _method_colors(names: Sequence[str], shades: Sequence[str]) -> dict[str, Any]:
     """A color for each method: distinct ones, and light to dark for `shades`."""
-    others = [name for name in names if name not in shades]
-    colors: dict[str, Any] = {name: COLORS[i % len(COLORS)] for i, name in enumerate(others)}
-    if shades:
-        colors = {name: ("0.45", *COLORS[1:])[i % len(COLORS)] for i, name in enumerate(others)}
-        scale = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(shades)))
-        colors |= dict(zip(shades, scale, strict=True))
-    return colors
+    distinct = cycle(("0.45", *COLORS[1:]) if shades else COLORS)
+    scale = iter(colormaps["viridis_r"](np.linspace(0.15, 0.95, len(shades))))
+    return {name: next(scale if name in shades else distinct) for name in names}
 
 
 def training_curves(path: str | Path | IO[bytes], metrics_jsonl_path: str | Path, title: str = "") -> None:
@@ -404,8 +395,5 @@ def _curve(
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
     """The centered running mean, over fewer values at both ends."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    center = np.arange(len(values))
-    begin = np.maximum(center - window // 2, 0)
-    end = np.minimum(center + window // 2 + 1, len(values))
-    return (total[end] - total[begin]) / (end - begin)
+    ones = np.ones(2 * (window // 2) + 1)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
