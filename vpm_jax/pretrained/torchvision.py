@@ -56,11 +56,10 @@ def from_torch(theirs: Mapping[str, np.ndarray], network: Network, prefix: str =
 
 def expected(network: Network, prefix: str = "") -> dict[str, tuple[int, ...]]:
     """{PyTorch's name: PyTorch's shape}."""
-    shapes = {}
-    for name, shape in network.shapes().items():
-        height_width_in_out = len(shape) == 4
-        shapes[prefix + torch_name(name)] = (shape[3], shape[2], *shape[:2]) if height_width_in_out else shape
-    return shapes
+    return {
+        prefix + torch_name(name): (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape
+        for name, shape in network.shapes().items()
+    }
 
 
 def network_of(tensors: Mapping[str, np.ndarray], prefix: str = "") -> Network:

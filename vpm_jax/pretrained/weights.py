@@ -99,20 +99,15 @@ def take(
     Raises:
       UserError: listing arrays that are missing, unexpected or of another shape; with `partial`, only if none matches.
     """
-    fits = {name: arrays[name] for name, shape in expected.items() if name in arrays and arrays[name].shape == shape}
-    differences = [
-        ("missing", [name for name in expected if name not in arrays]),
-        ("unexpected", [name for name in arrays if name not in expected]),
-        (
-            "of another shape",
-            [
-                f"{name} {arrays[name].shape} instead of {shape}"
-                for name, shape in expected.items()
-                if name in arrays and name not in fits
-            ],
-        ),
-    ]
-    listed = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in differences if names)
+    present = {name: arrays[name] for name in expected if name in arrays}
+    fits = {name: x for name, x in present.items() if x.shape == expected[name]}
+    misfits = {name: x for name, x in present.items() if name not in fits}
+    differences = {
+        "missing": [name for name in expected if name not in arrays],
+        "unexpected": [name for name in arrays if name not in expected],
+        "of another shape": [f"{name} {x.shape} instead of {expected[name]}" for name, x in misfits.items()],
+    }
+    listed = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in differences.items() if names)
     if listed and not (partial and fits):
         raise UserError(f"{where}: of {len(expected)} tensors expected, {listed}: {advice}.")
     return fits, listed

@@ -131,13 +131,7 @@ class MetricsLog:
       config: the run's config, for trackers that show it.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        step: int = 0,
-        tracker: str = "none",
-        config: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, workdir: Path, step: int = 0, tracker: str = "none", config: Mapping[str, Any] | None = None):
         self._writers: list[Records | TensorBoard | Wandb] = []
         if "tensorboard" in tracker.split(","):
             self._writers.append(TensorBoard(workdir, step))
