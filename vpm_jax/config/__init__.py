@@ -161,10 +161,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"Config key {name!r} is {'unknown' if name in leaves else 'missing'}: {LISTED}.")
     for key in KEYS:
         _check_value(key, leaves[key.name])
-    for wrong, sentence in _contradictions(config):
+    for wrong, sentence in _contradictions(config) + _gallery_contradictions(config):
         if wrong:
             raise UserError(sentence)
-    check_gallery_gammas(config)
 
 
 def _check_value(key: Key, value: Any) -> None:
@@ -218,16 +217,11 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
     ]
 
 
-def check_gallery_gammas(config: ConfigDict) -> None:
-    """Raises UserError if match.gallery_gammas does not fit the model, the training crops, the queries or
-    re-ranking."""
+def _gallery_contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
+    """Rules about match.gallery_gammas and other keys, as those of `_contradictions`."""
     gammas, known = config.match.gallery_gammas, sides(config)
-    _check_value(_KEY["match.gallery_gammas"], gammas)
     reasons = [
-        (
-            not known,
-            f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral training crops",
-        ),
+        (not known, f"data.crop is {config.data.crop!r}: expected top, bottom or bilateral training crops"),
         (
             not estimates_extent(config),
             "the model cannot estimate how much a query shows: expected at least two rows of regions and no stripes",
@@ -241,9 +235,8 @@ def check_gallery_gammas(config: ConfigDict) -> None:
             f"({' and '.join(known)})",
         ),
     ]
-    for wrong, reason in reasons:
-        if gammas and wrong:
-            raise UserError(f"Config key match.gallery_gammas is {gammas}, but {reason}.")
+    start = f"Config key match.gallery_gammas is {gammas}, but "
+    return [(bool(gammas and wrong), f"{start}{reason}.") for wrong, reason in reasons]
 
 
 def estimates_extent(config: ConfigDict) -> bool:

@@ -445,7 +445,7 @@ def _crops(model: VPM, gammas: Iterable[float] | None) -> list[GalleryCrop]:
     if gammas is not None:
         config.match.gallery_gammas = tuple(gammas)
     config.match.rerank, config.eval.crop = False, "none"  # not used by a search
-    config_lib.check_gallery_gammas(config)
+    config_lib.check(config)
     return gallery_crops(config_lib.sides(config), config.match.gallery_gammas)[1:]
 
 
