@@ -66,11 +66,11 @@ def fit_box(
 def place_between(
     before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float], otherwise: tuple[float, float]
 ) -> np.ndarray:
-    """The places, in fractions [..., 2], of what is shown of a whole; `otherwise` along an axis that misses nothing.
+    """The place [..., 2] of an image that shows only a part of a person: see `PLACES`.
 
     Args:
       before, after: how much is missing above and to the left, and below and to the right, in any unit, [..., 2].
-      otherwise: a place.
+      otherwise: the place along an axis on which nothing is missing.
     """
     before = np.asarray(before, float)
     missing = before + after

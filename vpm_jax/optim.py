@@ -6,7 +6,9 @@ arguments, schedules share it too. Configs are resolved (`training.resolve`): th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,11 +83,7 @@ def tabulate(functions: Schedules, steps: int) -> Schedules:
 
 def look_up(tables: Schedules) -> Schedules:
     """The functions of the tables."""
-
-    def function(table: jax.Array) -> Schedule:
-        return lambda step: table[step]
-
-    return Schedules(*map(function, tables))
+    return Schedules(*(partial(operator.getitem, table) for table in tables))
 
 
 class RestartState(NamedTuple):

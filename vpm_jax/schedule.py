@@ -87,29 +87,29 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
 
 
 def notes(config: ConfigDict) -> list[str]:
-    """What the schedule of a config never does although its keys say so, in sentences."""
-    found = []
+    """Sentences about settings of the schedule that never take effect."""
+    sentences = []
     for stage in schedule(config):
         values, name = config[stage.name], stage.name
         of_epochs = f"of {stage.epochs} epoch{'s' * (stage.epochs > 1)}"
         if values.triplet_weight:
             if values.triplet_start >= stage.epochs:
-                found.append(
+                sentences.append(
                     f"the triplet loss never starts ({name}.triplet_start {values.triplet_start:g} {of_epochs})"
                 )
             if stage.sampling == "pk" and stage.identities == 1:
-                found.append(f"no triplet can be mined: batches hold one identity ({name}.identities 1)")
+                sentences.append(f"no triplet can be mined: batches hold one identity ({name}.identities 1)")
             if stage.sampling == "pk" and stage.images_per_identity == 1:
                 one = f"one image of each identity ({name}.images_per_identity 1)"
-                found.append(f"no triplet can be mined: batches hold {one}")
+                sentences.append(f"no triplet can be mined: batches hold {one}")
         if values.warmup_epochs >= stage.epochs:
             warmup = f"{name}.warmup_epochs {values.warmup_epochs:g} {of_epochs}"
-            found.append(f"the learning rate never reaches {values.learning_rate:g} ({warmup})")
+            sentences.append(f"the learning rate never reaches {values.learning_rate:g} ({warmup})")
         by_steps = values.schedule == "step" and config.optim.schedule == "stages"
         if by_steps and values.decay_epochs and min(values.decay_epochs) >= stage.epochs:
             decays = f"{name}.decay_epochs {', '.join(f'{epoch:g}' for epoch in values.decay_epochs)} {of_epochs}"
-            found.append(f"the learning rate never decays ({decays})")
-    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in found]
+            sentences.append(f"the learning rate never decays ({decays})")
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
 def triplet_weight(config: ConfigDict, steps: int) -> float:

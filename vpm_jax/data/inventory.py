@@ -42,10 +42,10 @@ class Inventory:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Inventory:
         """The inventory that `to_json` recorded. Raises ValueError, KeyError or TypeError for anything else."""
-        found = cls(tuple(record["names"]), tuple(map(int, record["labels"])), dict(record["checksums"]))
-        if found.digest != record["digest"]:
+        inventory = cls(tuple(record["names"]), tuple(map(int, record["labels"])), dict(record["checksums"]))
+        if inventory.digest != record["digest"]:
             raise ValueError("its digest does not match")
-        return found
+        return inventory
 
     def to_json(self) -> dict[str, Any]:
         """The inventory as JSON values, for `from_json`."""

@@ -85,12 +85,7 @@ class Sampler:
         self._images = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
         self._num_images = len(labels)
         self.stages = schedule(config, self._num_images, len(self._images))
-        self._seed, self._flip, self._crop = int(config.seed), float(config.data.flip), config.data.crop
-        self._gamma = np.array(config.data.gamma, float)
-        self._whole, self._mix, self._mix_crop = config.data.whole, config.data.mix, config.data.mix_crop
-        self._pad, self._jitter = config.data.pad, config.data.jitter
-        self._erasing, self._erasing_area = config.data.erasing, config.data.erasing_area
-        self._place = config.data.place
+        self._seed, self._data = int(config.seed), config.data
 
     @property
     def batch(self) -> int:
@@ -101,7 +96,7 @@ class Sampler:
 
         Every augmentation has its own stream, so that turning it on does not change the other numbers.
         """
-        stage = stage_at(self.stages, step)
+        stage, data = stage_at(self.stages, step), self._data
         step -= stage.first_step
         indices = self._plain(stage, step) if stage.sampling == "plain" else self._balanced(stage, step)
 
@@ -109,30 +104,30 @@ class Sampler:
             return uniform((self._seed, stage.index, purpose, step), count * stage.batch).reshape(stage.batch, count)
 
         draws = draw(_AUGMENT, 5)
-        gammas = kept_ratios(self._gamma, draws[:, 1])
-        strategies = [self._crop] * stage.batch
-        if self._whole or self._mix:
+        gammas = kept_ratios(np.array(data.gamma, float), draws[:, 1])
+        strategies = [data.crop] * stage.batch
+        if data.whole or data.mix:
             share = draw(_CROP, 1)[:, 0]
-            choices = np.array([self._crop, "none", self._mix_crop])
-            strategies = choices[np.where(share < self._whole, 1, 2 * (share < self._whole + self._mix))].tolist()
+            choices = np.array([data.crop, "none", data.mix_crop])
+            strategies = choices[np.where(share < data.whole, 1, 2 * (share < data.whole + data.mix))].tolist()
         crops = tuple(
             draw_crop(strategy, gamma, (a, b, c))
             for strategy, gamma, (a, b, c) in zip(strategies, gammas.tolist(), draws[:, 2:].tolist(), strict=True)
         )
         shifts, jitters = np.zeros((stage.batch, 2)), np.ones((stage.batch, 2))
-        places = draw(_PLACE, 2) if self._place == "random" else np.tile(PLACES[self._place], (stage.batch, 1))
+        places = draw(_PLACE, 2) if data.place == "random" else np.tile(PLACES[data.place], (stage.batch, 1))
         erased = np.zeros((stage.batch, 4), np.int64)
-        if self._pad:
-            shifts = self._pad * (2 * draw(_SHIFT, 2) - 1)
-        if self._jitter:
-            jitters = 1 + self._jitter * (2 * draw(_JITTER, 2) - 1)
-        if self._erasing:
+        if data.pad:
+            shifts = data.pad * (2 * draw(_SHIFT, 2) - 1)
+        if data.jitter:
+            jitters = 1 + data.jitter * (2 * draw(_JITTER, 2) - 1)
+        if data.erasing:
             erased = self._erasures(stage, draw(_ERASE, 5))
-        return Plan(indices, draws[:, 0] < self._flip, crops, shifts, jitters, places, erased)
+        return Plan(indices, draws[:, 0] < data.flip, crops, shifts, jitters, places, erased)
 
     def _erasures(self, stage: Stage, draws: np.ndarray) -> np.ndarray:
         """Plan.erased from draws [B, 5] in [0, 1). Rectangles fit into the image."""
-        low, high = self._erasing_area
+        low, high = self._data.erasing_area
         size = np.array([stage.height, stage.width])
         area = (low + (high - low) * draws[:, 1]) * size.prod()
         aspect = 0.3 ** (1 - 2 * draws[:, 2])  # height over width
@@ -140,7 +135,7 @@ class Sampler:
         sides = np.clip(np.rint(sides), 1, size)
         corner = np.floor(draws[:, 3:] * (size - sides + 1))
         boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.int64)
-        return np.where(draws[:, :1] < self._erasing, boxes, 0)
+        return np.where(draws[:, :1] < self._data.erasing, boxes, 0)
 
     def _plain(self, stage: Stage, step: int) -> np.ndarray:
         """Positions [step * B, (step + 1) * B) of the concatenated passes."""

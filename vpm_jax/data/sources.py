@@ -311,12 +311,12 @@ def _unexpected(name: str, splits: dict[str, Split], has_distractors: bool) -> l
 def _unofficial(name: str, splits: dict[str, Split], has_distractors: bool) -> dict[str, tuple[int, int]]:
     """{split: (images, identities)} where these are not the official counts."""
     entry = DATASETS[name]
-    found = {
+    counted_splits = {
         split: _counts(splits[split], has_distractors, junk=True)
         for split in (entry.layout.official if entry.layout else ())
         if entry.official(split)
     }
-    return {split: counts for split, counts in found.items() if counts not in entry.official(split)}
+    return {split: counts for split, counts in counted_splits.items() if counts not in entry.official(split)}
 
 
 def _counts(split: Split, has_distractors: bool, junk: bool = False) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from vpm_jax.models.resnet import STAGE_BLOCKS
+from vpm_jax.models.resnet import STAGE_BLOCKS, STEMS
 from vpm_jax.pretrained.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -22,7 +22,6 @@ from vpm_jax.pretrained.weights import (
     nested,
     some,
     split_name,
-    stem_of,
     take,
 )
 
@@ -71,7 +70,9 @@ def network_of(tensors: Mapping[str, np.ndarray], prefix: str = "") -> Network:
         return len(set(expected(Network(depth), prefix)) ^ {name for name in tensors if name.startswith(prefix)})
 
     usual_first = sorted(STAGE_BLOCKS, key=lambda depth: depth != 50)
-    return Network(min(usual_first, key=differences), width, stem_of(size))
+    # Without a stem of that size, `take` lists the difference.
+    stem = next((stem for stem, (kernel, _) in STEMS.items() if kernel == size), "7x7")
+    return Network(min(usual_first, key=differences), width, stem)
 
 
 def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -125,14 +126,14 @@ def read(file: File, partial: bool = False) -> Pretrained:
     network = network_of(tensors)
     fits, differences = take(tensors, with_classifier(expected(network), tensors), where, ADVICE, partial)
     floats = as_floats(fits, str(file.path), "fetch or save it again")
-    found = f" after {prefix}" * bool(prefix) + f", without {len(others)} other tensors: {some(others)}" * bool(others)
+    place = f" after {prefix}" * bool(prefix) + f", without {len(others)} other tensors: {some(others)}" * bool(others)
     return Pretrained(
         **nested(from_torch(floats, network)),
         stride_on="3x3",
         bn_epsilon=1e-5,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        source=f"{network} (torchvision's names{found}, {file.path.name}{dtype_note(fits)})",
+        source=f"{network} (torchvision's names{place}, {file.path.name}{dtype_note(fits)})",
         network=network,
         classifier=classifier(floats),
         skipped=differences,

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from vpm_jax.errors import UserError
-from vpm_jax.models.resnet import STEMS, ResNet
+from vpm_jax.models.resnet import ResNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -179,8 +179,3 @@ def split_name(ours: str) -> tuple[str, str, int, int, str]:
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """{"params": {...}, "batch_stats": {...}} from arrays named "params/..." and "batch_stats/..."."""
     return {"params": {}, "batch_stats": {}} | unflatten_dict(dict(flat), sep="/")
-
-
-def stem_of(kernel: int) -> str:
-    """The stem whose kernel has this size, or "7x7" if there is none, so that `take` lists the difference."""
-    return next((stem for stem, (size, _) in STEMS.items() if size == kernel), "7x7")

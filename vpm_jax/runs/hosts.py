@@ -77,8 +77,9 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         ) from error
     watch = _Watch(args.timeout)
     try:
-        if jax.process_index():
-            _silence_stdout()
+        if jax.process_index():  # only process 0 prints
+            sys.stdout.flush()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         yield
         watch.barrier()
     except BaseException as error:
@@ -102,11 +103,6 @@ def _check(args: argparse.Namespace, given: list[str]) -> None:
             raise UserError(
                 f"--process is {args.process} with --processes {args.processes}, expected 0 to {args.processes - 1}."
             )
-
-
-def _silence_stdout() -> None:
-    sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def are_many() -> bool:
