@@ -559,7 +559,8 @@ def test_misprints_are_not_compared_with(pretend, call, tmp_path):
 
 def test_the_command_of_a_report_has_no_paths_of_this_machine():
     words = (
-        "--table 1 3 --results a --workdirs=b --output c --config.data.root /d --config.data.root=/e --seeds 2 --report"
+        "--table 1 3 --results a --workdirs=b --output c --config.data.root /d --config.data.root=/e --seeds 2 "
+        "--report --work a --out=b --repo"
     )
     assert reproduce.command_line(words.split()) == "python -m vpm_jax.reproduce --table 1 3 --seeds 2"
 

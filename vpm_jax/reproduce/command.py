@@ -341,13 +341,13 @@ def gather(run: Run, workdirs: Path) -> dict[str, Any]:
 
 def command_line(argv: Sequence[str] | None) -> str:
     """The command for the report, without paths of this machine and without --report, which changes no number."""
-    local = ("--config.data.root", "--workdirs", "--results", "--output")
-    words = list(sys.argv[1:] if argv is None else argv)
-    kept = []
-    while words:
-        word = words.pop(0)
-        if not word.startswith(local):
-            kept += [word] * (word != "--report")
-        elif "=" not in word and words:
-            words.pop(0)
+    left_out = ("--config.data.root", "--workdirs", "--results", "--output", "--report")
+    words, kept = iter(sys.argv[1:] if argv is None else argv), []
+    for word in words:
+        option, equals, _ = word.partition("=")  # argparse takes the beginning of an option for all of it
+        meant = [name for name in left_out if option.startswith("--") and name.startswith(option)]
+        if not meant:
+            kept.append(word)
+        elif not equals and meant != ["--report"]:
+            next(words, None)
     return shlex.join(["python", "-m", "vpm_jax.reproduce", *kept])
