@@ -62,12 +62,10 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import evaluation
     from vpm_jax.benchmark.generated_features import GeneratedFeatures
     from vpm_jax.benchmark.limits import accelerator, matmul_limit
-    from vpm_jax.data.sources import load_test_set
     from vpm_jax.data.split import join
 
     config = fixed(config)
-    config.data.root = args.root or ""
-    dataset = load_test_set(config.data) if args.root else generated.dataset(args.queries, args.gallery)
+    dataset = generated.test_set(args, config)
     nobody = generated.split("gallery", args.distractors)
     gallery = join(evaluation.ranked(dataset.gallery), replace(nobody, identity=np.zeros_like(nobody.identity)))
     dataset = replace(dataset, gallery=gallery)

@@ -6,11 +6,10 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from vpm_jax import captions, cli, parallel
+from vpm_jax import captions, cli
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.extraction import network
 from vpm_jax.benchmark.report import Report, Row
-from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import clocked
 
 HELP = "the gamma table from images to metrics, compared with the time of its FLOPs"
@@ -28,19 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import evaluation
     from vpm_jax.benchmark.limits import accelerator
-    from vpm_jax.data.sources import load_test_set
-    from vpm_jax.description import Describer
 
-    config = fixed(config)
-    mesh = parallel.data_mesh(config.eval.batch)
-    describer = Describer(config, mesh)
+    dataset = generated.test_set(args, config)
+    describer, variables, alone, limit, limit_is = network(args, config)
     config = describer.config
-    if args.root:
-        config.data.root = args.root
-        dataset = load_test_set(config.data)
-    else:
-        dataset = generated.dataset(args.queries, args.gallery)
-    variables, alone, limit, limit_is = network(config, args, mesh)
     describer.split(variables, generated.dataset(2, 256).query)  # compiles
     seconds = clocked(lambda: evaluation.evaluate(describer, variables, dataset))[0][args.clock]
     queries, gallery = len(dataset.query), len(evaluation.ranked(dataset.gallery))

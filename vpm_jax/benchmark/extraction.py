@@ -15,7 +15,7 @@ from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import best, clocked
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from vpm_jax.description import Describer
 
 HELP = "feature extraction, compared with the matmul limit"
 
@@ -26,13 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for the network alone (default: %(default)s)")
 
 
-def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[Any, float, float | None, str]:
-    """(random variables, images/s of the compiled network alone, its matmul limit in images/s, the limit's name)."""
+def network(args: argparse.Namespace, config: ConfigDict) -> tuple[Describer, Any, float, float | None, str]:
+    """(a describer, random variables, images/s of the compiled network alone, its matmul limit, the limit's name)."""
     import jax
 
     from vpm_jax import models, step
     from vpm_jax.benchmark.limits import matmul_limit
+    from vpm_jax.description import Describer
 
+    mesh = parallel.data_mesh(config.eval.batch)
+    describer = Describer(fixed(config), mesh)
+    config = describer.config
     state = step.init_state(config)
     variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
     shape = (config.eval.batch, config.data.height, config.data.width, 3)
@@ -43,25 +47,22 @@ def network(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> tuple[A
     peak, limit_is = matmul_limit(models.compute_dtype(config.model.dtype).name, args.clock)
     flops = (compiled.cost_analysis() or {}).get("flops")  # of one device, like the peak
     limit = config.eval.batch * peak / flops if flops else None
-    return variables, config.eval.batch / seconds, limit, limit_is
+    return describer, variables, config.eval.batch / seconds, limit, limit_is
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax.benchmark.limits import accelerator
     from vpm_jax.data.sources import load_test_set
-    from vpm_jax.description import CroppedSplit, Describer
+    from vpm_jax.description import CroppedSplit
 
-    config = fixed(config)
-    mesh = parallel.data_mesh(config.eval.batch)
-    describer = Describer(config, mesh)
-    config = describer.config
     if args.root:
         config.data.root = args.root
         dataset = load_test_set(config.data)
         splits, source = [dataset.query, dataset.gallery], dataset.name
     else:
         splits, source = [generated.split("query", args.images)], "generated"
-    variables, alone, limit, limit_is = network(config, args, mesh)
+    describer, variables, alone, limit, limit_is = network(args, config)
+    config = describer.config
     describer.split(variables, splits[0].take(np.arange(min(len(splits[0]), 8))))  # compiles
     seconds = clocked(lambda: describer.splits(variables, [CroppedSplit(split) for split in splits]))[0][args.clock]
     count = sum(map(len, splits))

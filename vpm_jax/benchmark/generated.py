@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 from dataclasses import dataclass
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from vpm_jax.data.sources import load_test_set
 from vpm_jax.data.split import Dataset, Split
 from vpm_jax.errors import UserError
 
@@ -60,3 +63,11 @@ def dataset(queries: int, gallery: int) -> Dataset:
         split(name, n, identities) for name, n in (("train", 1), ("query", queries), ("gallery", gallery))
     )
     return Dataset("generated", train, query, ranked, notes=())
+
+
+def test_set(args: argparse.Namespace, config: ConfigDict) -> Dataset:
+    """The dataset at --root, or a generated one of --queries and --gallery. Raises UserError."""
+    if not args.root:
+        return dataset(args.queries, args.gallery)
+    config.data.root = args.root
+    return load_test_set(config.data)

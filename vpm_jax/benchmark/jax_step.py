@@ -20,15 +20,14 @@ def build(config_json: str, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any
     config = config_lib.from_json(config_json, "config")
     state, on_device, numbers = jax.device_put((step.init_state(config), batch, step.numbers(config)))
     train_step = jax.jit(step.make_step(config), donate_argnums=0)
-    lowered: list[Any] = []
 
-    def compile_step() -> Any:
-        lowered.append(train_step.lower(state, on_device, numbers))
-        return lowered[0].compile()
+    def compile_step() -> tuple[Any, Any]:
+        lowered = train_step.lower(state, on_device, numbers)
+        return lowered, lowered.compile()
 
-    seconds, compiled = clocked(compile_step)
+    seconds, (lowered, compiled) = clocked(compile_step)
     # FLOPs before compiling: compilation for GPU replaces convolutions by cuDNN calls, which are not counted.
-    flops = (lowered[0].cost_analysis() or {}).get("flops")
+    flops = (lowered.cost_analysis() or {}).get("flops")
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
 
     def steps(repetitions: int) -> None:
