@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = pretrained.load(args.source, args.data_root, args.partial, key="SOURCE")
     print(f"Read {weights.source}.")
     if weights.skipped:
-        print(f"Not taken over: {weights.skipped}.")
+        print(f"Skipped: {weights.skipped}.")
     missing = sorted(set(weights.network.shapes()) - set(weights.flat()))
     if missing:
         raise UserError(

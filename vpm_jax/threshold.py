@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = opened.source.config
     if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
         raise UserError(
-            "match.rerank, match.gallery_gammas and eval.multi_query change a pair's distance with the other images, "
-            "so thresholds would not hold: turn them off."
+            "With match.rerank, match.gallery_gammas or eval.multi_query, the distance of a pair depends on other "
+            "images, so thresholds do not hold: turn them off."
         )
     make_folder(output)
     dataset = evaluation.by_protocol(config, opened.dataset)

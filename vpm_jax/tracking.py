@@ -5,7 +5,7 @@
 
 Cosine similarity compares them (`matching.embedding`). A box that reaches beyond the frame is a partial image whose
 missing side is known. Regions outside the frame get no weight, and a model of padded images sees the crop where it
-belongs in the box. A box that ends at the edge, as most detectors' boxes do, does not tell what is missing; then the
+belongs in the box. A box that ends at the edge, as most detectors' boxes do, does not show what is missing; then the
 model estimates it, as for any image.
 """
 

@@ -66,8 +66,9 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     config = fixed(config)
     dataset = generated.test_set(args, config)
-    nobody = generated.split("gallery", args.distractors)
-    gallery = join(evaluation.ranked(dataset.gallery), replace(nobody, identity=np.zeros_like(nobody.identity)))
+    distractors = generated.split("gallery", args.distractors)
+    distractors = replace(distractors, identity=np.zeros_like(distractors.identity))
+    gallery = join(evaluation.ranked(dataset.gallery), distractors)
     dataset = replace(dataset, gallery=gallery)
     source = GeneratedFeatures(config, args.channels)
     peak, limit_is = matmul_limit("float32", args.clock, "highest")  # the precision of `region_distance`

@@ -17,7 +17,7 @@ DIFFERENT = 2048  # images, which are repeated with their channels shifted
 
 
 class GeneratedFeatures(FeatureSource):
-    """Features of `channels` channels per region. Images of an identity are similar; identity 0 is nobody."""
+    """Features of `channels` channels per region. Images of an identity are similar; identity 0 is distractors."""
 
     def __init__(self, config: ConfigDict, channels: int):
         self.config = config
