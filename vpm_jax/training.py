@@ -63,14 +63,13 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
 
     # ---- The run in the workdir ------------------------------------------------------------------------
     workdir = Path(workdir)
-    saved, has_checkpoint = hosts.from_first(lambda: find_run(workdir, resume))
+    saved = hosts.from_first(lambda: find_run(workdir, resume))
     given = requested
     if saved is not None:
         saved = with_absolute_paths(data_at_hand(saved, workdir))
-        root = saved.data.root
-        if not given.data.root and Path(root).exists():
+        if not given.data.root and Path(saved.data.root).exists():
             requested = given.copy_and_resolve_references()
-            requested.data.root = root
+            requested.data.root = saved.data.root
 
     # ---- Data, and the config resolved with it ---------------------------------------------------------
     dataset = hosts.in_turn(lambda: load_dataset(requested.data))
@@ -87,7 +86,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     hosts.check_job(config, dataset)
     config = with_absolute_paths(config)
     backbone = None
-    if not has_checkpoint and config.pretrained != "none":
+    if saved is None and config.pretrained != "none":
         backbone = hosts.from_first(lambda: pretrained.load(config.pretrained, config.data.root))
         config = config_lib.for_weights(config, backbone)
         print(f"weights: {backbone.source}" + (f" ({backbone.skipped})" if backbone.skipped else ""))
@@ -103,7 +102,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
     place = parallel.placement(config.parallel, mesh)
     describer = Describer(config, mesh)  # shared by all evaluations, so that it compiles once
     # Shapes are enough to restore a checkpoint.
-    state = step.state_shapes(config) if has_checkpoint else step.init_state(config)
+    state = step.init_state(config) if saved is None else step.state_shapes(config)
     if backbone is not None:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         state = step.new_state(config, pretrained.apply_to(variables, backbone))
@@ -122,9 +121,9 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         Interrupts(hosts.Agreement(mesh)) as interrupts,
     ):
         meta: dict[str, Any] = {"seconds": 0.0, "pending": [], "best": None}
-        if has_checkpoint != (checkpoints.latest is not None):
+        if (saved is None) != (checkpoints.latest is None):
             raise UserError(f"{workdir} changed while this run was starting: run the same command again.")
-        if has_checkpoint:
+        if saved is not None:
             state, meta = checkpoints.restore(state)
             steps = int(state.step)
             print(f"resuming {workdir} after step {steps} of {total}")

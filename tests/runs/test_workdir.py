@@ -213,7 +213,7 @@ def test_where_nothing_can_be_written_no_run_begins(tmp_path):
     (tmp_path / "file").write_text("")
     with raises("bad-output"):
         find_run(tmp_path / "file" / "run", resume=True)
-    assert find_run(tmp_path / "new" / "run", resume=True) == (None, False)
+    assert find_run(tmp_path / "new" / "run", resume=True) is None
     with pytest.raises(UserError, match=r"The path .*\\xff is not UTF-8, which checkpoints need: choose another"):
         find_run(tmp_path / os.fsdecode(b"\xff"), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -222,7 +222,7 @@ def test_where_nothing_can_be_written_no_run_begins(tmp_path):
 def test_what_failed_before_its_first_checkpoint_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "checkpoints").mkdir()
-    assert find_run(tmp_path, resume=True) == find_run(tmp_path, resume=False) == (None, False)
+    assert find_run(tmp_path, resume=True) is find_run(tmp_path, resume=False) is None
 
 
 def test_further_training_sets_are_found_from_any_folder_and_after_all_has_moved(tmp_path, monkeypatch):

@@ -24,10 +24,8 @@ from vpm_jax.runs.locks import Lock
 _DERIVED = ("data.aspect",)  # follows from the training images
 
 
-def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
-    """(the config of the run in the workdir, None without a run; whether there is a checkpoint).
-
-    A run that failed before its first checkpoint does not count.
+def find_run(workdir: Path, resume: bool) -> ConfigDict | None:
+    """The config of the run in the workdir. None without a run or before its first checkpoint.
 
     Raises:
       UserError: for a run that must not be resumed or has lost its config, or a workdir that cannot be written.
@@ -35,7 +33,7 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
     cli.check_folder("--workdir", workdir)
     check_utf8(workdir, "checkpoints")
     if not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):
-        return None, False
+        return None
     saved = config_lib.read(workdir)
     if saved is None:
         raise UserError(
@@ -43,7 +41,7 @@ def find_run(workdir: Path, resume: bool) -> tuple[ConfigDict | None, bool]:
         )
     if not resume:
         raise UserError(f"{workdir} already has a run (--resume=never): choose another --workdir, or delete this one.")
-    return saved, True
+    return saved
 
 
 def read_run(workdir: Path, overrides: Sequence[str]) -> tuple[ConfigDict, ConfigDict]:
