@@ -59,44 +59,34 @@ def read(path: Path) -> tuple[dict[str, Listing], list[str]]:
     rows, notes = _rows_and_notes(path)
     if not rows:
         raise UserError(f"{path} lists no images: expected one line per image below the header.")
-    with_query = any(row.split == "query" for row in rows)
+    if any(row.split == "query" for row in rows):
+        rows = [row._replace(split="gallery") if row.split == "test" else row for row in rows]
     lines: dict[str, int] = {}  # by path
     for row in rows:
         for column in ("path", "identity", "split"):
             if not getattr(row, column):
                 raise _error(path, row.line, f"the {column} is empty", "fill it in, or remove the line")
-        if row.split not in SPLITS and not (row.split == "test" and with_query):
-            expected = f"expected {', '.join(SPLITS[:2])} or gallery"
-            if row.split == "test":
-                expected += " (test means gallery if there are query images)"
-            raise _error(path, row.line, f"the split is {row.split!r}", expected)
+        if row.split not in SPLITS:
+            hint = " (test means gallery if there are query images)" * (row.split == "test")
+            raise _error(path, row.line, f"the split is {row.split!r}", f"expected train, query or gallery{hint}")
         key = os.path.normpath(row.path)
         if key in lines:
             raise _error(path, row.line, f"{row.path} is also in line {lines[key]}", "list every image once")
         lines[key] = row.line
-        if not _exists(path, row):
-            raise _error(
-                path,
-                row.line,
-                f"there is no file {row.path!r}",
-                f"paths are relative to the folder of the CSV, {path.parent.absolute()}",
-            )
+        if not os.path.isfile(path.parent / row.path):
+            advice = f"paths are relative to the folder of the CSV, {path.parent.absolute()}"
+            raise _error(path, row.line, f"there is no file {row.path!r}", advice)
     numbers = number_identities({row.identity for row in rows})
     cameras = _cameras(path, rows)
     listings = {}
     for split in SPLITS:
-        taken = (split, "test") if split == "gallery" else (split,)
-        order = [i for i, row in enumerate(rows) if row.split in taken]
+        order = [i for i, row in enumerate(rows) if row.split == split]
         order.sort(key=lambda i: os.path.normpath(rows[i].path))
         if order:
             identity = np.array([numbers[rows[i].identity] for i in order], np.int32)
             camera = None if cameras is None else cameras[order]
             listings[split] = Listing(tuple(rows[i].path for i in order), identity, camera)
     return listings, notes
-
-
-def _exists(path: Path, row: _Row) -> bool:
-    return "\0" not in row.path and os.path.isfile(path.parent / row.path)
 
 
 def _rows_and_notes(path: Path) -> tuple[list[_Row], list[str]]:
@@ -114,7 +104,7 @@ def _rows_and_notes(path: Path) -> tuple[list[_Row], list[str]]:
     for encoding, errors in _ENCODINGS:
         if (text := _decode(data, encoding, errors)) is not None:
             rows, notes = _rows(path, text)
-            existing = sum(_exists(path, row) for row in rows)
+            existing = sum(os.path.isfile(path.parent / row.path) for row in rows)
             if existing > best[0]:
                 best = existing, encoding, rows, notes
             if existing == len(rows):
@@ -190,12 +180,8 @@ def _header(path: Path, line: int, values: list[str], notes: list[str]) -> list[
             header = [column if value in aliases else value for value in header]
     missing = [column for column in COLUMNS if column not in header and column != "camera"]
     if missing:
-        raise _error(
-            path,
-            line,
-            f"there is no column {' and no '.join(missing)} in the header {','.join(values)!r}",
-            f"expected {','.join(COLUMNS)}; camera is optional",
-        )
+        problem = f"there is no column {' and no '.join(missing)} in the header {','.join(values)!r}"
+        raise _error(path, line, problem, f"expected {','.join(COLUMNS)}; camera is optional")
     for column in COLUMNS:
         if header.count(column) > 1:
             raise _error(path, line, f"the column {column} occurs twice", "remove one")
