@@ -467,7 +467,7 @@ def test_the_wait_for_input_is_told(whole, monkeypatch):
             yield {}
 
     config = config_lib.read(whole)
-    window = training.Window(config, [], 0, STEPS)
+    window = training.Window(config, [], STEPS)
     window.pause(5)  # the evaluation that was due before
     for number, _ in enumerate(window.waits(batches()), 1):
         now[0] += 1

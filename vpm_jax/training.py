@@ -140,7 +140,7 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
         numbers = place.put_state(step.numbers(config))
         share = jax.process_index(), jax.process_count()
         batches = train_batches(config, dataset.train, steps, total, *share)
-        window = Window(config, meta["pending"], steps, total)
+        window = Window(config, meta["pending"], total)
         status, started, spent = Status(), time.monotonic(), meta["seconds"]
         saved_at = started
         compiled: set[tuple[int, ...]] = set()
@@ -278,9 +278,8 @@ def reference_aspect(split: Split, count: int = 500) -> float:
 
 
 class ClosedWindow(NamedTuple):
-    """The steps of a record: the last one, those with metrics on the host and on the devices, and their timing."""
+    """The steps of a record: those with metrics on the host and on the devices (at least one), and their timing."""
 
-    steps: int
     fetched: list[dict]
     device: list[tuple[int, dict]]
     timed: int
@@ -295,9 +294,9 @@ class Window:
     records as an uninterrupted one.
     """
 
-    def __init__(self, config: ConfigDict, pending: list[dict], steps: int, total: int) -> None:
+    def __init__(self, config: ConfigDict, pending: list[dict], total: int) -> None:
         self.pending = pending
-        self._config, self._total, self._steps = config, total, steps
+        self._config, self._total = config, total
         self._device: list[tuple[int, dict]] = []
         self._closed: deque[ClosedWindow] = deque()
         self._since, self._timed, self._waited = 0.0, 0, 0.0
@@ -323,7 +322,6 @@ class Window:
             for value in metrics.values():
                 value.copy_to_host_async()
         self._device.append((steps, metrics))
-        self._steps = steps
 
     def pause(self, seconds: float) -> None:
         """Excludes time spent on something else from the rate."""
@@ -340,27 +338,27 @@ class Window:
         self._device = []
 
     def close(self) -> None:
-        """Ends the window and opens the next one."""
-        self._closed.append(ClosedWindow(self._steps, self.pending, self._device, self._timed, self._waited))
+        """Ends the window after a step and opens the next one."""
+        self._closed.append(ClosedWindow(self.pending, self._device, self._timed, self._waited))
         self.pending, self._device, self._timed, self._waited = [], [], 0, 0.0
 
     def records(self, wait: bool = False) -> Iterator[dict[str, Any]]:
         """Yields the records of closed windows whose metrics have arrived, or of all; raises as `fetch` does."""
         while self._closed:
-            newest = [value for _, metrics in self._closed[0].device[-1:] for value in metrics.values()]
-            if not (wait or len(self._closed) > 1 or all(value.is_ready() for value in newest)):
+            _, newest = self._closed[0].device[-1]
+            if not (wait or len(self._closed) > 1 or all(value.is_ready() for value in newest.values())):
                 return
             yield self._record(self._closed.popleft())
 
     def _record(self, closed: ClosedWindow) -> dict[str, Any]:
-        fetched = closed.fetched + _fetched(closed.device)
+        fetched, (steps, _) = closed.fetched + _fetched(closed.device), closed.device[-1]
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         self._since = now
         rate = max(closed.timed, 1) / seconds
-        within, stage = stage_of(self._config, closed.steps)
+        within, stage = stage_of(self._config, steps)
         record: dict[str, Any] = {
-            "step": closed.steps,
+            "step": steps,
             "stage": 1 if stage is self._config.stage1 else 2,
             "epoch": round(within / stage.steps_per_epoch, 3),
         }
@@ -370,11 +368,11 @@ class Window:
         record["learning_rate"] = fetched[-1]["learning_rate"]
         record["weight_region"] = self._config.loss.region_weight
         record["weight_identity"] = self._config.loss.identity_weight
-        record["weight_triplet"] = triplet_weight(self._config, closed.steps)
+        record["weight_triplet"] = triplet_weight(self._config, steps)
         record["images_per_second"] = rate * stage.identities * stage.images_per_identity
         record["input_wait"] = round(min(closed.waited / seconds, 1.0), 4)  # fraction of the time
         record["memory_gib"] = round(parallel.peak_memory(), 3)
-        record["eta"] = (self._total - closed.steps) / rate
+        record["eta"] = (self._total - steps) / rate
         return record
 
 
