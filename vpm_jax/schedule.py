@@ -52,7 +52,6 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
       UserError: if the stages differ in batch size, or a "pk" stage needs more identities than the training set has.
     """
     stages: list[Stage] = []
-    first_step = 0
     for index, name in enumerate(("stage1", "stage2"), start=1):
         values = config[name]
         if not values.epochs:
@@ -74,11 +73,10 @@ def schedule(config: ConfigDict, num_images: int | None = None, num_identities: 
             images_per_identity=values.images_per_identity,
             epochs=values.epochs,
             steps_per_epoch=values.steps_per_epoch or max(1, one_pass),
-            first_step=first_step,
+            first_step=stages[-1].end_step if stages else 0,
             height=int(values.height or config.data.height),
             width=int(values.width or config.data.width),
         )
-        first_step = stage.end_step
         stages.append(stage)
     if len({stage.batch for stage in stages}) > 1:
         sizes = " and ".join(f"{s.identities} x {s.images_per_identity} images in {s.name}" for s in stages)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vpm_jax.data.split import Split
+from vpm_jax.data.split import Split, join
 from vpm_jax.errors import UserError
 
 _SAMPLED = 16  # images whose encoded bytes are compared: cheap, and enough to tell two datasets with equal names apart
@@ -88,13 +88,10 @@ class Inventory:
 
 def digest_of_test_set(query: Split, gallery: Split) -> str:
     """16 hexadecimal digits for what metrics use of a test set, however its identities and cameras are numbered."""
-    splits = query, gallery
-    content = [Inventory.of(split).digest for split in splits]
-    groups = [np.concatenate([split.identity for split in splits])]
-    cameras = [split.camera for split in splits if split.camera is not None]
-    groups += [np.concatenate(cameras)] if len(cameras) == len(splits) else []
-    for group in groups:
-        content.append(hashlib.sha256(np.unique(group, return_inverse=True)[1].astype("<i4").tobytes()).hexdigest())
+    both, content = join(query, gallery), [Inventory.of(split).digest for split in (query, gallery)]
+    for group in (both.identity, both.camera):
+        if group is not None:
+            content.append(hashlib.sha256(np.unique(group, return_inverse=True)[1].astype("<i4").tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
