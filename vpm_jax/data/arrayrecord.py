@@ -112,8 +112,6 @@ def write(
         with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
             tfds.disable_progress_bar()
             _Builder(dataset, output.absolute(), progress, inspect).download_and_prepare(download_dir=downloads)
-    except UserError:
-        raise
     except (OSError, RuntimeError) as error:
         trouble = disk_trouble(error) or f"{first_line(error)}: choose another output"
         raise UserError(f"{folder} could not be written and was removed: {trouble}.") from error

@@ -65,13 +65,11 @@ class Lock:
         return self._read() != self._text and not self._create()
 
     def _create(self) -> bool:
-        try:
-            with writing(self._path):
+        with writing(self._path):
+            try:
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except UserError as error:
-            if isinstance(error.__cause__, FileExistsError):
+            except FileExistsError:
                 return False
-            raise
         try:
             return self._take_over(b"")
         except UserError:
