@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
+import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,6 +14,9 @@ from vpm_jax import cli
 from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row, align
 from vpm_jax.benchmark.timing import Rate, measure
+from vpm_jax.data.decode import decode, resize
+from vpm_jax.data.sampling import Sampler
+from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Split
 from vpm_jax.machine import threads
 
@@ -22,11 +26,7 @@ TARGET = 8000  # images per second and core
 
 def measure_data(config: ConfigDict, split: Split, seconds: float, most_threads: int) -> list[tuple[str, Rate]]:
     """Rates of reading, decoding and resizing alone, then of `train_batches` with one and with all threads."""
-    import cv2
-
-    from vpm_jax.data.decode import decode, resize
-    from vpm_jax.data.pipeline import train_batches
-    from vpm_jax.data.sampling import Sampler
+    from vpm_jax.data.pipeline import train_batches  # grain takes a second to import
 
     cv2.setNumThreads(0)
     size = (config.data.height, config.data.width)
@@ -69,8 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
-    from vpm_jax.data.sources import load_dataset
-
     if args.root:
         config.data.root = args.root
     for stage in (config.stage1, config.stage2):  # enough steps for the time

@@ -17,10 +17,11 @@ from vpm_jax.benchmark.metrics import plain
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import clocked
+from vpm_jax.data.split import Dataset, join
 from vpm_jax.errors import UserError
+from vpm_jax.progress import Progress
 
 if TYPE_CHECKING:
-    from vpm_jax.data.split import Dataset
     from vpm_jax.description import FeatureSource
     from vpm_jax.evaluation import Results
 
@@ -42,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(source: FeatureSource, dataset: Dataset, results: Results) -> float:
     """The largest difference from the metrics of all distances by Eq. 4 in float64, ranked by sorting."""
     from vpm_jax.description import CroppedSplit
-    from vpm_jax.progress import Progress
 
     query, gallery = dataset.query, dataset.gallery
     stops = range(CHUNK, len(gallery), CHUNK)
@@ -62,7 +62,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax import evaluation
     from vpm_jax.benchmark.generated_features import GeneratedFeatures
     from vpm_jax.benchmark.limits import accelerator, matmul_limit
-    from vpm_jax.data.split import join
 
     config = fixed(config)
     dataset = generated.test_set(args, config)

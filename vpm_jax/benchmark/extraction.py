@@ -13,6 +13,7 @@ from vpm_jax.benchmark import generated
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.step import fixed
 from vpm_jax.benchmark.timing import best, clocked
+from vpm_jax.data.sources import load_test_set
 
 if TYPE_CHECKING:
     from vpm_jax.description import Describer
@@ -52,7 +53,6 @@ def network(args: argparse.Namespace, config: ConfigDict) -> tuple[Describer, An
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     from vpm_jax.benchmark.limits import accelerator
-    from vpm_jax.data.sources import load_test_set
     from vpm_jax.description import CroppedSplit
 
     if args.root:

@@ -17,6 +17,7 @@ from vpm_jax import cli, parallel
 from vpm_jax.benchmark.matching import exact_distance, images
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
+from vpm_jax.config import default
 from vpm_jax.errors import UserError
 from vpm_jax.search.store import DTYPES, About, Entry, Store, Writer
 
@@ -74,7 +75,6 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder: create it, or leave out --folder.")
     from vpm_jax.benchmark.limits import accelerator, limits
-    from vpm_jax.config import default
     from vpm_jax.description import Description
     from vpm_jax.reduction import Reduction
     from vpm_jax.search import reduced
@@ -107,31 +107,20 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
         size = store.about.bytes_of("features")
     bandwidth, peak = (amounts[name] / min(times[name]) for name in ("copy", "matmul"))
     flops = 2.0 * args.queries * args.gallery * args.regions * args.channels
-    return Report(
-        rows=[
-            Row(f"search: {args.queries} queries", median(times["search"]), "s", limit, limit_is)
-            for limit, limit_is in (
-                (size / bandwidth, f"its {size / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s (a copy's)"),
-                (min(times["read"]), "reading the mapped file"),
-                (flops / peak, f"matmul at {peak / 1e9:,.0f} GFLOP/s"),
-            )
-        ]
-        + [
-            Row(
-                f"search in two stages: {args.candidates:,} candidates by {small.store.about.channels * args.regions} "
-                "numbers per image",
-                median(times["two stages"]),
-                "s",
-                median(times["search"]),
-                "the exact search",
-            )
-        ],
-        lines=[
-            f"The {args.k} nearest of {args.gallery:,} images of {args.regions} x {args.channels} {args.dtype} in a "
-            f"store on disk, just written; {args.rounds} rounds. Checked against the full "
-            f"float64 distance matrix of the first {min(args.gallery, checked.stop):,} images. "
-            "docs/results/vectors.md has how many of the nearest two stages find.",
-            f"Peak memory: {before:.2f} GiB before the first search, {after:.2f} GiB after it.",
-        ],
-        device=accelerator(),
-    )
+    limits_of = {
+        f"its {size / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s (a copy's)": size / bandwidth,
+        "reading the mapped file": min(times["read"]),
+        f"matmul at {peak / 1e9:,.0f} GFLOP/s": flops / peak,
+    }
+    exact, numbers = median(times["search"]), small.store.about.channels * args.regions
+    rows = [Row(f"search: {args.queries} queries", exact, "s", limit, name) for name, limit in limits_of.items()]
+    two = f"search in two stages: {args.candidates:,} candidates by {numbers} numbers per image"
+    rows.append(Row(two, median(times["two stages"]), "s", exact, "the exact search"))
+    lines = [
+        f"The {args.k} nearest of {args.gallery:,} images of {args.regions} x {args.channels} {args.dtype} in a store "
+        f"on disk, just written; {args.rounds} rounds. Checked against the full float64 distance matrix of the first "
+        f"{min(args.gallery, checked.stop):,} images. docs/results/vectors.md has how many of the nearest two stages "
+        "find.",
+        f"Peak memory: {before:.2f} GiB before the first search, {after:.2f} GiB after it.",
+    ]
+    return Report(rows, lines, device=accelerator())

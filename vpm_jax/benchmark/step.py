@@ -25,7 +25,10 @@ from vpm_jax import captions, cli, parallel
 from vpm_jax import config as config_lib
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import clocked, in_turn
+from vpm_jax.data.sampling import kept_ratios
 from vpm_jax.errors import UserError, first_line
+from vpm_jax.geometry import covered, feature_map_shape, fit_box, map_shape
+from vpm_jax.regions import RegionGrid, draw_crop, project_regions
 
 HELP = "the training step, compared with the matmul limit and PyTorch"
 DTYPES = ("float32", "bfloat16")
@@ -109,10 +112,6 @@ def batch_size(args: argparse.Namespace, config: ConfigDict) -> int:
 
 def random_batch(config: ConfigDict, count: int) -> dict[str, np.ndarray]:
     """A training batch of noise, with crops, labels and visible sets drawn as in training."""
-    from vpm_jax.data.sampling import kept_ratios
-    from vpm_jax.geometry import covered, feature_map_shape, fit_box, map_shape
-    from vpm_jax.regions import RegionGrid, draw_crop, project_regions
-
     if count < 4:
         raise UserError(f"--batch {count}: expected at least 4 images, two of each of two identities.")
     random = np.random.default_rng(0)
