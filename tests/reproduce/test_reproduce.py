@@ -164,7 +164,7 @@ def test_images_that_a_run_trains_on():
     assert estimate.images(make_run("market1501", "released", "vpm")) == 130 * 93 * 64
     assert estimate.images(make_run("market1501", "paper", "vpm")) == (50 * 202 + 80 * 93) * 64
     screen = make_run("market1501", "screen", "baseline").config
-    assert estimate.images(make_run("market1501", "screen", "baseline")) == 500 * estimate.batch(screen)
+    assert estimate.images(make_run("market1501", "screen", "baseline")) == 500 * estimate.stages(screen)[-1].batch
     assert estimate.images(make_run("market1501", "paper", "mvpm-1")) == 0
     assert estimate.size(screen)[1] == 651
 
@@ -241,7 +241,7 @@ def test_a_finished_run_is_never_repeated(pretend, call, tmp_path, capsys):
     assert not pretend and not list(tmp_path.iterdir())
     out = capsys.readouterr().out
     config = make_run("market1501", "small", "vpm").config
-    images = config.stage2.epochs * config.stage2.steps_per_epoch * estimate.batch(config)
+    images = config.stage2.epochs * config.stage2.steps_per_epoch * estimate.stages(config)[-1].batch
     assert (
         f"{images:,}" in out and f"in total {3 * images:,} images" in out and "a few timed steps (50.0 images/s" in out
     )

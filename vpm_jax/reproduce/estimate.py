@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -15,13 +14,15 @@ from ml_collections import ConfigDict
 from vpm_jax import parallel, plots, step
 from vpm_jax.benchmark.report import align
 from vpm_jax.benchmark.step import random_batch
+from vpm_jax.benchmark.timing import clocked
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.progress import duration
 from vpm_jax.reproduce import results
 from vpm_jax.reproduce.experiments import Run
-from vpm_jax.schedule import schedule
+from vpm_jax.schedule import Stage, schedule
 
 EVALUATION = 0.05  # assumed evaluation time, as a fraction of the training time
+STEPS = 3  # timed, where no run has finished
 PARTIAL = 0.05  # assumed evaluation time of a partial dataset (hundreds of images), as a fraction of a full one
 
 
@@ -36,9 +37,14 @@ def size(config: ConfigDict) -> tuple[int, int]:
     return images * kept // identities, kept
 
 
+def stages(config: ConfigDict) -> tuple[Stage, ...]:
+    """The schedule by the official counts."""
+    return schedule(config, *size(config))
+
+
 def images(run: Run) -> int:
     """The number of images a run trains on, with repeats; 0 for an evaluation."""
-    return 0 if run.of else sum(stage.steps * stage.batch for stage in schedule(run.config, *size(run.config)))
+    return 0 if run.of else sum(stage.steps * stage.batch for stage in stages(run.config))
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
@@ -67,27 +73,30 @@ def rates(run: Run, finished: Sequence[dict[str, Any]]) -> tuple[float, float] |
     return median(r["images"] / r["seconds"] for r in trained), evaluation
 
 
-def timed_rate(config: ConfigDict, steps: int = 3) -> float:
+def timed_rate(config: ConfigDict) -> float:
     """Training images per second, from a few steps on noise after compilation.
 
     Raises:
       UserError: for a config that cannot be trained here.
     """
     config = config.copy_and_resolve_references()
-    images, config.model.num_identities = size(config)
-    for stage in schedule(config, images, config.model.num_identities):
+    for stage in stages(config):
         config[stage.name].steps_per_epoch = stage.steps_per_epoch
-    place = parallel.placement(config.parallel, parallel.data_mesh(batch(config)))
-    arrays = place.put_batch(random_batch(config, batch(config)))
+    _, config.model.num_identities = size(config)
+    place = parallel.placement(config.parallel, parallel.data_mesh(stage.batch))
+    batch = place.put_batch(random_batch(config, stage.batch))
     state, numbers = (place.put_state(tree) for tree in (step.init_state(config), step.numbers(config)))
     train_step = place.compile(step.make_step, step.program(config))
-    state, metrics = train_step(state, arrays, numbers)
-    jax.block_until_ready(metrics)
-    started = time.monotonic()
-    for _ in range(steps):
-        state, metrics = train_step(state, arrays, numbers)
-    jax.block_until_ready(metrics)
-    return steps * batch(config) / (time.monotonic() - started)
+
+    def train(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = train_step(state, batch, numbers)
+        jax.block_until_ready(metrics)
+
+    train(1)  # compiles
+    seconds, _ = clocked(lambda: train(STEPS))
+    return STEPS * stage.batch / seconds["wall"]
 
 
 def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
@@ -108,7 +117,7 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
             rate = timed
             sources.add(f"a few timed steps ({timed:,.1f} images/s; evaluation assumed to take {EVALUATION:.0%} of it)")
         history = records(workdirs / run.name)
-        left = count - min(count, int(history[-1]["step"]) * batch(run.config)) if history else count
+        left = count - min(count, int(history[-1]["step"]) * stages(run.config)[-1].batch) if history else count
         seconds = left / rate + evaluation
         notes = []
         if left < count:
@@ -121,9 +130,3 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
         total, total_images = total + seconds, total_images + left
     cost = f"in total {total_images:,} images, about {duration(total)} on {results.hardware()}"
     return f"{align(rows)}\n{cost}, estimated from {' and '.join(sorted(sources))}"
-
-
-def batch(config: ConfigDict) -> int:
-    """Images per training step."""
-    stage = config.stage2 if config.stage2.epochs else config.stage1
-    return stage.identities * stage.images_per_identity
