@@ -17,7 +17,7 @@ from vpm_jax.data import folders, synthetic, table
 from vpm_jax.data.datasets import DATASETS, TITLES, further_sets
 from vpm_jax.data.files import FolderReader
 from vpm_jax.data.folders import Place
-from vpm_jax.data.split import Dataset, Listing, Reader, Split, counted, join, some
+from vpm_jax.data.split import Dataset, Listing, Reader, Split, counted, groups, join, some
 from vpm_jax.errors import UserError, printable
 
 _FLAGS = "--config.data.root (evaluate and benchmark data: --root, prepare: --source)"
@@ -87,8 +87,10 @@ def _load(config_data: ConfigDict, preparing: bool = False) -> tuple[Place, dict
     for split in {"train", "query", "gallery"} - set(splits):
         splits[split] = Split(split, (), np.empty(0, np.int32), None)
     if "multi_query" in splits:
-        multi_query = _of_queries(splits.pop("multi_query"), splits["query"])
-        splits |= {"multi_query": multi_query} if len(multi_query) else {}
+        multi_query = splits.pop("multi_query")
+        of_query, of_box = groups(splits["query"], multi_query)
+        if (of_a_query := np.isin(of_box, of_query)).any():
+            splits["multi_query"] = multi_query.take(of_a_query)
     has_distractors = _has_distractors(config_data)
     all_train = splits["train"]
     splits["train"] = _people_only(all_train, has_distractors, place, notes, preparing)
@@ -122,14 +124,6 @@ def _people_only(train: Split, has_distractors: bool, place: Place, notes: list[
     if junk := int((train.identity < 0).sum()):
         notes.append(f"Left out {counted(junk, 'training image')} of identity -1, which means junk.")
     return train.take(~excluded)
-
-
-def _of_queries(multi_query: Split, query: Split) -> Split:
-    """The images with the identity and camera of some query."""
-    assert query.camera is not None and multi_query.camera is not None
-    query_keys = set(zip(query.identity.tolist(), query.camera.tolist(), strict=True))
-    keys = zip(multi_query.identity.tolist(), multi_query.camera.tolist(), strict=True)
-    return multi_query.take(np.array([key in query_keys for key in keys], bool))
 
 
 def _with_distractors(dataset: Dataset, config_data: ConfigDict, place: Place) -> Dataset:

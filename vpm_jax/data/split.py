@@ -115,6 +115,15 @@ def join(*splits: Split) -> Split:
     )
 
 
+def groups(query: Split, multi_query: Split) -> tuple[np.ndarray, np.ndarray]:
+    """int [Q] and int [multi-query images], equal for equal identities and cameras."""
+    assert query.camera is not None and multi_query.camera is not None
+    identity = np.concatenate([query.identity, multi_query.identity])
+    camera = np.concatenate([query.camera, multi_query.camera])
+    group = np.unique(np.stack([identity, camera]), axis=1, return_inverse=True)[1]
+    return group[: len(query)], group[len(query) :]
+
+
 def boxes(query: Split, multi_query: Split) -> tuple[Split, np.ndarray, np.ndarray]:
     """The images that stand for each query in multi-query evaluation: those of its identity and camera.
 
@@ -123,11 +132,7 @@ def boxes(query: Split, multi_query: Split) -> tuple[Split, np.ndarray, np.ndarr
     Returns:
       (the images; int [images], the group of each; int [Q], the group of each query).
     """
-    assert query.camera is not None and multi_query.camera is not None
-    identity = np.concatenate([query.identity, multi_query.identity])
-    camera = np.concatenate([query.camera, multi_query.camera])
-    groups = np.unique(np.stack([identity, camera]), axis=1, return_inverse=True)[1]
-    of_query, of_box = np.split(groups, [len(query)])
+    of_query, of_box = groups(query, multi_query)
     wanted, alone = np.isin(of_box, of_query), ~np.isin(of_query, of_box)
     images = join(multi_query.take(wanted), query.take(alone))
     return images, np.concatenate([of_box[wanted], of_query[alone]]), of_query
