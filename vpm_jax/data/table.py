@@ -100,16 +100,15 @@ def _rows_and_notes(path: Path) -> tuple[list[_Row], list[str]]:
             return _rows(path, text)
     if b"\0" in data:
         raise UserError(f"{path} is not a text file: save it as UTF-8 (in Excel: 'CSV UTF-8 (Comma delimited)').")
-    best: tuple[int, str, list[_Row], list[str]] = (-1, "", [], [])
+    readings = []
     for encoding, errors in _ENCODINGS:
         if (text := _decode(data, encoding, errors)) is not None:
             rows, notes = _rows(path, text)
             existing = sum(os.path.isfile(path.parent / row.path) for row in rows)
-            if existing > best[0]:
-                best = existing, encoding, rows, notes
+            readings.append((existing, encoding, rows, notes))
             if existing == len(rows):
                 break
-    *_, encoding, rows, notes = best
+    _, encoding, rows, notes = max(readings, key=lambda reading: reading[0])
     if encoding != "utf-8":
         notes.append(f"{path.name} is not UTF-8 and was read as {encoding}.")
     return rows, notes
