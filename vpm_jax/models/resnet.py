@@ -99,6 +99,11 @@ def _scatter(x: Array, y: Array, g: Array) -> Array:
     return jax.vjp(_reduce_window, x)[1](g)[0]
 
 
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = max_pool(x)
+    return y, (x, y)
+
+
 def _max_pool_gradient(inputs: tuple[Array, Array], g: Array) -> tuple[Array]:
     x, y = inputs
     on_cpu = cpu.in_float32(_distribute) if g.dtype == jnp.bfloat16 else _distribute
@@ -125,7 +130,7 @@ def _distribute(x: Array, y: Array, g: Array) -> Array:
     return jnp.stack(rows, 2).reshape(b, 2 * y.shape[1], -1, c)[:, :h, :w]
 
 
-max_pool.defvjp(lambda x: (y := max_pool(x), (x, y)), _max_pool_gradient)
+max_pool.defvjp(_max_pool_forward, _max_pool_gradient)
 
 
 class Conv(nn.Module):

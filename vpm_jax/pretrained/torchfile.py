@@ -315,7 +315,7 @@ def _read_legacy(file: io.BufferedReader) -> dict[str, np.ndarray]:
     for key in keys:  # each storage: its number of elements, then its bytes
         (count,) = struct.unpack_from("<q", data, start)
         end = start + 8 + count * storages[key].dtype.itemsize
-        if not start < end <= len(data):
+        if not start + 8 <= end <= len(data):
             raise EOFError(f"storage {key} ends past the file's end")
         contents[key], start = data[start + 8 : end], end
     return _arrays(checkpoint, lambda storage: contents[storage.key])
