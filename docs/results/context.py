@@ -1,7 +1,7 @@
 """What a region's feature takes from the rest of the image, from saved features of whole and half queries.
 
     python -m vpm_jax.evaluate --workdir RUN --save features
-    python docs/results/context.py RUN/saved --page docs/results/market1501-fast/context.md
+    python docs/results/context.py RUN/saved --page docs/results/market1501-fast-padded/context.md
 
 Compares queries with the gallery by Eq. 4 over the first k regions alone, all equally visible. The first half of the
 regions are the same pixels whether the query is whole or its top half. What whole queries score more over them comes
