@@ -3,7 +3,7 @@
     python -m vpm_jax.train --config configs/market_fast.py --config.data.root=DATA
 
 ResNet-50, 6 x 1 regions, batches of 32 identities x 2 images: 960 steps at 128x64, then 480 at 256x128. `:padded` keeps
-the proportions of images; it is worse on held-out identities (docs/results), but knows where on a person a part belongs.
+the proportions of images, which is worse on held-out identities (docs/results).
 
 SCREEN and EVALUATED list changes to try on held-out training identities (configs/market_plus.py explains them):
 
