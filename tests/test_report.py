@@ -14,8 +14,10 @@ from PIL import Image
 from raising import raises
 from tiny_runs import make_run
 
+from vpm_jax import config as config_lib
 from vpm_jax import html, metrics, report
 from vpm_jax.errors import UserError
+from vpm_jax.geometry import map_shape
 
 
 def run(workdir, *arguments) -> None:
@@ -76,6 +78,23 @@ def test_a_figure_of_one_ranked_list(whole, tmp_path, figures):
     )
     distances = [float(text.split()[1]) for text in said if re.match(r"[1-4]\. ", text)]
     assert distances == sorted(distances)
+
+
+def test_a_figure_follows_the_keys_given(whole, tmp_path, monkeypatch):
+    drawn = {}
+
+    def ranking(path, query, frame, region_map, visibility, neighbors, columns, titles, about):
+        path.touch()
+        drawn.update(neighbors=neighbors, visibility=visibility)
+
+    monkeypatch.setattr(report.overlay, "ranking", ranking)
+    keys = ["match.visibility=uniform", "match.squared=true", "eval.flip=true", "data.height=32"]
+    run(whole, "--figure", tmp_path / "a.pdf", *(f"--config.{key}" for key in keys))
+    for neighbor in drawn["neighbors"]:
+        np.testing.assert_allclose(neighbor.weight, 1 / 2)
+        np.testing.assert_allclose(neighbor.distance, neighbor.weight @ neighbor.region_distance, rtol=1e-4)
+    cells = map_shape(config_lib.read(whole), (32, config_lib.read(whole).data.width))
+    assert drawn["visibility"].sum() == pytest.approx(np.prod(cells), rel=1e-3)
 
 
 def test_other_training_sets_are_not_loaded(whole, tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -189,10 +190,10 @@ class Rankings(NamedTuple):
 
 
 def rankings(workdir: Path, overrides: Sequence[str], gamma: float) -> Rankings:
-    from vpm_jax import distances, evaluation
+    from vpm_jax import distances, evaluation, parallel
     from vpm_jax.api import VPM
     from vpm_jax.data.pipeline import eval_crops
-    from vpm_jax.description import CroppedSplit
+    from vpm_jax.description import CroppedSplit, Describer
 
     opened = evaluation.open_run(workdir, overrides)
     source = evaluation.with_boxes(opened.source, opened.dataset)
@@ -205,7 +206,10 @@ def rankings(workdir: Path, overrides: Sequence[str], gamma: float) -> Rankings:
     crops = eval_crops(config.eval.crop, gamma, len(query))
     run, skipped = workdir.resolve().name, int(np.isnan(precision).sum())
     record = evaluation.record_of(config, dataset, run, opened.steps, opened.trained_on, skipped)
-    return Rankings(VPM.load(workdir), query, gallery, crops, distance, precision, record)
+    # Not VPM.load, which follows the run's config: region maps and shares must follow the overrides, as distances do.
+    describer = Describer(config, parallel.data_mesh(), region_maps=True)
+    model = VPM(config, partial(describer.step, opened.variables), "", f"the run {run}")
+    return Rankings(model, query, gallery, crops, distance, precision, record)
 
 
 def ranked_lists(
