@@ -151,6 +151,15 @@ def test_files_of_another_evaluation_stay(output, whole, tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_features_alone_are_of_no_matching(whole, tmp_path):
+    one = "--config.eval.gammas=1.0"
+    command(whole, tmp_path, "--save", "features", one)
+    assert list(json.loads((tmp_path / "saved" / "about.json").read_text())) == ["features"]
+    other = ["--features", tmp_path / "saved", one, "--config.match.visibility=uniform"]
+    command(whole, tmp_path, *other, "--save", "distances")
+    assert (tmp_path / "saved" / "distances.npy").exists()
+
+
 def test_damaged_features_and_other_images_are_refused(output, whole, tmp_path):
     folder = shutil.copytree(output / "saved", tmp_path / "saved")
     about = json.loads((folder / "about.json").read_text())

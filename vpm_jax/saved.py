@@ -200,7 +200,7 @@ class Matching:
                             correct = int(gallery.identity[g] == query.identity[q])
                             found = gallery.names[g], gallery.identity[g], camera, f"{distance:.6g}", correct
                             writer.writerow((name, rank, *found))
-        if self._kinds:
+        if set(self._kinds) - {"features"}:
             _describe(self._folder, "matching", self._about | {"gallery": len(gallery), "match": self._match})
 
 
