@@ -106,6 +106,23 @@ def test_added_images_outlive_another_index_of_the_folder(tmp_path, run, model, 
     ]
 
 
+def test_a_folder_that_is_indexed_later_holds_its_images_once(tmp_path, model, pictures):
+    gallery = Gallery.open(tmp_path / "store", model)
+    gallery.add(pictures[:2])  # under absolute names
+    gallery.add([picture()], [str(pictures[0].parent / "named")])
+    gallery.index(pictures[0].parent)
+    assert sorted(gallery.store.names) == sorted([*(path.name for path in pictures), str(pictures[0].parent / "named")])
+
+
+def test_a_model_may_be_a_link_to_its_file(tmp_path, model, pictures):
+    model.save_pretrained(tmp_path / "shared")
+    blob = (tmp_path / "shared" / "model.safetensors").rename(tmp_path / "blob")  # as a cache of downloads keeps it
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    Gallery.open(tmp_path / "store", link).add(pictures[:1])
+    assert Gallery.open(tmp_path / "store").model.fingerprint == model.fingerprint
+
+
 def test_crops_of_added_images_are_searched(tmp_path, model, monkeypatch):
     gallery = Gallery.open(tmp_path / "store", model, crops=[0.5])
     images = {name: picture() for name in "abcd"}

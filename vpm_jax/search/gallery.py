@@ -100,7 +100,7 @@ class Gallery:
         if model is None:
             raise UserError(f"{folder} records no model: give the workdir of a training run, or an exported file.")
         if not isinstance(model, VPM):
-            recorded = located(model).resolve()
+            recorded = Path(os.path.abspath(located(model)))  # of a link, its own name, which has the right suffix
             model = VPM.load(recorded)
         if opened is not None:
             opened.check_model(model.fingerprint, model.source)
@@ -162,12 +162,15 @@ class Gallery:
         if self._root != Path() and self._root.is_dir() and not self._root.samefile(folder):  # it may have moved
             raise UserError(f"{self.folder} is the index of {self._root}: give that folder, or another --index.")
 
+        root = folder.resolve()
+
         def keep(entry: Entry) -> bool:
-            return entry.size == 0 or os.path.isabs(entry.name)
+            """Whether `add` named the image, or found it outside the folder."""
+            return entry.size == 0 or (os.path.isabs(entry.name) and not Path(entry.name).is_relative_to(root))
 
         if crops is not None:
             self._crops = _crops(self.model, crops)
-        update = self._write(images, keep, folder.resolve(), {}, batch, report, "images")
+        update = self._write(images, keep, root, {}, batch, report, "images")
         return update._replace(others=others)
 
     @property
