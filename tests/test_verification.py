@@ -106,6 +106,15 @@ def test_open_set_identification(example):
     assert found.value == right / total
 
 
+def test_a_mate_that_shares_no_region_is_a_miss():
+    ids, gallery_ids = np.arange(1, 11), np.array([*range(1, 11), 0])
+    distance = np.where(ids[:, None] == gallery_ids, 0.1, 1.0).astype(np.float32)
+    distance[0, 0] = np.inf
+    pairs = Pairs(ids, gallery_ids, None, None, 2.0)
+    pairs.add(distance)
+    assert pairs.identification_rate(0.1)[1].value == pairs.true_match_rate(0.01)[1].value == 0.9
+
+
 def test_intervals_are_wider_by_identity_than_by_pair():
     """Ten people, each either always or never recognized: a hundred pairs say no more than ten."""
     ids = np.repeat(np.arange(1, 11), 10)

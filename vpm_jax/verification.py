@@ -54,6 +54,7 @@ class Pairs:
         """Distances below a threshold are accepted."""
         self._counts = {same: np.zeros((len(self._people), BINS + 1), np.int64) for same in (True, False)}
         self._nearest = {same: np.full(len(query_ids), np.inf) for same in (True, False)}
+        self._has_mate = np.zeros(len(query_ids), bool)
 
     def add(
         self, distance: Float[np.ndarray, "q2 g2"], rows: slice | np.ndarray = slice(None), columns: slice = slice(None)
@@ -67,6 +68,7 @@ class Pairs:
                 counted = ~(same & (self._cameras[1][columns] == self._cameras[0][query]))
             for is_same in (True, False):
                 chosen = values[counted & (same == is_same)].astype(np.float64)
+                self._has_mate[query] |= is_same and len(chosen) > 0
                 bins = np.minimum(chosen * (BINS / self.thresholds[-1]), BINS).astype(np.int64)  # BINS: +inf too
                 self._counts[is_same][self._person[query]] += np.bincount(bins, minlength=BINS + 1)
                 self._nearest[is_same][query] = min(self._nearest[is_same][query], chosen.min(initial=np.inf))
@@ -107,7 +109,7 @@ class Pairs:
         At the threshold, this share of queries would have an image below it if their mates were not in the gallery.
         Only queries with a mate count. NaN if fewer than one query in all would be a false alarm.
         """
-        has_mate = np.isfinite(self._nearest[True])
+        has_mate = self._has_mate
         mate, other, person = self._nearest[True][has_mate], self._nearest[False][has_mate], self._person[has_mate]
         allowed = int(false_alarm_rate * len(mate))
         if allowed < 1:
