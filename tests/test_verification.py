@@ -145,6 +145,14 @@ def test_the_command_says_what_its_thresholds_are_of(measured):
     assert (measured / "thresholds.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_preview_leaves_the_thresholds_in_place(measured):
+    before = (measured / "thresholds.json").read_bytes()
+    assert threshold.main(["--workdir", str(measured), "--queries", "3"]) == 0
+    assert (measured / "thresholds.json").read_bytes() == before
+    preview = measured / "thresholds-3-of-8-queries.json"
+    assert json.loads(preview.read_text())["protocol"]["of_queries"] == 8
+
+
 def test_the_histogram_of_distances_is_numpys(figures):
     random, edges = np.random.default_rng(0), np.linspace(0, 2, 41)
     pairs = random.beta(2, 5, 500) * 2, random.beta(5, 2, 900) * 2
@@ -218,9 +226,10 @@ def test_a_search_uses_the_thresholds_of_its_model(measured, store, tmp_path, ca
         other.write_text(json.dumps(record | change))
         with raises("other-model"):
             results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
-    other.write_text("{}")
-    with pytest.raises(UserError, match="holds no thresholds"):
-        results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
+    for text in ("{}", json.dumps(record | {"gammas": {}})):
+        other.write_text(text)
+        with pytest.raises(UserError, match="holds no thresholds"):
+            results(*store, tmp_path, "--false-match-rate=0.1", f"--thresholds={other}")
     with pytest.raises(UserError, match=r"The false match rate is 0\.05, expected one of 0\.1, 0\.01,"):
         Gallery.open(store[0]).query(store[1], false_match_rate=0.05)
     with pytest.raises(UserError, match=r"too few pairs for a false match rate of 0\.0001"):

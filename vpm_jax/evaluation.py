@@ -77,7 +77,7 @@ def evaluate_run(
         make_folder(output)
     request = None
     if save and hosts.is_first():
-        request = saved.Request(output / f"saved{_suffix(dataset, opened.trained_on)}", save, about)
+        request = saved.Request(output / f"saved{suffix(dataset, opened.trained_on)}", save, about)
         request.check(source.config)
         make_folder(request.folder)
         source = saved.Saving(source, request) if "features" in save else source
@@ -154,8 +154,8 @@ def _some_queries(dataset: Dataset, count: int) -> Dataset:
     return replace(dataset, query=dataset.query.take(np.arange(count) * total // count), all_queries=total)
 
 
-def _suffix(dataset: Dataset, trained_on: str | None) -> str:
-    """The end of the names of result files."""
+def suffix(dataset: Dataset, trained_on: str | None) -> str:
+    """The end of the names of result files: the dataset, if another was trained on, and the queries of a preview."""
     few = f"-{len(dataset.query)}-of-{dataset.all_queries}-queries" if dataset.all_queries else ""
     return (f"-{dataset.name}" if trained_on else "") + few
 
@@ -314,7 +314,7 @@ def evaluate_and_report(
     if not hosts.is_first():
         return results
     notes = dataset.notes[1:]  # the first is the dataset's path on this machine
-    name = write(output, f"evaluation{_suffix(dataset, trained_on)}", record, "\n\n".join([text, *notes]), own)
+    name = write(output, f"evaluation{suffix(dataset, trained_on)}", record, "\n\n".join([text, *notes]), own)
     if not is_partial:  # a partial dataset has no gammas
         curve = {g: {"rank-1": float(r["cmc"][0]), "mAP": r["mAP"]} for g, r in results.items()}
         with replacing(output / _picture(name)) as path:

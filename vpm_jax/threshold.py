@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = evaluation.record_of(config, dataset, args.workdir.resolve().name, opened.steps, opened.trained_on, 0)
     record = about | {"model": opened.about["model"], "gammas": gammas}
     text = "\n".join(captions.lines(record)) + "\n\n" + thresholds.table(gammas)
-    name = f"thresholds-{dataset.name}" if opened.trained_on else "thresholds"
+    name = f"thresholds{evaluation.suffix(dataset, opened.trained_on)}"
     thresholds.write(output, name, record, text)
     print(f"\n{text}(written to {output / name}.md)")
     return 0

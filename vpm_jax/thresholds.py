@@ -127,7 +127,7 @@ class Thresholds(NamedTuple):
             found = cls(path, record["model"], record["gammas"])
             measured = {key: record["match"][key] for key in ("squared", "visibility", "vector")}
             measured["gallery_whole"] = record["match"].get("gallery_whole", False)  # absent from older files
-            _ = [found.distance(gamma, rate) for gamma in map(float, found.gammas) for rate in RATES]
+            _ = [found.distance(gamma, rate) for gamma in (1.0, *map(float, found.gammas)) for rate in RATES]
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {_AGAIN}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
