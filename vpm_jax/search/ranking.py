@@ -168,12 +168,13 @@ def _section(ranking: Ranking, columns: int) -> str:
 
 def _card(rank: int, result: Result, longest: float, columns: int) -> str:
     name = printable(result.name)
-    try:
-        body = html.picture(read(result.path), f"rank {rank}: {name}")
-    except UserError:
-        body = '<p class="soft">This image is missing or cannot be read.</p>'
     if result.changed:
         body = '<p class="soft">This image has changed since it was indexed.</p>'
+    else:
+        try:
+            body = html.picture(read(result.path), f"rank {rank}: {name}")
+        except UserError:
+            body = '<p class="soft">This image is missing or cannot be read.</p>'
     weights = [f"· {100 * weight:.0f} %" for weight in result.weight]
     label = "distance in each region, and the region's weight in the overall distance"
     body += html.bars(result.region_distance, label, longest, "{:.2f}", result.counted, weights, columns)
