@@ -150,6 +150,8 @@ def test_evaluations_of_any_kind_are_shown(tmp_path):
     [
         (["--output", "{tmp}"], "that is a folder"),
         (["--output", "{tmp}/none/a.html"], "there is no folder"),
+        (["--figure", "{tmp}/a.xyz"], "a.xyz: expected a name that ends in one of ."),
+        (["--figure", "{tmp}/a"], "a: expected a name that ends in one of"),
         (["--gamma", "0"], "--gamma 0"),
         (["--gamma", "nan"], "--gamma nan"),
         (["--queries", "0"], "--queries: '0', expected a positive"),

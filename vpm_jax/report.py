@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from vpm_jax import captions, cli, html, metrics, overlay, paper, plots
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = config.data.name == "synthetic" if args.pictures is None else args.pictures
     if args.figure:
         cli.check_output("--figure", args.figure)
+        if args.figure.suffix.lower()[1:] not in (formats := Figure().canvas.get_supported_filetypes()):
+            raise UserError(f"--figure {args.figure}: expected a name that ends in one of .{', .'.join(formats)}.")
         if not pictures:
             raise UserError("--figure would show images of real people, which must not be shared: add --pictures.")
         figure(args.figure, args.workdir, overrides, config, gamma, args.query, args.top)
