@@ -110,6 +110,9 @@ def test_results_may_lie_elsewhere(model, tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert "Other results." in card and "12.3" not in card
     assert sorted(x.name for x in (tmp_path / "a").glob("evaluation*")) == ["evaluation.md"]
+    with raises("no-results"):
+        model.save_pretrained(tmp_path / "b", results=tmp_path / "elsewere")
+    assert not (tmp_path / "b").exists()
 
 
 def other_config(folder):

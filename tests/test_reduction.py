@@ -53,3 +53,5 @@ def test_a_reduction_is_saved_for_its_model(tmp_path):
 def test_nothing_to_learn(count, dimensions):
     with pytest.raises(UserError, match="give some images, and at least one dimension for each region"):
         Reduction.fit(described()[:count], dimensions)
+    with pytest.raises(UserError, match=r"dimensions is 6\.5, expected a whole number"):
+        Reduction.fit(described(), 6.5)

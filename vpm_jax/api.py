@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import zip_longest
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from vpm_jax import models, parallel, pretrained
 from vpm_jax.data.fit import Fit, Place
 from vpm_jax.description import Describer, Description, Variables, check_finite, fetch
 from vpm_jax.disk import intact
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, check_count
 from vpm_jax.geometry import KNOWN_PLACES, covered, feature_map_shape
 from vpm_jax.images import Image, Images, each, read
 from vpm_jax.keys import FEATURES, keys_with
@@ -175,7 +174,12 @@ class VPM:
         return hub.push(self, name, private, self._results(results))
 
     def _results(self, folder: str | os.PathLike[str] | None) -> Path | None:
-        return self._folder if folder is None else Path(os.path.expanduser(folder))
+        if folder is None:
+            return self._folder
+        path = Path(os.path.expanduser(folder))
+        if not path.is_dir():
+            raise UserError(f"results is {path}, expected the folder of an evaluation.", code="no-results")
+        return path
 
     @property
     def trained_variables(self) -> Variables:
@@ -251,8 +255,7 @@ class VPM:
 
         Reads at most one batch ahead, so generators may be endless.
         """
-        if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1:
-            raise UserError(f"batch is {batch!r}, expected a whole number of at least 1.")
+        check_count("batch", batch)
         parallel.check_process()
 
         numbered = enumerate(_placed(images, places))

@@ -1,10 +1,11 @@
-"""UserError, and names and errors as text."""
+"""UserError, names and errors as text, and checks of arguments."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator
+from numbers import Integral
 
 
 def printable(text: object) -> str:
@@ -32,6 +33,12 @@ class UserError(Exception):
     def __init__(self, sentence: str = "", *, code: str = "user-error"):
         super().__init__(printable(sentence))
         self.code = code  # names the problem for programs, which should not depend on the wording
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises UserError unless the value of the argument `name` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"{name} is {value!r}, expected a whole number of at least 1.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 
 from vpm_jax.chunks import Described
 from vpm_jax.disk import read_arrays, write_arrays
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, check_count
 
 SAMPLE = 2048  # images are enough to learn from: more change rank-1 by less than its error
 
@@ -42,6 +42,7 @@ class Reduction:
         Raises:
           UserError: for no images, or fewer dimensions than regions.
         """
+        check_count("dimensions", dimensions)
         count, regions = np.shape(images.visibility)
         if count == 0 or not regions <= dimensions:
             raise UserError(

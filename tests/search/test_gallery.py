@@ -148,7 +148,9 @@ def test_nobody_is_near_enough(tmp_path, model, pictures):
         (lambda gallery, path: gallery.add([picture()]), "image 0 is ndarray, not a path: give names"),
         (lambda gallery, path: gallery.add([path], ["a", "b"]), "2 names for 1 images"),
         (lambda gallery, path: gallery.add([path, path]), "2 images have 1 different names"),
-        (lambda gallery, path: gallery.query(path, k=0), "k is 0, expected at least 1"),
+        (lambda gallery, path: gallery.add([path], [path]), "The name of image 0 is PosixPath.*, expected text"),
+        (lambda gallery, path: gallery.query(path, k=0), "k is 0, expected a whole number of at least 1"),
+        (lambda gallery, path: gallery.query(path, k=2.5), "k is 2.5, expected a whole number of at least 1"),
         (lambda gallery, path: gallery.query(path, max_distance=np.nan), "max_distance is nan, expected a number of"),
         (lambda gallery, path: gallery.query(path, max_distance="0.3"), "max_distance is '0.3', expected a number of"),
         (lambda gallery, path: gallery.query(path, 1, 0.3, 0.01), "are both given: choose one"),
@@ -212,9 +214,13 @@ def test_reduced_features_that_lag_behind_are_refused(tmp_path, model, pictures,
     monkeypatch.setattr(gallery, "_write_reduced", lambda reduction: None)  # as if killed before
     gallery.add(pictures[4:])
     assert len(gallery.query(pictures[0])[0].results) == 5
-    gallery.candidates = 3
-    with pytest.raises(UserError, match="no reduced features of all its images"):
-        gallery.query(pictures[0])
+    for candidates, sentence in (
+        (3, "no reduced features of all its images"),
+        (0, "candidates is 0, expected a whole"),
+    ):
+        gallery.candidates = candidates
+        with pytest.raises(UserError, match=sentence):
+            gallery.query(pictures[0])
 
 
 def test_the_commands_search_in_two_stages(tmp_path, run, pictures):

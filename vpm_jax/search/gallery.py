@@ -24,7 +24,7 @@ import numpy as np
 from vpm_jax import config as config_lib
 from vpm_jax.api import VPM, Places, located
 from vpm_jax.description import Description, route
-from vpm_jax.errors import UserError
+from vpm_jax.errors import UserError, check_count
 from vpm_jax.images import Image, Images, each
 from vpm_jax.matching import nearest, pairwise_shares
 from vpm_jax.progress import Progress
@@ -182,6 +182,8 @@ class Gallery:
         """The entry of an image to add and its name, if it was given one."""
         image, name = item
         if name is not None:
+            if not isinstance(name, str):
+                raise UserError(f"The name of image {number} is {name!r}, expected text.")
             return Entry(name, mtime_ns=time.time_ns())  # never that of an older image of this name
         if not isinstance(image, str | os.PathLike):
             raise UserError(f"image {number} is {type(image).__name__}, not a path: give names, one for each image.")
@@ -323,8 +325,9 @@ class Gallery:
           UserError: for an image that cannot be read, an empty or damaged gallery, thresholds that do not apply, or
             `candidates` without reduced features.
         """
-        if k < 1:
-            raise UserError(f"k is {k}, expected at least 1.")
+        check_count("k", k)
+        if self.candidates is not None:
+            check_count("candidates", self.candidates)
         if max_distance is not None and not (isinstance(max_distance, Real) and max_distance >= 0):
             raise UserError(f"max_distance is {max_distance!r}, expected a number of at least 0.")
         if max_distance is not None and false_match_rate is not None:
