@@ -206,14 +206,15 @@ def test_tracking(fit, capsys, tiny_network):
         assert len(rates) == 2 and min(rates) > 0
 
 
-def test_distractors_in_pieces(monkeypatch, capsys):
+@pytest.mark.parametrize("distractors", [0, 300])  # fewer images than the longest CMC, and more
+def test_distractors_in_pieces(monkeypatch, capsys, distractors):
     monkeypatch.setattr("vpm_jax.distances.PIECE_BYTES", 1)  # a batch at a time
-    size = ["--queries=6", "--gallery=30", "--distractors=300", "--channels=8", "--config.eval.batch=64"]
+    size = ["--queries=6", "--gallery=30", f"--distractors={distractors}", "--channels=8", "--config.eval.batch=64"]
     main(["distractors", *size, "--config.eval.gammas=1.0"])
     out = capsys.readouterr().out
     (apart,) = re.findall(r"The metrics of 4 queries differ by (\S+) from", out)
     assert float(apart) < 1e-12
-    assert "330 gallery images, 300 of them distractors" in out and "distractors: whole evaluation" in out
+    assert f"{30 + distractors} gallery images, {distractors} of them distractors" in out and "distractors: whole evaluation" in out
 
 
 def test_all_is_one_table(monkeypatch, capsys):

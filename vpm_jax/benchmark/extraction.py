@@ -39,7 +39,7 @@ def network(args: argparse.Namespace, config: ConfigDict) -> tuple[Describer, An
     describer = Describer(fixed(config), mesh)
     config = describer.config
     state = step.init_state(config)
-    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
+    variables = parallel.replicate(mesh, step.evaluated(state))
     shape = (config.eval.batch, config.data.height, config.data.width, 3)
     image = parallel.shard(mesh, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     compiled = jax.jit(step.make_feature_step(config)).lower(variables, image).compile()

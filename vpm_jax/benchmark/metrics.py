@@ -14,12 +14,11 @@ from vpm_jax import cli
 from vpm_jax.benchmark.report import Report, Row
 from vpm_jax.benchmark.timing import in_turn, timed
 from vpm_jax.errors import UserError
-from vpm_jax.metrics import rank_metrics
+from vpm_jax.metrics import RANKS, rank_metrics
 
 HELP = "CMC and mAP of a distance matrix, compared with a plain Python evaluator"
 IDENTITIES, CAMERAS = 750, 6  # Market-1501's; the fraction DISTRACTORS of its gallery has identity 0
 DISTRACTORS = 2798 / 15913
-RANKS = 50  # of the CMC
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plain(
     distance: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, query_cameras: np.ndarray, cameras: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """(CMC of RANKS ranks, mAP) as re-ID code usually computes them: sorts the gallery for each query and walks it."""
-    cmc, precisions = np.zeros(RANKS), []
+    """(CMC, mAP) as re-ID code usually computes them: sorts the gallery for each query and walks it."""
+    cmc, precisions = np.zeros(min(len(gallery_ids), RANKS)), []
     for q in range(len(distance)):
         order = np.argsort(distance[q], kind="stable")
         dropped = (gallery_ids[order] == query_ids[q]) & (cameras[order] == query_cameras[q])

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, config: ConfigDict) -> Report:
 
     config, random = fixed(config), np.random.default_rng(0)
     mesh, state = parallel.data_mesh(devices=jax.local_devices()), step.init_state(config)
-    variables = parallel.replicate(mesh, {"params": state.params, "batch_stats": state.batch_stats})
+    variables = parallel.replicate(mesh, step.evaluated(state))
     model = VPM(config, partial(Describer(config, mesh, region_maps=True).step, variables), "", "random weights")
 
     def network(inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
