@@ -20,7 +20,7 @@ from tiny import assert_equal
 from tiny_runs import make_run
 
 import vpm_jax
-from vpm_jax import VPM, Description, UserError, api, cli, convert, models, region_distance
+from vpm_jax import VPM, Description, UserError, api, cli, convert, models, region_distance, step
 from vpm_jax.images import read
 
 RANDOM = np.random.default_rng(5)
@@ -50,7 +50,7 @@ def described(model) -> Description:
 def test_the_model_says_what_its_network_computes(run, model, described):
     _, config, state = run
     pixels = np.stack([model.prepare(picture) for picture in PICTURES])
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = step.evaluated(state)
     _, out = jax.jit(models.create(config).apply)(variables, pixels)
     features = np.asarray(out["region_features"], np.float64)
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
@@ -392,6 +392,6 @@ def test_a_forked_process_says_so(run, model):
 
 
 def test_importing_the_package_loads_no_jax():
-    code = "import sys, vpm_jax; assert 'jax' not in sys.modules; vpm_jax.VPM; vpm_jax.Description"
+    code = "import sys, vpm_jax, vpm_jax.regions; assert 'jax' not in sys.modules; vpm_jax.VPM; vpm_jax.Description"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"VPM", "Description"} <= set(dir(vpm_jax))

@@ -12,7 +12,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import optimized
 
-from vpm_jax.errors import UserError
 from vpm_jax.losses import identity_loss, region_loss, triplet_loss
 from vpm_jax.regions import RegionGrid, draw_crop, project_regions
 
@@ -34,7 +33,7 @@ def run(request):
     return call
 
 
-# For properties that other tests already tie to the reference both ways: eager JAX compiles each operation anew
+# For properties that other tests already tie to the reference both ways: eager JAX compiles each operation again
 # for every shape, which is most of what these tests cost.
 jit_only = pytest.mark.parametrize("run", ["jit"], indirect=True)
 
@@ -242,18 +241,6 @@ def test_identity_loss_at_the_papers_size(run):
     np.testing.assert_array_equal(count, expected_count)
 
 
-@jit_only
-def test_identity_loss_masked_equals_the_subset(run):
-    logits, identity, visible = identity_batch(4)
-    total, count = run(identity_loss, logits, identity, visible)
-    for region in range(visible.shape[1] - 1):
-        shown = visible[:, region]
-        everything = np.ones((shown.sum(), 1), bool)
-        alone, number = run(identity_loss, logits[shown][:, [region]], identity[shown], everything)
-        np.testing.assert_allclose(total[region], alone[0], **FLOAT32)
-        assert count[region] == number[0] == shown.sum()
-
-
 def test_identity_loss_gradients(run, precision):
     dtype, tolerance = precision
     logits, identity, visible = identity_batch(5, dtype=dtype)
@@ -286,23 +273,6 @@ def test_labels_that_are_no_class_give_nan_and_no_other_class(run, label):
     cells = np.zeros((2, 3, 1), np.int32)
     cells[1, 2] = label
     assert np.isnan(run(region_loss, np.zeros((2, 3, 1, 7), np.float32), cells)[0])
-
-
-def test_identity_loss_reductions(run):
-    """The two recipes are simple uses of totals and counts."""
-    logits, identity, visible = identity_batch(7)
-    images, regions = visible.shape
-    paper = sum(
-        sum(cross_entropy(logits[image, r], identity[image]) for r in range(regions) if visible[image, r])
-        for image in range(images)
-    )
-    released = 0.0
-    for r in range(regions):
-        terms = [cross_entropy(logits[image, r], identity[image]) for image in range(images) if visible[image, r]]
-        released += np.mean(terms) if terms else 0.0
-    total, count = run(identity_loss, logits, identity, visible)
-    np.testing.assert_allclose(total.sum() / images, paper / images, **FLOAT32)
-    np.testing.assert_allclose((total / jnp.maximum(count, 1)).sum(), released, **FLOAT32)
 
 
 # --- triplet loss (Eq. 7) -----------------------------------------------------------------------------
@@ -399,22 +369,6 @@ def test_triplet_with_a_soft_hinge(run, precision):
 
 
 @jit_only
-@pytest.mark.parametrize("hinge", ["hard", "soft"])
-def test_triplet_masked_equals_the_subset(run, hinge):
-    loss = partial(triplet_loss, hinge=hinge)
-    features, identity, visible = triplet_batch(9, regions=5)
-    visible[:, 2] = False
-    visible[[3, 6]] = False
-    kept_images, kept_regions = visible.any(axis=1), visible.any(axis=0)
-    assert not kept_images.all() and not kept_regions.all()
-    subset = features[kept_images][:, kept_regions], identity[kept_images], visible[kept_images][:, kept_regions]
-    total, count = run(loss, features, identity, visible)
-    subset_total, subset_count = run(loss, *subset)
-    np.testing.assert_allclose(total, subset_total, **FLOAT32)
-    assert float(count) == float(subset_count) > 0
-
-
-@jit_only
 @pytest.mark.parametrize("offset", [0, 1e1, 1e3])
 def test_triplet_of_what_all_features_share_mines_the_same_pairs(run, offset):
     random = np.random.default_rng(0)
@@ -444,21 +398,6 @@ def test_triplet_ignores_what_is_invisible(run):
     assert float(total) == float(wild_total) and float(count) == float(wild_count)
     np.testing.assert_array_equal(gradient, wild_gradient)
     assert (np.asarray(wild_gradient)[~visible] == 0).all()
-
-
-@jit_only
-def test_triplet_does_not_care_about_order(run):
-    features, identity, visible = triplet_batch(11)
-    total, count = run(triplet_loss, features, identity, visible)
-    random = np.random.default_rng(0)
-    images, regions = random.permutation(len(identity)), random.permutation(visible.shape[1])
-    moved = features[images][:, regions], identity[images], visible[images][:, regions]
-    moved_total, moved_count = run(triplet_loss, *moved)
-    np.testing.assert_allclose(total, moved_total, **FLOAT32)
-    assert float(count) == float(moved_count)
-    # Nor about what the identities are called.
-    renamed_total, renamed_count = run(triplet_loss, features, 1000 - 7 * identity, visible)
-    assert (float(renamed_total), float(renamed_count)) == (float(total), float(count))
 
 
 def half(strategy):
@@ -587,8 +526,10 @@ def test_triplet_over_all_regions(run, precision, seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_triplet_with_soft_visibility(run, precision, seed):
     dtype, tolerance = precision
-    features, identity, visible = triplet_batch(seed, dtype=dtype, show=1.1)
-    scores = np.random.default_rng(seed).uniform(0.01, 40, visible.shape).astype(dtype)
+    features, identity, visible = triplet_batch(seed, dtype=dtype)  # the visible set plays no role
+    random = np.random.default_rng(seed)
+    scores = (random.uniform(0.01, 40, visible.shape) * (random.random(visible.shape) < 0.6)).astype(dtype)
+    scores[0] = 0
 
     def weights(a, b):
         return scores[a].astype(np.float64) * scores[b]
@@ -600,7 +541,7 @@ def test_triplet_with_soft_visibility(run, precision, seed):
     (total, count), gradient = run(jax.value_and_grad(loss, has_aux=True), features, identity, visible, scores)
     np.testing.assert_allclose(total, expected_total, **tolerance)
     np.testing.assert_allclose(gradient, expected, **tolerance)
-    assert float(count) == expected_count
+    assert float(count) == expected_count < len(identity) - 1, "some pairs have no weight at all"
     # The weights are normalised for each pair, so an image's scores matter up to a factor.
     scaled = scores * np.linspace(0.5, 2, len(scores), dtype=dtype)[:, None]
     np.testing.assert_allclose(run(loss, features, identity, visible, scaled)[0], expected_total, **tolerance)
@@ -615,25 +556,11 @@ def test_soft_visibility_is_not_trained_by_the_triplet_loss(run):
     assert (np.asarray(gradient) == 0).all()
 
 
-def test_soft_visibility_of_zeros_and_ones_is_the_visible_set(run):
-    features, identity, visible = triplet_batch(16)
-
-    def loss(x, y, v, c):
-        return triplet_loss(x, y, v, pairs="soft", visibility=c)
-
-    hard, hard_gradient = run(TRIPLET_AND_GRADIENT, features, identity, visible)
-    scores = visible.astype(np.float32)
-    soft, gradient = run(jax.value_and_grad(loss, has_aux=True), features, identity, visible, scores)
-    np.testing.assert_allclose(soft, hard, **FLOAT32)
-    np.testing.assert_allclose(gradient, hard_gradient, **FLOAT32)
-    assert float(hard[1]) < len(identity) - 1, "some pairs have no weight at all"
-
-
 def test_triplet_options_that_make_no_sense_are_errors():
     features, identity, visible = triplet_batch(17)
-    with pytest.raises((ValueError, UserError), match="hard"):
+    with pytest.raises(ValueError, match="hard"):
         triplet_loss(features, identity, visible, pairs="hard")
-    with pytest.raises((ValueError, UserError), match="visibility"):
+    with pytest.raises(ValueError, match="visibility"):
         triplet_loss(features, identity, visible, pairs="soft")
     with pytest.raises(ValueError, match="steep"):
         triplet_loss(features, identity, visible, hinge="steep")
@@ -665,16 +592,6 @@ def test_bfloat16_inputs_are_summed_in_float32(run):
     assert float(count) == expected_count
     _, gradient = run(TRIPLET_AND_GRADIENT, rounded(features), identity, visible)
     assert gradient.dtype == jnp.bfloat16 and np.isfinite(np.asarray(gradient, np.float32)).all()
-
-
-@jit_only
-def test_totals_and_counts_add_up_over_parts_of_a_batch(run):
-    # Region and identity losses know no other image: devices may sum their shares.
-    logits, identity, visible = identity_batch(19, images=8)
-    parts = [run(identity_loss, logits[i : i + 4], identity[i : i + 4], visible[i : i + 4]) for i in (0, 4)]
-    total, count = run(identity_loss, logits, identity, visible)
-    np.testing.assert_allclose(parts[0][0] + parts[1][0], total, **FLOAT32)
-    np.testing.assert_array_equal(parts[0][1] + parts[1][1], count)
 
 
 def test_losses_over_two_devices_see_the_whole_batch():

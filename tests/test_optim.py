@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +146,7 @@ def test_a_large_gradient_is_scaled_down_as_a_whole():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), run_optax(config, gradients), expected)
 
 
-def test_adamw():
+def test_adamw_decays_apart_from_the_gradient_and_each_stage_starts_with_new_moments():
     config = sgd_config(True)
     config.optim.name = "adamw"
     decay, beta = config.optim.weight_decay, config.optim.momentum
@@ -165,31 +163,6 @@ def test_adamw():
             rate = RATES[step] * (config.optim.backbone_multiplier if group == "backbone" else 1)
             p = p - rate * (direction + decay * p)
         np.testing.assert_allclose(jax.tree.leaves(found[group])[0], p, rtol=1e-9)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch (the parity extra)")
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_optimizer_equals_torch(nesterov):
-    import torch
-
-    config = sgd_config(nesterov)
-    params, gradients = problem()
-    leaves = [torch.tensor(p, requires_grad=True) for p in jax.tree.leaves(params)]  # the backbone's is the first
-
-    def new_sgd():
-        groups = [{"params": leaves[:1], "backbone": True}, {"params": leaves[1:], "backbone": False}]
-        return torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=config.optim.weight_decay, nesterov=nesterov)
-
-    for step, gradient in enumerate(gradients):
-        if step in (0, BOUNDARY):
-            sgd = new_sgd()
-        for group in sgd.param_groups:
-            group["lr"] = RATES[step] * (0.1 if group["backbone"] else 1)
-        for leaf, g in zip(leaves, jax.tree.leaves(gradient), strict=True):
-            leaf.grad = torch.tensor(g)
-        sgd.step()
-    for found, leaf in zip(jax.tree.leaves(run_optax(config)), leaves, strict=True):
-        np.testing.assert_allclose(found, leaf.detach().numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

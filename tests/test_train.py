@@ -129,7 +129,10 @@ def test_evaluations_compile_once(pedestrians, tmp_path, monkeypatch):
     assert len(traced) == 1
 
 
-def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, pedestrians, tmp_path, monkeypatch):
+def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
+    whole, pedestrians, tmp_path, monkeypatch
+):
+    """The evaluation is due again as training goes on: without a step in between, or it would be lost."""
     shown = []
 
     def stop_at_the_first_batch(self, text, final):
@@ -139,28 +142,11 @@ def test_stopped_in_an_evaluation_and_continued_is_the_run_never_stopped(whole, 
 
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: patch.setattr(Status, "show", stop_at_the_first_batch))
-        assert training.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
-    assert len(shown) == 1  # of the batches of an evaluation
-    assert saved_steps(tmp_path / "run")[-1] == 7
-    assert [r["step"] for r in records(tmp_path / "run", "evaluations.jsonl")] == [3]
-    assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
-    assert_same_run(tmp_path / "run", whole, but_best=7)
-
-
-def test_stopped_twice_in_an_evaluation_and_continued_is_the_run_never_stopped(
-    whole, pedestrians, tmp_path, monkeypatch
-):
-    """The evaluation is due again as training goes on: without a step in between, or it would be lost."""
-
-    def stop(self, text, final):
-        if text.startswith("features"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: patch.setattr(Status, "show", stop))
-        for _ in range(2):
+        for times in (1, 2):
             assert training.train(tiny_run(pedestrians), tmp_path / "run") == 128 + signal.SIGTERM
+            assert len(shown) == times  # of the batches of an evaluation
             assert saved_steps(tmp_path / "run")[-1] == 7
+            assert [r["step"] for r in records(tmp_path / "run", "evaluations.jsonl")] == [3]
     assert training.train(tiny_run(pedestrians), tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", whole, but_best=7)
 

@@ -14,7 +14,6 @@ from market_files import FILES, config, content, fails, jpeg, make_folder
 from partial_files import picture
 from paths import ROOT
 
-from vpm_jax.config import default
 from vpm_jax.data import arrayrecord, datasets
 from vpm_jax.data.datasets import DATASETS
 from vpm_jax.data.sources import load_dataset, load_test_set
@@ -548,12 +547,6 @@ def test_locked_zips_and_other_archives_are_refused_at_once(tmp_path):
             file.add(root, "market")
         fails(config(archive), f"Market-1501.{suffix} is a", "archive, expected a zip: unpack it")
         fails(config(archive.parent), f"contains no readable Market-1501: unpack Market-1501.{suffix} first")
-
-
-def test_config_keys_of_data():
-    data = default().data
-    assert (data.also_train, data.distractors, data.identity_zero) == ("", "", "distractor")
-    assert default().eval.same_camera == "drop"
 
 
 def test_boxes_without_any():

@@ -17,12 +17,6 @@ EXACT = dict(rtol=1e-12, atol=1e-12)
 SHAPES = [(4, 16, 8, 3), (2, 12, 5, 3), (1, 1, 1, 2), (6, 7, 6, 1)]
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def sample(shape, seed=0):
     random = np.random.default_rng(seed)
     return random.normal(3, 2, size=shape), random.normal(size=shape)

@@ -12,12 +12,6 @@ from vpm_jax.models import resnet
 from vpm_jax.models.resnet import convolve, max_pool
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("batch", [1, 6, 48, 35])  # whole, and in parts
 @pytest.mark.parametrize("size, stride", [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 def test_convolution_and_its_gradients(float64, size, stride, batch):
