@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from paths import CONFIGS
-from tiny import recipe
+from tiny import other, recipe
 
 from vpm_jax import config as config_lib
 from vpm_jax import keys
@@ -286,15 +286,6 @@ def test_a_key_too_many_or_too_few_is_refused():
 def test_a_stage_refuses_a_misspelt_key():
     with pytest.raises(UserError, match="epoch: its keys are epochs"):
         stage(epoch=3)
-
-
-def other(value):
-    """Another value of the same type."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, tuple):
-        return (*value, 0.123)
-    return value + "x" if isinstance(value, str) else value + 1
 
 
 @pytest.mark.parametrize("key", sorted(flatten(default())))

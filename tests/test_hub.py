@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 import shutil
 import sys
@@ -211,14 +210,7 @@ def test_an_unreachable_hub_is_named(model, tmp_path, monkeypatch):
 
 
 def test_without_the_package_it_says_what_to_install(model, monkeypatch):
-    whole = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("huggingface_hub"):
-            raise ImportError("No module named 'huggingface_hub'")
-        return whole(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with raises("missing-package"):
         VPM.from_pretrained("hf://user/name")
 

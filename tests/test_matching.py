@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from plain_matching import example, reference
+from stores import Streamed
 
 from vpm_jax import Description, chunks, matching, topk
 from vpm_jax.config import default
@@ -117,26 +118,15 @@ def test_takes_every_kind_of_array(tmp_path, monkeypatch):
     np.testing.assert_allclose(region_distance(*half), exact, atol=3e-6)
 
 
-class Store:
-    """Features that can only be read by slices, and that keep account of it."""
-
-    def __init__(self, features):
-        self.features, self.shape, self.dtype, self.read = features, features.shape, features.dtype, []
-
-    def __getitem__(self, rows):
-        found = self.features[rows]
-        self.read.append(len(found))
-        return found
-
-
 def test_streams_the_gallery_once_through_one_program(monkeypatch):
     q, q_weight, g, g_weight = example(queries=5, gallery=103, regions=3, channels=24)
     g[50] = q[1]  # a pair that is computed again reads nothing again
-    store = Store(g)
+    streamed = Streamed(g)
     monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * 10 * q[0].size)
     programs = chunks.block_distance._cache_size()
-    found = region_distance(q, q_weight, store, g_weight)
-    assert sum(store.read) < 103 + len(store.read) and max(store.read) <= 10  # but for the last chunk's overlap
+    found = region_distance(q, q_weight, streamed, g_weight)
+    read = streamed.slices
+    assert sum(read) < 103 + len(read) and max(read) <= 10 and not streamed.scattered  # the last two chunks overlap
     assert chunks.block_distance._cache_size() == programs + 1
     np.testing.assert_allclose(found, reference(q, q_weight, g, g_weight), atol=3e-6)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,14 +170,7 @@ def test_a_wrong_file_is_never_kept(run, tmp_path, monkeypatch, change):
 
 
 def test_without_the_packages_it_says_what_to_install(run, tmp_path, monkeypatch):
-    whole = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "onnxruntime":
-            raise ImportError("No module named 'onnxruntime'")
-        return whole(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with raises("missing-package") as error:
         exported(run, tmp_path / "a.onnx")
     assert "pip install onnx onnxruntime" in str(error.value)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from partial_files import make, pack
+from plain_matching import reference as plain_distance
 from plain_metrics import reference
-from tiny_runs import STEPS, rendered, saved_state, tiny_run
+from tiny_runs import STEPS, load_run, rendered, tiny_run
 
 from vpm_jax import comparison, evaluate, evaluation, metrics, parallel, partial, training
 from vpm_jax import config as config_lib
@@ -93,15 +94,10 @@ def test_partial_reid(whole, tmp_path, capsys):
         "evaluation-partial_reid.md",
     }
 
-    config, (state, _) = config_lib.read(whole), saved_state(whole)
-    config.data.name, config.data.root = "partial_reid", str(root)
-    dataset = load_dataset(config.data)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    describer = Describer(config, parallel.data_mesh(config.eval.batch))
+    describer, variables = load_run(whole, data__name="partial_reid", data__root=str(root))
+    dataset = load_dataset(describer.config.data)
     here, there = (describer.split(variables, split) for split in (dataset.query, dataset.gallery))
-    local = np.linalg.norm(np.float64(here.features[:, None]) - there.features[None], axis=-1)
-    weight = np.float64(here.visibility[:, None]) * there.visibility[None]
-    distance = (weight * local).sum(-1) / weight.sum(-1)
+    distance = plain_distance(here.features, here.visibility, there.features, there.visibility)
     whole_gallery, chance = reference(distance, dataset.query.identity, dataset.gallery.identity)  # no cameras
     found = record["results"]["all-shot"]
     np.testing.assert_allclose(found["cmc"], whole_gallery["cmc"])

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from plain_matching import reference as plain_distance
 from plain_metrics import ranked_matches, reference
-from tiny_runs import saved_state
+from tiny_runs import load_run
 
 from vpm_jax import config as config_lib
-from vpm_jax import evaluate, evaluation, parallel, saved
+from vpm_jax import evaluate, evaluation, saved
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.description import Describer
 from vpm_jax.errors import UserError
@@ -49,9 +49,7 @@ def test_the_files_hold_what_the_evaluation_used(output, whole, dataset):
     expected = {kind.format(suffix) for kind in kinds for suffix in suffixes.values()}
     assert {path.name for path in folder.iterdir()} == expected | {"gallery.npz", "about.json"}
     gallery = evaluation.ranked(dataset.gallery)
-    config, (state, _) = config_lib.read(whole), saved_state(whole)
-    describer = Describer(config, parallel.data_mesh(config.eval.batch))
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    describer, variables = load_run(whole)
     record = json.loads((output / "evaluation.json").read_text())
     for gamma, suffix in suffixes.items():
         for split, name in ((dataset.query, f"query{suffix}.npz"), (gallery, "gallery.npz")):

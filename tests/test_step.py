@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Given, fill, shrunk
+from tiny import Given, fill, other, shrunk
 
 from vpm_jax import losses, models, parallel
 from vpm_jax import step as step_lib
 from vpm_jax.config import flatten, set_key, stage
 from vpm_jax.models.resnet import STAGE_BLOCKS
 
-# Two virtual devices compile every step anew: without the compiler's optimisations that takes a third of the time.
+# Two virtual devices compile every step again: without the compiler's optimisations that takes a third of the time.
 FAST = {"xla_backend_optimization_level": 0}
 BATCH, IDENTITIES = 8, 4
 RECIPES = ["market", "market_released"]
@@ -128,7 +128,7 @@ def test_losses_are_those_of_the_loss_functions(no_backbone, file, changes):
         identity, visible = batch["identity"], batch["visible"]
         shown = jnp.ones_like(visible) if weights.identity_regions == "all" else visible
         (logits, out), _ = models.create(config).apply(
-            {"params": state.params, "batch_stats": state.batch_stats},
+            step_lib.evaluated(state),
             batch["image"],
             train=True,
             visible=shown,
@@ -172,7 +172,7 @@ def test_losses_are_those_of_the_loss_functions(no_backbone, file, changes):
 
 
 def test_every_parameter_gets_a_gradient(one_device):
-    # The first step after momentum was made new leaves the gradient, with its weight decay, as the momentum.
+    # A stage starts without momentum: after its first step, the momentum is the gradient with its weight decay.
     before, after = one_device.states[2], one_device.states[3]
     assert int(before.step) == 2 and one_device.metrics[2]["loss_triplet"] > 0
     momentum = after.opt_state[0].inner[1].trace
@@ -219,7 +219,7 @@ def test_a_batch_without_a_comparable_pair(one_device):
 
 @pytest.mark.parametrize("file, dtype", [("market", "bfloat16"), ("market_released", "float32")])
 def test_a_step_keeps_every_type(file, dtype):
-    """So that the second step is not compiled anew, and donation finds buffers of the same kind."""
+    """So that the second step is not compiled again, and donation finds buffers of the same kind."""
     with jax.enable_x64(False):
         config = shrink(file, model__dtype=dtype)
         config.stage1 = stage()
@@ -228,9 +228,8 @@ def test_a_step_keeps_every_type(file, dtype):
         batch = new_batch(config)
         after, metrics = jax.eval_shape(step_lib.make_step(config), state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    jax.tree.map(
-        lambda a, b: None if (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type) else 1 / 0, after, state
-    )
+    kinds = ([(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)] for tree in (after, state))
+    assert next(kinds) == next(kinds)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((after.params, after.batch_stats, metrics))} == {"float32"}
     heads = 4 if config.model.global_head else 3
     assert {key: leaf.shape for key, leaf in metrics.items() if leaf.shape} == {"accuracy_identity": (heads,)}
@@ -298,13 +297,6 @@ def test_seeds_and_schedules_share_a_program(no_backbone):
             assert_close(argument(now, batch, numbers), constant(now, batch), 1e-12)
 
 
-def other(value):
-    """Another value of a key's type."""
-    if isinstance(value, bool):
-        return not value
-    return f"other {value}" if isinstance(value, str) else (*value, 1) if isinstance(value, tuple) else value + 1
-
-
 def with_others(config, keys):
     """The config with other values of the keys."""
     values, config = flatten(config), config.copy_and_resolve_references()
@@ -317,7 +309,7 @@ def test_steps_do_not_depend_on_what_their_programs_leave_out(no_backbone):
     changes = {"data__height": 8, "data__width": 4, "reduce_dtype": "bfloat16", "loss__margin": 0.7, "eval__flip": True}
     config = configure("market", **changes)
     state, batch = new_state(config), new_batch(config)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = step_lib.evaluated(state)
     for make, program, inputs in (
         (step_lib.make_step, step_lib.program, (state, batch, step_lib.numbers(config))),
         (step_lib.make_feature_step, step_lib.feature_program, (variables, batch["image"])),
@@ -424,9 +416,7 @@ def test_every_part_equals_one_device_under_pmap(no_backbone):
 
 def test_features_are_of_unit_length_and_float32(no_backbone):
     config = configure("market", data__height=8, data__width=4)
-    state = new_state(config)
-    image = new_batch(config)["image"]
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables, image = step_lib.evaluated(new_state(config)), new_batch(config)["image"]
     found = jax.jit(step_lib.make_feature_step(config), compiler_options=FAST)(variables, image)
     assert {k: (v.shape, v.dtype.name) for k, v in found.items()} == {
         "features": ((BATCH, 3, 3), "float32"),

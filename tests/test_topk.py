@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from plain_matching import example, reference
-from stores import write
+from stores import Streamed, write
 
 from vpm_jax import topk
 from vpm_jax.search.store import About, Store
@@ -96,7 +96,7 @@ def test_one_reading_is_enough_for_usual_galleries(monkeypatch):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-5])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_bounds_are_below_and_answers_right_where_float32_cannot_tell(monkeypatch, spread, offset):
+def test_bounds_are_below_and_rankings_exact_where_float32_cannot_tell(monkeypatch, spread, offset):
     """Distances far smaller than the features, where |q|^2 + |g|^2 - 2 q.g loses every digit."""
     q, q_weight, g, g_weight = example(Q, G, P, C)
     g = (q[0] + spread * g + offset * (np.arange(C) == 3)).astype(np.float32)
@@ -115,20 +115,6 @@ def test_bounds_are_below_and_answers_right_where_float32_cannot_tell(monkeypatc
     assert_nearest(top_k(q, q_weight, g, g_weight, K), data)
 
 
-class Counting:
-    """Features that tell how many rows at most were asked for at a time."""
-
-    def __init__(self, features):
-        self.features, self.most, self.slices = features, 0, 0
-        self.shape, self.dtype = features.shape, features.dtype
-
-    def __getitem__(self, rows):
-        part = self.features[rows]
-        self.most = max(self.most, len(part))
-        self.slices += isinstance(rows, slice)
-        return part
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_store_is_streamed(tmp_path, monkeypatch, dtype, devices):
     monkeypatch.setattr(topk, "CHUNK_BYTES", 2**12)
@@ -138,12 +124,13 @@ def test_a_store_is_streamed(tmp_path, monkeypatch, dtype, devices):
     found = top_k(q, q_weight, store.features, store.visibility, K, devices=devices)
     data = (q, q_weight, g.astype(dtype).astype(np.float32), g_weight)
     assert_nearest(found, data)
-    counting = Counting(store.features)
-    again = top_k(q, q_weight, counting, store.visibility, K, devices=devices)
+    streamed = Streamed(store.features)
+    again = top_k(q, q_weight, streamed, store.visibility, K, devices=devices)
     for x, y in zip(found, again, strict=True):
         np.testing.assert_array_equal(x, y)
-    # 10 images at a time in each reading; and a query's candidates.
-    assert counting.most <= max(10, K + topk.SPARE) and counting.slices % 9 == 0
+    # 10 images at a time in each pass; then each query's candidates.
+    assert max(streamed.slices) <= 10 and len(streamed.slices) % 9 == 0
+    assert max(streamed.scattered) <= K + topk.SPARE
 
 
 def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):

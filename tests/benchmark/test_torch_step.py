@@ -74,7 +74,7 @@ def test_both_sides_compute_the_same_step(case):
     tensors = {k: torch.from_numpy(v.astype(np.int64) if v.dtype == np.int32 else v) for k, v in batch.items()}
     with jax.enable_x64(True):
         state, step = fill(step_lib.state_shapes(config)), step_lib.make_step(config)
-        load(model, {"params": state.params, "batch_stats": state.batch_stats})
+        load(model, step_lib.evaluated(state))
         theirs = torch_step.make_loss(config, config.stage2.triplet_weight)(model, tensors)
 
         def wanted(state, batch):  # what is not returned is not compiled

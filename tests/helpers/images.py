@@ -47,9 +47,7 @@ class Memory:
 
 
 def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.fromarray(image))
 
 
 def split_of(images):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from images import encode
 from PIL import Image
 
 from vpm_jax.config import default
@@ -45,9 +45,7 @@ TRAIN = sorted(FILES["bounding_box_train"][:-1])
 
 def jpeg(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 4, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+    return encode(Image.fromarray(pixels), "JPEG")
 
 
 def make_folder(root: Path) -> Path:

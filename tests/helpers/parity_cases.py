@@ -23,9 +23,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, STEPS = 8, 10
 DROPOUT = 0.5
 
-# The schedules as the trainings see them, step by step: (learning rate, weight of the triplet loss, does momentum start
-# anew). The paper's: two epochs of two steps without triplets, decayed by 0.1 after the first; then three epochs with,
-# decayed after the second. The released one: five epochs of two steps, decayed by 0.2 after the third.
+# The schedules, step by step: (learning rate, weight of the triplet loss, whether momentum restarts). The paper's: two
+# epochs of two steps without triplets, decayed by 0.1 after the first; then three epochs with, decayed after the
+# second. The released one: five epochs of two steps, decayed by 0.2 after the third.
 SCHEDULES = {
     "paper": (
         *[(0.1, 0, True), (0.1, 0, False), (0.01, 0, False), (0.01, 0, False)],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from images import encode
 from PIL import Image
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".bmp": "BMP"}
@@ -48,10 +48,8 @@ LAYOUTS = {
 def picture(seed: int, suffix: str = ".jpg") -> bytes:
     """An image unlike any other, of its own size."""
     random = np.random.default_rng(seed)
-    file = BytesIO()
     pixels = random.integers(0, 256, (8 + seed % 7, 4 + seed % 3, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, FORMATS[suffix.lower()])
-    return file.getvalue()
+    return encode(Image.fromarray(pixels), FORMATS[suffix.lower()])
 
 
 def make(root: Path, layout: str, identities: int = 3, images: int = 2) -> dict[str, list[tuple[int, bytes]]]:

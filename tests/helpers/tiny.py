@@ -46,6 +46,15 @@ def shrunk(file: str, **changes) -> ConfigDict:
     return config
 
 
+def other(value):
+    """Another value of a key's type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, 0.123)
+    return f"other {value}" if isinstance(value, str) else value + 1
+
+
 # Changes to a config on small images for a ResNet-10 that is its stem alone: for what does not depend on the blocks,
 # most of the time to compile.
 NO_BLOCKS = (0, 0, 0, 0)

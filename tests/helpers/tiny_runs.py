@@ -10,9 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny import fill, recipe, shrunk
 
-from vpm_jax import step
+from vpm_jax import parallel, step
 from vpm_jax.config import check, read, set_key, to_json
 from vpm_jax.data import synthetic
+from vpm_jax.description import Describer
 from vpm_jax.runs.checkpoints import Checkpoints
 
 # Stage 1 is 3 plain steps of 8 images, stage 2 is 2 epochs of 4 steps of 4 x 2: checkpoints after 3, 7 and 11,
@@ -73,6 +74,14 @@ def saved_state(workdir: Path, number: int | None = None):
     assert config is not None
     with Checkpoints(workdir, keep=0) as checkpoints:
         return checkpoints.read(checkpoints.latest if number is None else number, step.state_shapes(config))
+
+
+def load_run(workdir: Path, **changes) -> tuple[Describer, dict]:
+    """(describer, variables) of a run's newest checkpoint; changes to its config are keys with __ for the dots."""
+    config, (state, _) = read(workdir), saved_state(workdir)
+    for key, value in changes.items():
+        set_key(config, key.replace("__", "."), value)
+    return Describer(config, parallel.data_mesh(config.eval.batch)), step.evaluated(state)
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from disk import largest_file
+from disk import flip, largest_file
 from raising import raises
 from tiny import fill, shrunk
 
@@ -138,8 +138,7 @@ def damage(file: Path, kind: str) -> None:
     elif kind == "cut":
         file.write_bytes(data[: len(data) // 2])
     else:
-        middle = len(data) // 2
-        file.write_bytes(data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :])
+        flip(file)
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "flipped"])
@@ -189,14 +188,14 @@ def test_whatever_bytes_change_no_other_values_come_back(tmp_path, fraction):
     for file in sorted(path for path in (folder / "2").rglob("*") if path.is_file()):
         data = file.read_bytes()
         flips = random.choice(8 * len(data), max(1, round(fraction * len(data))), replace=False)
-        for flip in ("gone", "cut", *flips.tolist()):
-            if flip == "gone":
+        for change in ("gone", "cut", *flips.tolist()):
+            if change == "gone":
                 file.unlink()
-            elif flip == "cut":
+            elif change == "cut":
                 file.write_bytes(data[: random.integers(len(data))])
             else:
                 changed = bytearray(data)
-                changed[flip // 8] ^= 1 << flip % 8
+                changed[change // 8] ^= 1 << change % 8
                 file.write_bytes(changed)
             with Checkpoints(tmp_path, keep=0) as checkpoints:
                 try:
@@ -234,11 +233,14 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value):
         assert checkpoints.latest == 1
 
 
+def large() -> dict:
+    return {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
+
+
 def unwritable(folder: Path, step: int, sentence: str) -> None:
-    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
     with largest_file(100_000), Checkpoints(folder) as checkpoints:
         with pytest.raises(UserError, match=sentence) as error:
-            checkpoints.save(step, state, {})
+            checkpoints.save(step, large(), {})
             checkpoints.wait()
         assert "\n" not in str(error.value)
     assert not list((folder / "checkpoints").glob("*tmp*"))
@@ -255,13 +257,11 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_whole(tmp_path, c
 
 
 def test_a_failed_write_is_not_lost_when_nobody_waits_for_it(tmp_path):
-    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
     with raises("not-written"), largest_file(100_000), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, large(), {})
 
 
 def test_an_error_on_the_way_is_not_hidden_by_a_failed_write(tmp_path):
-    state = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}}
     with pytest.raises(ZeroDivisionError), largest_file(100_000), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, large(), {})
         raise ZeroDivisionError

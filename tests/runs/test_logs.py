@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import json
 import os
@@ -104,14 +103,7 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def test_tensorboard_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **more):
-        if name == "tensorboardX":
-            raise ImportError
-        return real(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r"pip install 'vpm_jax\[tensorboard\]'"):
         MetricsLog(tmp_path, tracker="tensorboard,wandb")
     assert not list(tmp_path.iterdir())
