@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,7 +49,8 @@ def test_colors_are_those_that_were_said(model, encoder, tmp_path):
     Image.fromarray(CROPS[0]).save(tmp_path / "a.png")  # a file says its colors itself
     images = [tmp_path / "a.png", CROPS[1][..., ::-1]]
     np.testing.assert_allclose(other(images), encoder(CROPS[:2]), atol=1e-5)
-    np.testing.assert_array_equal(other(frame), encoder(FRAME))
+    for form in (np.asarray, jnp.asarray):
+        np.testing.assert_array_equal(other(form(frame)), encoder(FRAME))
     assert not np.allclose(other.encode(FRAME, BOXES), encoder.encode(FRAME, BOXES), atol=1e-3)
 
 

@@ -98,8 +98,11 @@ class Encoder:
         return self._model.embedding(self._model.features(map(self._rgb, each(images)), self._batch))
 
     def _rgb(self, image: Any) -> Image:
-        color = self._bgr and isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] in (3, 4)
-        return image[:, :, [2, 1, 0, 3][: image.shape[2]]] if color else image
+        if not (self._bgr and hasattr(image, "__array__")):
+            return image
+        pixels = np.asarray(image)  # may be an array of JAX or PyTorch
+        color = pixels.ndim == 3 and pixels.shape[2] in (3, 4)
+        return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]] if color else pixels
 
 
 def _boxes(boxes: Any) -> np.ndarray:
