@@ -115,10 +115,10 @@ def test_features_in_pieces_are_read_and_written_in_pieces(whole, dataset, tmp_p
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (["--config.eval.flip=true"], r"are of model \w+, expected \w+"),
+        (["--config.eval.flip=true"], r"were saved with model \w+, expected \w+"),
         (["--config.eval.crop=bottom"], r"holds no query-bottom-0\.5\.npz"),
         (["--config.match.gallery_gammas=0.5"], "holds no region maps, which match.gallery_gammas needs"),
-        (["--queries=3"], "are of queries 8, expected 3"),
+        (["--queries=3"], "were saved with queries 8, expected 3"),
         (["--save", "features"], "saved already"),
         (["--features=nowhere"], "nowhere holds no features of an evaluation"),
     ],
@@ -170,7 +170,11 @@ def test_damaged_features_and_other_images_are_refused(output, whole, tmp_path):
         command(whole, tmp_path / "out", "--features", folder)
     about["features"]["files"]["query.npz"] = "0"
     (folder / "about.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"query\.npz is of other images than query"):
+    with pytest.raises(UserError, match=r"query\.npz describes other images than those of query"):
+        command(whole, tmp_path / "out", "--features", folder)
+    del about["features"]["files"]
+    (folder / "about.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"holds no query"):
         command(whole, tmp_path / "out", "--features", folder)
 
 

@@ -57,7 +57,7 @@ class VPM:
       image_size: (H, W) in pixels that every image is resized to.
       step: (uint8 [B, H, W, 3]) -> {"features", "visibility", "region_maps"} as in `Description`, on the devices. A
         model of padded images (data.fit) takes valid bool [B, h, w] too: see `inputs`.
-      places: where `features` can be told that an image lies; () for a model that stretches images.
+      places: the named places that `features` accepts; () for a model that stretches images.
       source: where the model came from, in words.
       variables: {"params", "batch_stats"} on the host; None for an exported program.
     """
@@ -77,7 +77,7 @@ class VPM:
         """16 hexadecimal digits that are equal for models with equal features."""
         self.grid = RegionGrid(*config.model.grid)
         self.image_size = (int(config.data.height), int(config.data.width))
-        self._folder: Path | None = None  # that it was loaded from
+        self._folder: Path | None = None  # from which it was loaded
         self._fit = Fit(config.data)
         self.places = KNOWN_PLACES if self._fit.pads else ()
         self._map_shape = feature_map_shape(config)
@@ -143,7 +143,7 @@ class VPM:
     ) -> None:
         """Saves the model for others: weights, config, results and a model card (README.md), in a new folder.
 
-        `from_pretrained` and `load` read it, with the same fingerprint. It names no path of this machine.
+        `from_pretrained` and `load` read it, with the same fingerprint. No file contains a path of this machine.
 
         Args:
           folder: a name that does not exist, or an empty folder.
@@ -418,7 +418,7 @@ def _placed(images: Images, places: Places | None) -> Iterator[tuple[Image, Plac
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """What `VPM.load` takes as a path of this machine: a model on the Hub is downloaded, see `hub.fetch`."""
+    """The local path of what `VPM.load` takes. A model on the Hub is downloaded (`hub.fetch`)."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(
             f"The model is given as {type(path).__name__}, expected the path of a run or of an exported file."

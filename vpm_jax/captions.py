@@ -150,7 +150,7 @@ DROPPED = {  # by the "same_camera" of a record
 
 
 def _same_camera(record: Record) -> str:
-    """What is done with images of a query's own camera; earlier versions did as the dataset's protocol says."""
+    """How images of a query's own camera are treated. Earlier versions followed the dataset's protocol."""
     entry = DATASETS.get(record["dataset"])
     return record.get("same_camera") or ("" if entry is None or entry.own else entry.protocol.same_camera)
 
@@ -208,7 +208,7 @@ def title(record: Record, seeds: str = "") -> str:
 
 
 def _queries(record: Record) -> tuple[str, str]:
-    """The number of queries, and what it means if these are not all."""
+    """The number of queries, and a warning if they are not all."""
     count, of_all = record["protocol"]["queries"], record["protocol"].get("of_queries")
     return (f"{count} of {of_all}", " (a preview, not a result)") if of_all else (str(count), "")
 

@@ -98,7 +98,7 @@ class CroppedSplit(NamedTuple):
 
 
 class FeatureSource(ABC):
-    """Describes the images of dataset splits as `config` says."""
+    """Describes the images of dataset splits by the settings of `config`."""
 
     config: ConfigDict
 
@@ -205,7 +205,7 @@ class Describer(FeatureSource):
 
 @lru_cache(maxsize=8)
 def _compiled_step(make: Callable[..., Any], config: FrozenConfigDict, mesh: Mesh, region_maps: bool) -> Any:
-    """The jitted feature step, one for all models of this process that need the same."""
+    """The jitted feature step, shared by all models of this process with the same arguments."""
     return jax.jit(make(config, region_maps), out_shardings=parallel.replicated(mesh))
 
 

@@ -94,7 +94,7 @@ class Opened(NamedTuple):
     steps: int  # of training
     dataset: Dataset
     trained_on: str | None  # the training set, if `dataset` is another
-    about: dict[str, Any]  # what features are of; with "model" if they are saved, or come from files
+    about: dict[str, Any]  # the origin of the features; with "model" if they are saved, or come from files
 
 
 def open_run(
@@ -329,7 +329,7 @@ def evaluate_and_report(
 def record_of(
     config: ConfigDict, dataset: Dataset, run: str, steps: int, trained_on: str | None, skipped: int
 ) -> dict[str, Any]:
-    """What a result on a dataset (see `by_protocol`) is of, as JSON for `captions`.
+    """The settings of a result on a dataset (see `by_protocol`), as JSON for `captions`.
 
     `skipped` is the number of queries without a match; the rest is as for `evaluate_and_report`.
     """

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("float32", "bfloat16", "float16", "int8"),
         default="float32",
         help="bfloat16: what a .stablehlo computes in; float16: how a .onnx stores its kernels, in half the size; "
-        "int8: what the convolutions of a .onnx compute in, calibrated on the run's training images; otherwise all "
-        "is float32 (default: float32)",
+        "int8: what the convolutions of a .onnx compute in, calibrated on the run's training images; otherwise "
+        "everything is float32 (default: float32)",
     )
     parser.add_argument(
         "--layout",

@@ -35,7 +35,7 @@ p, ul { margin: .5rem 0; max-width: 46rem; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .plot { background: #fff; padding: .25rem; border: 1px solid var(--line); border-radius: 8px; width: 100%;
   min-width: 36rem; max-width: 60rem; }
-/* A shadow at an edge says that there is more beyond it: covers that scroll with the content hide it at the ends. */
+/* A shadow at an edge shows that there is more beyond it: covers that scroll with the content hide it at the ends. */
 .scroll { overflow-x: auto; margin: .5rem 0; background: linear-gradient(to right, var(--paper) 40%, transparent) 0 0,
   linear-gradient(to left, var(--paper) 40%, transparent) 100% 0, linear-gradient(to right, var(--shadow), transparent)
   0 0, linear-gradient(to left, var(--shadow), transparent) 100% 0; background-repeat: no-repeat;

@@ -1,4 +1,4 @@
-"""Images in any form, as the Python API takes them, to pixels."""
+"""Reads images in every form that the Python API takes."""
 
 from __future__ import annotations
 

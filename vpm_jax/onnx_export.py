@@ -81,11 +81,11 @@ def serialize(
 
 
 def quantized(data: bytes, images: Sequence[np.ndarray], about: Mapping[str, str]) -> bytes:
-    """An ONNX file with its convolutions in int8, but for the locator; what follows them stays float32.
+    """An ONNX file with its convolutions in int8, except the locator; what follows them stays float32.
 
     Args:
       data: a file of `serialize`.
-      images: what `feed` returns of images like those to come, to find the range of every activation (calibration).
+      images: from `feed`, like those to come, to find the range of every activation (calibration).
       about: the metadata of the file.
     """
     onnx, _ = packages()

@@ -1,4 +1,4 @@
-"""Fewer numbers per region: a linear map that keeps the inner products of region features as well as one can (NumPy).
+"""Fewer numbers per region: a linear map that best keeps the inner products of region features (NumPy).
 
 reduction = Reduction.fit(model(images), 256)  # 256 // P numbers for each region
 model.embedding(images, reduction=reduction)  # float32 [N, P * (256 // P)]

@@ -10,7 +10,7 @@ In a folder, for queries whole and cropped ("-top-0.5" and so on):
   ranking-top-0.5.csv     the nearest images of each query, as the protocol ranks them: query, rank, gallery image, its
                           identity and camera, distance, correct (0 or 1)
 
-Names of files say when only some of the queries were evaluated: query-top-0.5-100-of-3368.npz.
+File names show when only some of the queries were evaluated: query-top-0.5-100-of-3368.npz.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ class Saved(FeatureSource):
         for key in about | found:
             if key != "files" and found.get(key) != about.get(key):
                 raise UserError(
-                    f"The features in {folder} are of {key} {found.get(key)}, expected {about.get(key)}: choose "
-                    f"another --features, or {_AGAIN}."
+                    f"The features in {folder} were saved with {key} {found.get(key)}, expected {about.get(key)}: "
+                    f"choose another --features, or {_AGAIN}."
                 )
-        self._files = found["files"]
+        self._files = found.get("files", {})
 
     def stream(
         self, variables: Variables, images: CroppedSplit, stops: Sequence[int], progress: Progress
@@ -130,7 +130,7 @@ class Saved(FeatureSource):
         if path.name not in self._files:
             raise UserError(f"{self._folder} holds no {path.name}, which these gammas and crops need: {_AGAIN}.")
         if self._files[path.name] != Inventory.of(split).digest:
-            raise UserError(f"{path} is of other images than {split.name} of the dataset: {_AGAIN}.")
+            raise UserError(f"{path} describes other images than those of {split.name} in the dataset: {_AGAIN}.")
         try:
             with zipfile.ZipFile(path) as archive:
                 small = {name: _read(archive, name) for name in ("visibility", "region_maps")}

@@ -1,4 +1,4 @@
-"""Which distance means the same person: measured on a dataset, by gamma, as thresholds.json, a table and a plot.
+"""Measures which distance means the same person, by gamma, and writes thresholds.json, a table and a plot.
 
 thresholds.json is a record for `captions`, with the model's fingerprint and, for each gamma, what `measure` returns.
 """
@@ -109,7 +109,7 @@ def table(gammas: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class Thresholds(NamedTuple):
-    """A thresholds.json that was read."""
+    """The content of a thresholds.json."""
 
     path: Path
     model: str  # the fingerprint of its model

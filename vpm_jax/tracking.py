@@ -93,7 +93,7 @@ class Encoder:
 
     def __call__(self, images: Images) -> np.ndarray:
         """One vector for each image, float32 [N, D], as torchreid's FeatureExtractor gives: crops of people, as paths
-        or uint8 arrays, or whatever else `VPM.features` takes.
+        or uint8 arrays, or anything else that `VPM.features` takes.
         """
         return self._model.embedding(self._model.features(map(self._rgb, each(images)), self._batch))
 

@@ -86,7 +86,7 @@ class Pairs:
     def true_match_rate(self, false_match_rate: float) -> tuple[float, Rate]:
         """(the largest threshold whose false match rate is at most this, the true match rate there).
 
-        The threshold is NaN, and so is the rate, if fewer than one false match in the counted pairs would exceed it.
+        Both are NaN if this rate allows less than one false match among the counted pairs.
         """
         if false_match_rate * self.count["different"] < 1:
             return np.nan, Rate(np.nan, np.nan, np.nan)
@@ -107,7 +107,7 @@ class Pairs:
         """Open-set identification: (the threshold, the share of queries whose nearest image is a mate below it).
 
         At the threshold, this share of queries would have an image below it if their mates were not in the gallery.
-        Only queries with a mate count. NaN if fewer than one query in all would be a false alarm.
+        Only queries with a mate count. Both are NaN if this rate allows less than one false alarm among them.
         """
         has_mate = self._has_mate
         mate, other, person = self._nearest[True][has_mate], self._nearest[False][has_mate], self._person[has_mate]

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     serving.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: %(default)s)")
     serving.add_argument(
         "--token",
-        help="that requests must carry (default: none on the loopback; elsewhere one is made up and printed)",
+        help="a token that requests must carry (default: none on the loopback; elsewhere one is generated and printed)",
     )
     serving.add_argument(
         "--thresholds", type=cli.path, metavar="FILE", help="of false match rates (default: the run's thresholds.json)"

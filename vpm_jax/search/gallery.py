@@ -48,7 +48,7 @@ class Update(NamedTuple):
     deleted: int
     unreadable: int
     lost: int = 0  # became unreadable before all crops were described
-    others: int = 0  # files of the folder that are no images
+    others: int = 0  # files of the folder that are not images
 
 
 class Gallery:
@@ -118,7 +118,7 @@ class Gallery:
     # ---- Writing ----
 
     def add(self, images: Images, names: Iterable[str] | None = None, batch: int = 64) -> Update:
-        """Adds images; one of the same name is replaced if it differs.
+        """Adds images; one of the same name is replaced if it differs, and removed if the new one cannot be read.
 
         Args:
           images: as for `VPM.features`.

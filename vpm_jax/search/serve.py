@@ -53,7 +53,7 @@ UPLOAD_PIXELS = 25_000_000
 KEPT_BYTES = 64 * 2**20  # of all uploads that links refer to
 KEPT_SECONDS = 3600.0
 BATCH = 8  # queries
-DECODED = 2 * BATCH  # images in memory, of UPLOAD_PIXELS each at most
+DECODED = 2 * BATCH  # images in memory; uploads have at most UPLOAD_PIXELS each
 CONNECTIONS = 256  # at once; more get 503
 TOP, MOST = 50, 500  # results: by default, and at most
 MAP_HEIGHT, THUMBNAIL_HEIGHT, IMAGE_HEIGHT = 256, 256, 1024  # pixels
@@ -63,11 +63,11 @@ Answer = TypeVar("Answer")
 
 
 class Batches(Generic[Item, Answer]):
-    """Answers items one batch at a time, in a thread of its own; a batch is what arrived during the one before.
+    """Answers items one batch at a time, in a thread of its own; a batch holds what arrived during the previous one.
 
     Args:
       work: answers a batch. If it raises, each item is tried alone.
-      most: items in a batch.
+      most: the largest number of items in a batch.
     """
 
     def __init__(self, work: Callable[[list[Item]], list[Answer]], most: int):
@@ -103,7 +103,7 @@ class Batches(Generic[Item, Answer]):
                 batch[0][1].set_exception(error)
             return
         for (_, future), answer in zip(batch, answers, strict=True):
-            if not future.done():  # nobody waits for it any more
+            if not future.done():  # its request was not canceled
                 future.set_result(answer)
 
 
@@ -303,7 +303,7 @@ class Service:
 
 
 def _place(model: VPM, size: tuple[int, int], box: Crop) -> Place | None:
-    """Where a model of padded images is to see a box: where it lies on the image."""
+    """The place at which a model of padded images sees a box: where it lies on the image."""
     if not model.places or box == WHOLE:
         return None
     (height, width), data = model.image_size, model.config.data
@@ -343,10 +343,10 @@ def application(service: Service, token: str | None = None, hosts: set[str] | No
     """The application of a service.
 
     Args:
-      service: answers.
+      service: answers the requests.
       token: that requests for data must carry as `Authorization: Bearer TOKEN`; None: none is needed.
-      hosts: the names under which the server may be called; None: any. A page of another site that points its own name
-        at this server's address is refused by that.
+      hosts: the host names that requests may use; None: any. This refuses a page of another site that points its own
+        name at this server's address.
     """
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -362,7 +362,7 @@ def application(service: Service, token: str | None = None, hosts: set[str] | No
         return web.Refusal(error.status_code, "no-such-page", "There is nothing here: see /openapi.json.").response()
 
     async def failed(request: Request, error: Exception) -> Response:  # raised again: web.Guard logs it
-        return web.Refusal(500, "failed", "The server could not answer: its log says why.").response()
+        return web.Refusal(500, "failed", "The server could not answer: see its log.").response()
 
     handlers = {web.Refusal: refused, HTTPException: unknown, Exception: failed}
     return web.Guard(Starlette(routes=service.routes(), exception_handlers=handlers), token, hosts)
@@ -373,7 +373,7 @@ def _resource(name: str) -> bytes:
 
 
 def _page() -> tuple[str, str]:
-    """The page, and the policy that allows its own script and style alone."""
+    """The page, and the policy that allows only its own script and style."""
     page = _resource("page.html").decode().replace("/* vpm_jax.html */", html.CSS)
     digests = {
         tag: base64.b64encode(hashlib.sha256(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[0].encode()).digest())

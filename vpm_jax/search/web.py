@@ -1,4 +1,4 @@
-"""HTTP around the search server: refusals, parameters and uploads, who may ask, and how long it may take."""
+"""HTTP of the search server: refusals, parameters, uploads, access and time limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REQUESTS = 64  # at once; more get 503
 
 
 class Refusal(UserError):
-    """A request that gets an error for an answer."""
+    """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, sentence: str):
         super().__init__(sentence, code=code)
@@ -128,11 +128,11 @@ async def body(request: Request) -> bytes:
     return bytes(data)
 
 
-# ---- Who may ask ----
+# ---- Access ----
 
 
 class Guard:
-    """Checks who asks, sets headers, and turns whatever goes wrong into JSON."""
+    """Checks access, sets headers, and answers errors as JSON."""
 
     PUBLIC = ("/", "/openapi.json")  # hold nothing about the gallery
     HEADERS = {
@@ -184,7 +184,11 @@ class Guard:
                 403, "wrong-host", f"This server is called {names} here: open it by that name, or set --token."
             )
         if origin is not None and origin.partition("//")[2] != host:
-            raise Refusal(403, "cross-site", "A page of another site asked: only the page of this server may.")
+            raise Refusal(
+                403,
+                "cross-site",
+                "This request comes from a page of another site: only this server's page may send requests.",
+            )
         if self._token is not None and scope["path"] not in self.PUBLIC:
             given = headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
