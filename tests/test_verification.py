@@ -115,6 +115,13 @@ def test_a_mate_that_shares_no_region_is_a_miss():
     assert pairs.identification_rate(0.1)[1].value == pairs.true_match_rate(0.01)[1].value == 0.9
 
 
+def test_an_interval_is_over_identities_with_a_mate():
+    ids = np.array([*10 * [1], 2, 3, 4, 5])
+    pairs = Pairs(ids, np.array([1, 9]), None, None, 2.0)
+    pairs.add(np.where(ids[:, None] == [1, 9], 0.1, 1.0).astype(np.float32))
+    assert pairs.identification_rate(0.1)[1] == (1, 1, 1)
+
+
 def test_intervals_are_wider_by_identity_than_by_pair():
     """Ten people, each either always or never recognized: a hundred pairs say no more than ten."""
     ids = np.repeat(np.arange(1, 11), 10)

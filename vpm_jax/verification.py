@@ -110,15 +110,14 @@ class Pairs:
         Only queries with a mate count. Both are NaN if this rate allows less than one false alarm among them.
         """
         has_mate = self._has_mate
-        mate, other, person = self._nearest[True][has_mate], self._nearest[False][has_mate], self._person[has_mate]
+        mate, other = self._nearest[True][has_mate], self._nearest[False][has_mate]
         allowed = int(false_alarm_rate * len(mate))
         if allowed < 1:
             return np.nan, Rate(np.nan, np.nan, np.nan)
         threshold = np.sort(other)[allowed]  # distances below it are accepted: `allowed` of them, or fewer if some tie
         found = (mate < other) & (mate < threshold)
-        people = len(self._people)
-        hits, totals = (np.bincount(person, weights, people) for weights in (found, None))
-        weights = _weights(people)
+        people, person, totals = np.unique(self._person[has_mate], return_inverse=True, return_counts=True)
+        hits, weights = np.bincount(person, found), _weights(len(people))
         return float(threshold), _rate((weights @ hits) / (weights @ totals))
 
     @property
