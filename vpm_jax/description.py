@@ -235,7 +235,8 @@ class Pooled(FeatureSource):
         for piece in self._source.stream(variables, several, range(every, len(self._images), every), progress):
             if not first:
                 count, (regions, channels) = self._group_of_query.max() + 1, piece.features.shape[1:]
-                features, weights, squares = np.zeros((count, regions, channels)), *np.zeros((2, count, regions))
+                features = np.zeros((count, regions, channels))
+                weights, squares = np.zeros((2, count, regions))
             for group, x, weight in zip(self._group[first:], piece.features, piece.visibility, strict=False):
                 features[group] += weight[:, None] * x
                 weights[group] += weight

@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     output = args.output or args.workdir
     cli.check_folder("--output", output)
-    which = dict(features=args.features, queries=args.queries, fingerprinted=True)
-    opened = evaluation.open_run(args.workdir, overrides, args.dataset, args.root, **which)
+    opened = evaluation.open_run(
+        args.workdir, overrides, args.dataset, args.root, args.features, args.queries, fingerprinted=True
+    )
     config = opened.source.config
     if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
         raise UserError(
