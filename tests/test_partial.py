@@ -130,11 +130,11 @@ def test_partial_reid(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--root={}", "--config.data.root={}", "--config.data.root {}"])
 def test_another_dataset_may_lie_where_the_runs_own_does(whole, tmp_path, monkeypatch, flag):
-    """A root that the user gives counts, the run's too; without one the run's does not."""
+    """A root that the user gives counts, the run's too; without one the run's does not, nor do its distractors."""
     make(tmp_path / "data", "original", 5, 3)
     workdir = shutil.copytree(whole, tmp_path / "run")
     config = config_lib.read(workdir)
-    config.data.root = str(tmp_path / "data")
+    config.data.root, config.data.distractors = str(tmp_path / "data"), str(tmp_path / "gone")
     (workdir / "config.json").write_text(config_lib.to_json(config))
     monkeypatch.setenv("VPM_DATA", str(tmp_path / "nowhere"))
     given = flag.format(config.data.root).split(" ")

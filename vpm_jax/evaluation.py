@@ -81,8 +81,8 @@ def evaluate_run(
         request.check(source.config)
         make_folder(request.folder)
         source = saved.Saving(source, request) if "features" in save else source
-    run, where = workdir.resolve().name, (output, opened.steps, opened.trained_on)
-    evaluate_and_report(source, opened.variables, dataset, *where, run=run, own=own, save=request)
+    run, steps, trained_on = workdir.resolve().name, opened.steps, opened.trained_on
+    evaluate_and_report(source, opened.variables, dataset, output, steps, trained_on, run=run, own=own, save=request)
 
 
 class Opened(NamedTuple):
@@ -114,8 +114,8 @@ def open_run(
     if dataset_name:
         if dataset_name not in TITLES:
             raise UserError(f"--dataset is {dataset_name!r}, expected one of {', '.join(TITLES)}.")
-        # The run's data.root points to its own dataset.
-        overrides = ["--config.data.root=", *overrides]
+        # The run's data.root and data.distractors belong to its own dataset.
+        overrides = ["--config.data.root=", "--config.data.distractors=", *overrides]
     trained, config = read_run(workdir, overrides)
     data = config.data.copy_and_resolve_references()  # of the evaluation; config.data is that of the training
     if dataset_name:
