@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_hub
 import numpy as np
@@ -18,6 +19,7 @@ from tiny_runs import make_run
 
 from vpm_jax import VPM, Gallery, pretrained
 from vpm_jax import config as config_lib
+from vpm_jax import hub as hub_lib
 from vpm_jax.api import located
 
 RANDOM = np.random.default_rng(4)
@@ -93,6 +95,23 @@ def test_the_card_says_what_the_model_is(model, saved):
     assert card.index("| 1 | 12.3 |") < card.index("On Partial-REID.")
     for file in saved.iterdir():
         assert b"/home/me" not in file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("crop", "whole", "gamma", "sentence"),
+    [
+        ("top", 0.0, (0.5, 1.1), "keep the top of an image, 0.5 to 1 of its area."),
+        ("bilateral", 0.0, (0.4, 0.4), "keep the top or the bottom of an image, 0.4 of its area."),
+        ("any", 0.0, (0.3, 0.6, 0.9), "keep any part of an image, 0.3 to 0.9 of its area."),
+        ("none", 0.0, (0.5, 1.0), "keep the whole image."),
+        ("top", 1.0, (0.5, 1.0), "keep the whole image."),
+    ],
+)
+def test_the_card_says_what_training_showed(model, crop, whole, gamma, sentence):
+    config = model.config.copy_and_resolve_references()
+    config.data.crop, config.data.whole, config.data.gamma = crop, whole, gamma
+    described = SimpleNamespace(config=config, image_size=model.image_size, source="a run", fingerprint="0")
+    assert f"Training crops {sentence}" in hub_lib.card(described, "name", []).replace("\n", " ")
 
 
 def test_rendered_people_are_nobodys_data(whole, tmp_path):

@@ -107,8 +107,9 @@ def test_other_training_sets_are_not_loaded(whole, tmp_path):
 
 
 def test_a_figure_explains_eq_4_alone(whole, tmp_path):
-    with pytest.raises(UserError, match=r"leave match\.rerank"):
-        run(whole, "--figure", tmp_path / "a.png", "--config.match.rerank=True")
+    for key in ("rerank", "vector"):
+        with pytest.raises(UserError, match=r"leave match\.rerank, match\.vector"):
+            run(whole, "--figure", tmp_path / "a.png", f"--config.match.{key}=True")
     make_run(tmp_path / "run", "market")
     with pytest.raises(UserError, match="add --pictures"):
         run(tmp_path / "run", "--figure", tmp_path / "a.png")

@@ -44,6 +44,14 @@ def network(config: ConfigDict) -> str:
     return f"ResNet-{config.model.depth}{width}, {config.data.height}x{config.data.width} input"
 
 
+def kept(crop: str, share: str) -> str:
+    """What a crop (one of `regions.CROPS`) keeps of an image, such as "the top of an image, 0.5 of its area"."""
+    if crop == "none":
+        return "the whole image"
+    sides = {"bilateral": "the top or the bottom", "horizontal": "the left or the right", "any": "any part"}
+    return f"{sides.get(crop, f'the {crop}')} of an image, {share} of its area"
+
+
 def run_title(model: str, config: ConfigDict) -> str:
     """The title of training curves."""
     trained = f"{model} trained on {training_set(config)}"

@@ -92,7 +92,9 @@ def card(model: VPM, name: str, evaluations: list[str]) -> str:
     tags = ["tags:", *(f"- {tag}" for tag in ("person-re-identification", "partial-person-re-identification", "jax"))]
     metadata = ["---", "library_name: vpm_jax", *tags, *license_, "---"]
     m, data = config.model, config.data
-    kinds = " and ".join(sorted(config_lib.crops(config)))
+    low, high = min(data.gamma), min(1, max(data.gamma))
+    share = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    kept = "; or ".join(captions.kept(crop, share) for crop in sorted(config_lib.crops(config) or {"none"}))
     known = {"none": "random weights", "keras": "Keras's ImageNet weights"}
     start = known.get(config.pretrained, f"the weights {config.pretrained}")
     title = paper.title(paper.method_of(config))
@@ -121,7 +123,7 @@ def card(model: VPM, name: str, evaluations: list[str]) -> str:
             "## Training",
             "",
             f"Recipe {config.recipe}, seed {config.seed}, on {captions.training_set(config)}, from {start}. Training "
-            f"crops keep the {kinds} of an image, a share of {min(data.gamma):g} to 1 of its area.",
+            f"crops keep {kept}.",
             "",
             "## Results",
             "",
@@ -131,7 +133,7 @@ def card(model: VPM, name: str, evaluations: list[str]) -> str:
             "",
             f"- Distances are meaningful for images like those of {captions.training_set(config)}: other cameras and "
             "other boxes need their own evaluation, and their own threshold (`python -m vpm_jax.threshold`).",
-            f"- Training crops kept the {kinds}; images that show another part of a person rank worse.",
+            "- Images that show less of a person, or another part, than the training crops rank worse.",
             "- A small distance is not a proof of identity: people in similar clothes look alike to the model, and the "
             "same person in other clothes does not.",
             "",

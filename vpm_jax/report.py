@@ -223,7 +223,8 @@ def ranked_lists(
     from vpm_jax.data.pipeline import eval_crops, eval_picture
 
     model, query, gallery, crops, distance, precision, _ = rankings(workdir, overrides, gamma)
-    body = f"<p>Each query keeps its {config.eval.crop} {gamma:g}. Its region map shows the most probable region of "
+    kept = captions.kept(config.eval.crop, f"{gamma:g}")
+    body = f"<p>Each query is {kept}. Its region map shows the most probable region of "
     body += "every cell; stronger colors are more probable. The bars are the visibility scores, in cells. "
     body += "A correct match has the query's identity. Junk (same identity and camera, or identity -1) is not ranked. "
     body += f"Matching: {html.escape(evaluation.matching_in_words(config))}.</p>\n"
@@ -269,10 +270,10 @@ def figure(
     """Draws the ranked list of the query whose file name ends with `name`, or of the best one.
 
     Raises:
-      UserError: unless exactly one query has that name, and for re-ranking or a cropped gallery.
+      UserError: unless exactly one query has that name, and for distances that are not those of Eq. 4 alone.
     """
-    if config.match.rerank or config.match.gallery_gammas or config.eval.multi_query:
-        keys = "match.rerank, match.gallery_gammas and eval.multi_query"
+    if config.match.rerank or config.match.vector or config.match.gallery_gammas or config.eval.multi_query:
+        keys = "match.rerank, match.vector, match.gallery_gammas and eval.multi_query"
         raise UserError(f"--figure explains Eq. 4 alone: leave {keys} unset.")
 
     from vpm_jax.data.pipeline import eval_picture
@@ -293,7 +294,8 @@ def figure(
         for row, (i, image) in enumerate(zip(nearest, images, strict=True))
     ]
     frame = (*pixel_box(crops[index], *whole.shape[:2])[:2], *whole.shape[:2])
-    kept = f"the {config.eval.crop} {gamma:.0%} of an image" if gamma < 1 else "a whole image"
+    side = f"the {config.eval.crop} " if config.eval.crop in ("top", "bottom", "left", "right") else ""
+    kept = "a whole image" if crops[index] == WHOLE else f"{side}{gamma:.0%} of an image"
     titles = f"query: {kept}", f"nearest of {len(ranking.counted)} gallery images, by Eq. 4 (\u2713 correct match)"
     about = f"{captions.subject(record)} {record['network']}."
     with replacing(path) as temporary:
