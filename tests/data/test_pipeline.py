@@ -1,6 +1,7 @@
 """The grain pipelines: batches as a function of the step, pixels that agree with their labels, padding, errors."""
 
 import multiprocessing
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -84,59 +85,60 @@ def test_what_a_batch_holds():
             assert np.array_equal(batch["labels"][row], labels) and np.array_equal(batch["visible"][row], visible)
 
 
-@pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("grid", [(6, 1), (3, 2)])
-def test_pixels_agree_with_their_labels(crop, grid):
-    """Images painted with the number of the region: the middle of a cell shows what its label says."""
+class Painted(NamedTuple):
+    """A batch of images painted with 20 times the number of the region, on a map of 24 x 8 cells."""
+
+    row: np.ndarray  # of each cell's label
+    col: np.ndarray
+    expected: np.ndarray  # the value that each cell's label stands for
+    low: np.ndarray  # the values in the middle of each cell
+    high: np.ndarray
+
+
+def painted(grid, steps, **data):
     rows, cols = grid
     height, width, h, w = 96, 48, 24, 8
-    painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
-    config = small_config(crop=crop)
+    region = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
+    config = small_config(**data)
     config.data.update(height=16 * h, width=16 * w)
     config.model.update(grid=grid, stem="7x7", strides=(1, 2, 2))
-    split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
-    sure = wrong = 0
-    for step, batch in enumerate(train_batches(config, split, 0, 4)):
+    split = split_of([np.repeat(20 * region[..., None].astype(np.uint8), 3, -1)] * 20)
+    for step, batch in enumerate(train_batches(config, split, 0, steps)):
         flips = Sampler(config, split.labels()).plan(step).flips
         row, col = np.divmod(batch["labels"], cols)
         expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
         cells = batch["image"][..., 0].reshape(8, h, 16, w, 16)[:, :, 6:10, :, 6:10]
-        low, high = cells.min((2, 4)), cells.max((2, 4))
-        flat = low == high  # not on the blur between two regions
-        sure, wrong = sure + flat.sum(), wrong + (flat & (low != expected)).sum()
-        # The visible set is the regions that some cell belongs to.
         for labels, visible in zip(batch["labels"], batch["visible"], strict=True):
-            assert np.array_equal(np.unique(labels), np.flatnonzero(visible))
-    assert sure > 0.7 * 4 * 8 * h * w and wrong == 0
+            assert np.array_equal(np.unique(labels), np.flatnonzero(visible))  # the regions that some cell belongs to
+        yield Painted(row, col, expected, cells.min((2, 4)), cells.max((2, 4)))
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("grid", [(6, 1), (3, 2)])
+def test_pixels_agree_with_their_labels(crop, grid):
+    """The middle of a cell shows the region that its label names."""
+    sure = wrong = 0
+    for found in painted(grid, 4, crop=crop):
+        flat = found.low == found.high  # not on the blur between two regions
+        sure, wrong = sure + flat.sum(), wrong + (flat & (found.low != found.expected)).sum()
+    assert sure > 0.7 * 4 * found.low.size and wrong == 0
 
 
 @pytest.mark.parametrize("crop", ["top", "left", "any", "none"])
 @pytest.mark.parametrize("grid", [(6, 1), (3, 2)])
 def test_labels_follow_a_moved_crop_exactly(crop, grid):
     """As above, where the boxes reach past the image: what lies there is white and belongs to the nearest region."""
-    rows, cols = grid
-    height, width, h, w = 96, 48, 24, 8
-    painted = np.arange(height)[:, None] * rows // height * cols + np.arange(width)[None] * cols // width
-    config = small_config(crop=crop, pad=0.4, mean=(1.0, 1.0, 1.0))
-    config.data.update(height=16 * h, width=16 * w)
-    config.model.update(grid=grid, stem="7x7", strides=(1, 2, 2))
-    split = split_of([np.repeat(20 * painted[..., None].astype(np.uint8), 3, -1)] * 20)
     sure = wrong = white = 0
-    for step, batch in enumerate(train_batches(config, split, 0, 6)):
-        flips = Sampler(config, split.labels()).plan(step).flips
-        row, col = np.divmod(batch["labels"], cols)
-        expected = 20 * (row * cols + np.where(flips[:, None, None], cols - 1 - col, col))
-        cells = batch["image"][..., 0].reshape(8, h, 16, w, 16)[:, :, 6:10, :, 6:10]
-        low, high = cells.min((2, 4)), cells.max((2, 4))
-        beyond, flat = low == 255, (low == high) & (low < 255)
-        white, sure, wrong = white + beyond.sum(), sure + flat.sum(), wrong + (flat & (low != expected)).sum()
-        for image in range(8):
-            assert np.array_equal(np.unique(batch["labels"][image]), np.flatnonzero(batch["visible"][image]))
+    for found in painted(grid, 6, crop=crop, pad=0.4, mean=(1.0, 1.0, 1.0)):
+        beyond, flat = found.low == 255, (found.low == found.high) & (found.low < 255)
+        white, sure = white + beyond.sum(), sure + flat.sum()
+        wrong += (flat & (found.low != found.expected)).sum()
+        for row, col, outside in zip(found.row, found.col, beyond, strict=True):
             # Down each column and along each row, a white cell has the label of the last cell inside.
-            for axis, line in ((row[image, :, 0], beyond[image].all(1)), (col[image, 0], beyond[image].all(0))):
+            for axis, line in ((row[:, 0], outside.all(1)), (col[0], outside.all(0))):
                 inside = np.flatnonzero(~line)
                 assert (axis[: inside[0]] == axis[inside[0]]).all() and (axis[inside[-1] :] == axis[inside[-1]]).all()
-    assert sure > 0.4 * 6 * 8 * h * w and white > 0.1 * 6 * 8 * h * w and wrong == 0
+    assert sure > 0.4 * 6 * beyond.size and white > 0.1 * 6 * beyond.size and wrong == 0
 
 
 @pytest.mark.parametrize("hides", [1.0, 0.5, 0.0])
