@@ -100,7 +100,9 @@ def test_both_sides_compute_the_same_step(case):
         assert torch.linalg.norm(value - expected) <= 1e-8 * torch.linalg.norm(expected), name
 
 
-@pytest.mark.parametrize("key, value", [("model.neck", "bn"), ("model.head_dim", 0), ("optim.ema", 0.9)])
+@pytest.mark.parametrize(
+    "key, value", [("model.neck", "bn"), ("model.head_dim", 0), ("optim.ema", 0.9), ("data.fit", "pad")]
+)
 def test_a_step_that_the_other_side_lacks_is_refused(key, value):
     config = shrunk("market", **{key: value})
     with pytest.raises(UserError, match=f"{key} is .*PyTorch side"):

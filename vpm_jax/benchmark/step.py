@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-torch-compile", action="store_true", help="run PyTorch only without torch.compile")
 
 
-# The config keys that the PyTorch side implements in these groups; others must have their default.
+# The config keys that the PyTorch side implements in these groups. The others, and data.fit, must have their default.
 FOLLOWED = {
     "model": "depth width stem strides last_stride stride_on bn_epsilon grid locator locator_dropout locator_groups "
     "locator_init_std pool_gradient head_dim head_dropout head_bn_visible_only global_head dummy_classes "
@@ -60,14 +60,16 @@ FOLLOWED = {
 def check_rival(config: ConfigDict) -> None:
     """Raises UserError for a config that the PyTorch side does not implement."""
     default = config_lib.default()
-    for group, followed in FOLLOWED.items():
-        for key, value in config[group].items():
-            # The PyTorch side has no head without a reducer (head_dim 0).
-            if value != default[group][key] and (key not in followed.split() or (key == "head_dim" and not value)):
-                raise UserError(
-                    f"Config key {group}.{key} is {value!r}, which the PyTorch side of this benchmark does not "
-                    f"implement: leave it at {default[group][key]!r}, or measure without --against."
-                )
+    keys = [("data", "fit"), *((group, key) for group in FOLLOWED for key in config[group])]
+    for group, key in keys:
+        value, usual = config[group][key], default[group][key]
+        followed = FOLLOWED.get(group, "").split()
+        # The PyTorch side has no head without a reducer (head_dim 0).
+        if value != usual and (key not in followed or (key == "head_dim" and not value)):
+            raise UserError(
+                f"Config key {group}.{key} is {value!r}, which the PyTorch side of this benchmark does not "
+                f"implement: leave it at {usual!r}, or measure without --against."
+            )
 
 
 def run(args: argparse.Namespace, config: ConfigDict) -> Report:
