@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_runs import make_run
 
-from vpm_jax import cli, config, extents
+from vpm_jax import cli, config, extents, regions
 from vpm_jax.data.sampling import Sampler
 from vpm_jax.errors import UserError
 from vpm_jax.regions import Crop, RegionGrid, project_regions, visible_heights
@@ -52,6 +52,16 @@ def test_one_wrong_cell_decides_nothing():
     before = visible_heights(maps, grid)
     maps[0, 0, 0] = np.eye(6)[5]
     np.testing.assert_array_equal(visible_heights(maps, grid), before)
+
+
+def test_padded_images_of_every_height_share_their_candidates():
+    maps = np.zeros((24, 24, 8, 6))
+    for index, image in enumerate(maps):
+        image[: index + 1] = 1 / 6
+    visible_heights(maps, RegionGrid(6))
+    computed = regions._candidates.cache_info().misses
+    visible_heights(maps, RegionGrid(6))
+    assert regions._candidates.cache_info().misses == computed
 
 
 def test_a_whole_person():

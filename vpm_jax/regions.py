@@ -216,7 +216,7 @@ def visible_heights(region_maps: Float[np.ndarray, "n h w p"], grid: RegionGrid)
     return heights
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # padded images of every height
 def _candidates(cells: int, bins: int) -> tuple[Float[np.ndarray, "k 2"], Int32[np.ndarray, "k cells"]]:
     """Every distinct labeling of a column of cells, with the largest crop (top, bottom) that produces it."""
     marks = np.arange(61) / 60  # includes halves to sixths, and tenths, of a person
