@@ -15,11 +15,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import Given
 
 from vpm_jax import models
 from vpm_jax.config import default, set_key
@@ -100,14 +100,6 @@ def test_opencv_does_not_smooth_before_it_shrinks(files):
     assert mean > 0.5 and most > 5
 
 
-class Seen(nn.Module):
-    """In place of the backbone: what it is given."""
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        return {"stage4": x}
-
-
 def test_what_the_backbone_sees(folder, files):
     """File to normalised floats: crop, exact Pillow filter, ToTensor, Normalize; float32 rounding apart."""
     config = default()
@@ -123,7 +115,7 @@ def test_what_the_backbone_sees(folder, files):
         set_key(config, key, value)
     query = load_dataset(config.data).query
     assert [Path(name).name for name in query.names] == [path.name for path in files]
-    model = models.create(config).clone(backbone=Seen())
+    model = models.create(config).clone(backbone=Given())
     pixels = np.concatenate([b["image"][b["real"]] for b in eval_batches(config, query, "top", 0.7)])
     # One function, of which only the normalisation is left to compile.
     ours = jax.jit(lambda x: model.init_with_output(jax.random.key(0), x)[0][1]["feature_map"])(pixels)

@@ -1,6 +1,5 @@
 """Folder, zip and ArrayRecord are one dataset; what is missing is said in one sentence."""
 
-import os
 import pickle
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from market_files import FILES, TRAIN, config, content, fails, jpeg, make_folder, make_zip
+from paths import REAL_DATA
 from PIL import Image
 
 from vpm_jax.data.sources import load_dataset
@@ -265,7 +265,7 @@ def test_synthetic_is_rendered_and_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["partial_reid", "partial_reid_occluded", "partial_ilids", "partial_ilids_nocrop"])
 def test_real_zip_of_zips(name):
-    path = Path(os.environ.get("VPM_DATA") or "data") / "dataset2.zip"
+    path = REAL_DATA / "dataset2.zip"
     if not path.is_file():
         pytest.skip(f"no {path}")
     dataset = load_dataset(config(path, name))
@@ -274,9 +274,8 @@ def test_real_zip_of_zips(name):
 
 
 def test_real_market():
-    root = Path(os.environ.get("VPM_DATA") or "data")
     try:
-        data = load_dataset(config(root))
+        data = load_dataset(config(REAL_DATA))
     except UserError as error:
         pytest.skip(f"no real Market-1501: {error}")
     if any("not the official one" in note for note in data.notes):
@@ -290,7 +289,7 @@ def test_real_market():
         images, groups, group_of_query = boxes(data.query, data.multi_query)
         found = {(name.partition("/")[2], group) for name, group in zip(images.names, groups, strict=True)}
         assert {(n.partition("/")[2], g) for n, g in zip(data.query.names, group_of_query, strict=True)} <= found
-    held = load_dataset(config(root, holdout=100))
+    held = load_dataset(config(REAL_DATA, holdout=100))
     assert held.train.num_identities == 651 and len(np.unique(held.query.identity)) == 100
     assert len(held.train) + len(held.query) + len(held.gallery) == 12936
     image = Image.open(BytesIO(held.query.read(0)))

@@ -23,6 +23,12 @@ def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def blobs(random, height=80, width=30):
+    """An image of blobs of color: as different from others as photographs are."""
+    small = Image.fromarray(random.integers(0, 256, (6, 3, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def oriented(form, value, **options):
     exif = Image.Exif()
     exif[0x0112] = value

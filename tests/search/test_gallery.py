@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from images import encode
+from images import blobs, encode
 from PIL import Image
 from tiny_runs import make_run
 
@@ -20,8 +20,7 @@ RANDOM = np.random.default_rng(3)
 
 
 def picture() -> np.ndarray:
-    small = Image.fromarray(RANDOM.integers(0, 256, (6, 3, 3), dtype=np.uint8))
-    return np.asarray(small.resize((30, 80)))
+    return np.asarray(blobs(RANDOM))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from disk import flip
 from html_reader import Reader
-from images import encode, oriented, with_size
-from PIL import Image
+from images import blobs, encode, oriented, with_size
 from tiny_runs import make_run
 
 from vpm_jax import VPM, cli, images
@@ -53,9 +52,7 @@ def loaded_once(model, run, monkeypatch):
 
 
 def picture(height=80, width=30):
-    """Blobs of colour: as different from each other as photographs are."""
-    small = Image.fromarray(RANDOM.integers(0, 256, (6, 3, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
+    return blobs(RANDOM, height, width)
 
 
 @pytest.fixture

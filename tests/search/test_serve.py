@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import encode, oriented, with_size
+from images import blobs, encode, oriented, with_size
 from paths import ROOT
 from PIL import Image
 from tiny_runs import make_run
@@ -40,9 +40,7 @@ TOKEN = "a-token-of-32-letters-and-digits"
 
 
 def picture(seed: int, height: int = 80, width: int = 30) -> Image.Image:
-    """Blobs of color: as different from each other as photographs are."""
-    small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 3, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
+    return blobs(np.random.default_rng(seed), height, width)
 
 
 @pytest.fixture(scope="module")
