@@ -167,11 +167,9 @@ def triplet_loss(
         )
     features = _wide(features)
     batch = len(features)
-    index = jnp.arange(batch)
+    index = jnp.arange(batch) + (lax.axis_index(axis_name) * batch if axis_name else 0)
     others = (features, identity, visible, index, visibility)
-    if axis_name is not None:
-        index = index + lax.axis_index(axis_name) * batch
-        others = (features, identity, visible, index, visibility)
+    if axis_name:
         others = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True), others)
     other_features, other_identity, other_visible, other_index, other_visibility = others
 
