@@ -1,4 +1,4 @@
-"""Pictures in their proportions: where they lie on the input, which cells they cover, and what those cells decide."""
+"""Padded images: where they lie on the input, which cells they cover, and that only these cells count."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ PIXELS, SHARES = st.integers(1, 600), st.floats(0, 1)
 
 
 @given(PIXELS, PIXELS, st.integers(1, 400), st.integers(1, 400), st.floats(0.2, 5), SHARES, SHARES)
-def test_a_picture_keeps_its_proportions(height, width, rows, columns, aspect, down, right):
+def test_an_image_keeps_its_aspect_ratio(height, width, rows, columns, aspect, down, right):
     top, left, bottom, right_edge = fit_box((height, width), (rows, columns), aspect, (down, right))
     assert 0 <= top < bottom <= rows and 0 <= left < right_edge <= columns
     assert bottom - top == rows or right_edge - left == columns  # it fills one side
@@ -32,7 +32,7 @@ def test_a_picture_keeps_its_proportions(height, width, rows, columns, aspect, d
 
 
 @given(PIXELS, st.data(), st.integers(1, 40))
-def test_a_picture_covers_at_least_one_cell(length, data, cells):
+def test_an_image_covers_at_least_one_cell(length, data, cells):
     start = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(start + 1, length))
     first, last = covered_cells(start, stop, length, cells)
@@ -62,7 +62,7 @@ def striped(grid, height=120, width=60):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("crop", ["top", "bottom", "left", "any", "none"])
-def test_labels_say_what_the_covered_cells_show(place, crop):
+def test_labels_match_the_pixels_of_covered_cells(place, crop):
     grid = RegionGrid(3, 2)
     config = small_config(
         threads=0, fit="pad", place=place, aspect=2.0, crop=crop, gamma=(0.3, 1.0), flip=0.0, resize="area"
@@ -92,7 +92,7 @@ def test_labels_say_what_the_covered_cells_show(place, crop):
             assert set(np.flatnonzero(visible)) == set(np.unique(labels[valid]).tolist())
 
 
-def test_a_padded_crop_is_as_large_as_in_the_whole_picture():
+def test_a_padded_crop_is_as_large_as_in_the_whole_image():
     config = small_config(threads=0, fit="pad", aspect=2.0)
     config.data.update(height=96, width=48)
     picture = np.random.default_rng(0).integers(0, 256, (96, 48, 3), np.uint8)
@@ -142,7 +142,7 @@ def network(locator="pixel", **fields):
 
 
 @pytest.mark.parametrize("locator", ["pixel", "row"])
-def test_only_covered_cells_take_part(locator):
+def test_only_covered_cells_count(locator):
     random = np.random.default_rng(0)
     image = random.normal(size=(4, 6, 4, 8)).astype(np.float32)
     valid = np.stack(
@@ -178,7 +178,7 @@ def test_only_covered_cells_take_part(locator):
     np.testing.assert_allclose(plain["region_features"], whole["region_features"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_picture_that_covers_no_cell_has_no_features():
+def test_an_image_that_covers_no_cell_has_zero_features():
     image = np.random.default_rng(0).normal(size=(2, 4, 2, 8)).astype(np.float32)
     valid = np.stack([np.zeros((4, 2), bool), np.ones((4, 2), bool)])
     net = network(global_head=True)
@@ -195,7 +195,7 @@ def test_a_picture_that_covers_no_cell_has_no_features():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_region_loss_counts_covered_cells_alone():
+def test_region_loss_counts_covered_cells_only():
     random = np.random.default_rng(0)
     logits = random.normal(size=(3, 4, 2, 5)).astype(np.float32)
     labels, valid = random.integers(0, 5, (3, 4, 2)), random.random((3, 4, 2)) < 0.5
@@ -211,7 +211,7 @@ def test_region_loss_counts_covered_cells_alone():
 
 
 @pytest.mark.parametrize("crop, gamma", [("top", 0.5), ("bottom", 0.6), ("none", 1.0), ("top", 0.8)])
-def test_visible_heights_of_padded_pictures(crop, gamma):
+def test_visible_heights_of_padded_images(crop, gamma):
     kept = draw_crop(crop, gamma, (0.0, 0.0, 0.0))
     cells = round(12 * gamma)
     labels, _ = project_regions(kept, RegionGrid(4), (cells, 3))
@@ -224,7 +224,7 @@ def test_visible_heights_of_padded_pictures(crop, gamma):
 
 
 @pytest.mark.parametrize("size", [(1, 400), (400, 1), (3, 3)])
-def test_extreme_proportions_make_a_sensible_input(size):
+def test_extreme_aspect_ratios_cover_a_cell_and_show_a_region(size):
     config = small_config(threads=0, fit="pad", aspect=2.0)
     picture = np.full((*size, 3), 255, np.uint8)
     [batch] = eval_batches(config, split_of([picture] * 4))

@@ -252,7 +252,7 @@ def test_identity_loss_gradients(run, precision):
     assert (np.asarray(gradient)[~visible] == 0).all(), "exactly zero, not nearly"
 
 
-def test_identity_loss_ignores_what_is_invisible(run):
+def test_identity_loss_ignores_invisible_regions(run):
     logits, identity, visible = identity_batch(6)
     wild = np.where(visible[..., None], logits, np.float32(1e30) * np.sign(logits))
     pairs = zip(run(identity_loss, logits, identity, visible), run(identity_loss, wild, identity, visible), strict=True)
@@ -264,7 +264,7 @@ def test_identity_loss_ignores_what_is_invisible(run):
 
 
 @pytest.mark.parametrize("label", [-1, 7, 1000])
-def test_labels_that_are_no_class_give_nan_and_no_other_class(run, label):
+def test_labels_out_of_range_give_nan(run, label):
     logits, identity, visible = identity_batch(6)
     assert logits.shape[-1] == 7
     visible[:, 0], identity[2] = True, label
@@ -370,7 +370,7 @@ def test_triplet_with_a_soft_hinge(run, precision):
 
 @jit_only
 @pytest.mark.parametrize("offset", [0, 1e1, 1e3])
-def test_triplet_of_what_all_features_share_mines_the_same_pairs(run, offset):
+def test_triplet_mines_the_same_pairs_at_a_large_common_offset(run, offset):
     random = np.random.default_rng(0)
     identity = np.repeat(np.arange(6), 4).astype(np.int32)
     visible = random.random((24, 3)) < 0.7
@@ -390,7 +390,7 @@ def test_triplet_of_nan_is_nan(run):
 
 
 @jit_only
-def test_triplet_ignores_what_is_invisible(run):
+def test_triplet_ignores_invisible_regions(run):
     features, identity, visible = triplet_batch(10)
     wild = np.where(visible[..., None], features, 1e15 * np.sign(features)).astype(np.float32)
     (total, count), gradient = run(TRIPLET_AND_GRADIENT, features, identity, visible)
@@ -556,7 +556,7 @@ def test_soft_visibility_is_not_trained_by_the_triplet_loss(run):
     assert (np.asarray(gradient) == 0).all()
 
 
-def test_triplet_options_that_make_no_sense_are_errors():
+def test_unknown_triplet_options_are_errors():
     features, identity, visible = triplet_batch(17)
     with pytest.raises(ValueError, match="hard"):
         triplet_loss(features, identity, visible, pairs="hard")

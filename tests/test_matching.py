@@ -56,7 +56,7 @@ def test_identical_features_without_a_shared_region_are_infinite(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-21, 1e21, 1e37])
-def test_the_scale_of_visibility_cancels_though_its_products_are_no_floats(scale):
+def test_the_scale_of_visibility_cancels_even_where_products_leave_float32(scale):
     q, q_weight, g, g_weight = example(regions=3)
     exact = reference(q, q_weight, g, g_weight)
     scaled = [(scale * weight).astype(np.float32) for weight in (q_weight, g_weight)]
@@ -88,7 +88,7 @@ def test_near_duplicates_keep_their_digits(distance):
     np.testing.assert_allclose(found, reference(q, weight, g, np.ones((60, 6))), rtol=1e-4, atol=3e-6)
 
 
-def test_what_all_features_share_costs_no_digits(monkeypatch):
+def test_a_large_common_offset_costs_no_digits(monkeypatch):
     """A collapsed network: features far from the origin, and near one another. Nothing is computed twice for it."""
     monkeypatch.delattr(matching, "_recompute")
     q, q_weight, g, g_weight = example()

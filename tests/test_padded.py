@@ -39,7 +39,7 @@ def query(run):
     return load_dataset(config_lib.read(run).data).query
 
 
-def test_a_picture_is_described_as_an_evaluation_describes_it(model, query):
+def test_an_image_is_described_as_in_an_evaluation(model, query):
     describer = Describer(model.config, parallel.data_mesh(model.config.eval.batch), region_maps=True)
     crops = eval_crops("top", 0.5, len(query))
     pictures = [eval_picture(query, i, crops[i]) for i in range(len(query))]
@@ -79,7 +79,7 @@ def test_a_wrong_place_is_named(model, place):
     assert "expected top, center, bottom, or the fractions" in str(error.value)
 
 
-def test_extreme_pictures_are_described(model):
+def test_extreme_images_are_described(model):
     pictures = [np.full(size, 90, np.uint8) for size in [(1, 400, 3), (400, 1, 3), (1, 1, 3)]]
     described = model(pictures)
     assert np.isfinite(described.features).all() and (described.visibility.sum(1) >= 0.99).all()
@@ -93,7 +93,7 @@ def test_every_image_has_a_place(model, places, sentence):
         model(pictures, places=[(1, 0.5)] * places)
 
 
-def test_an_export_takes_what_is_covered_too(run, model, query, tmp_path):
+def test_an_export_takes_the_covered_cells_too(run, model, query, tmp_path):
     pytest.importorskip("flatbuffers", reason="jax.export writes and reads with it")
     export.main(["--workdir", str(run), "--output", str(tmp_path / "a.stablehlo")])
     export.main(["--workdir", str(run), "--output", str(tmp_path / "a.safetensors")])
@@ -108,7 +108,7 @@ def test_an_export_takes_what_is_covered_too(run, model, query, tmp_path):
     assert said["aspect"] == 2.0 and said["valid"]["shape"] == ["b", *expected.region_maps.shape[1:3]]
 
 
-def test_fingerprints_know_how_pictures_are_laid(model):
+def test_fingerprints_depend_on_how_images_are_fitted(model):
     from vpm_jax.api import fingerprint
 
     config = model.config.copy_and_resolve_references()
@@ -121,7 +121,7 @@ def test_fingerprints_know_how_pictures_are_laid(model):
     assert fingerprint(config, model.variables) in seen
 
 
-def test_a_search_finds_padded_pictures(run, model, query, tmp_path, capsys):
+def test_a_search_finds_padded_images(run, model, query, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(6):

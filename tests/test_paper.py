@@ -45,7 +45,7 @@ def test_ranks_increase_and_only_the_misprint_stands_out():
     assert suspects == MISPRINTS
 
 
-def test_reproduction():
+def test_the_reproduction_is_near_the_paper():
     sweep = published("market1501", "VPM", REPRODUCTION).scores
     assert sorted(sweep) == list(GAMMAS)
     for metric in ("R-1", "mAP"):
@@ -56,7 +56,7 @@ def test_reproduction():
     assert published("partial_reid", "VPM", REPRODUCTION).scores[1.0] == {"R-1": 67.7, "R-3": 80.1}
 
 
-def test_other_methods_stand_where_the_paper_has_no_results():
+def test_other_methods_are_of_datasets_without_results_in_the_paper():
     assert published("occluded_reid", "OONet", OTHERS).scores[1.0] == {"R-1": 72.1, "mAP": 64.0}
     for row in OTHERS:
         assert DATASETS[row.dataset].protocol.shots == ("all",) and row.source.training == "market1501"

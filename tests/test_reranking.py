@@ -102,7 +102,7 @@ def test_fewer_images_than_neighbours(k1):
     np.testing.assert_allclose(rerank(*three, k1), reference(*three, k1, 6, 0.3), rtol=1e-5, atol=2e-6)
 
 
-def test_it_helps():
+def test_correct_matches_rank_higher():
     """Gallery images of the query's person rank higher: what re-ranking is for."""
     q, q_weight, g, g_weight = people()
     ones = np.ones_like(q_weight), np.ones_like(g_weight)
@@ -124,7 +124,7 @@ def test_squared_distances():
     np.testing.assert_allclose(rerank(*(x * x for x in three), squared=True), expected, atol=1e-6)
 
 
-def test_nothing_to_rank():
+def test_empty_sides():
     qg, qq, gg = distances(*people())
     assert rerank(qg[:0], qq[:0, :0], gg).shape == (0, G)
     assert rerank(qg[:, :0], qq, gg[:0, :0]).shape == (Q, 0)
@@ -140,7 +140,7 @@ def test_nothing_to_rank():
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_what_is_refused(change, sentence):
+def test_bad_arguments_are_named(change, sentence):
     arguments = {
         "query_gallery": np.zeros((Q, G)),
         "query_query": np.zeros((Q, Q)),

@@ -74,7 +74,7 @@ def test_any_k(chunks, k):
         assert np.isposinf(distance[:, -3:]).all() and set(index[0, -3:]) == {3, 50, 51}
 
 
-def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
+def test_more_ties_than_spare_candidates_rank_in_gallery_order(devices, chunks, monkeypatch):
     """More equals than SPARE: one reading cannot tell, the next one does."""
     data = example(Q, G, P, C)
     same = np.random.default_rng(1).permutation(G)[: topk.SPARE + 20]
@@ -88,7 +88,7 @@ def test_ties_rank_in_gallery_order_however_many(devices, chunks, monkeypatch):
     assert max(kept) > K + topk.SPARE
 
 
-def test_one_reading_is_enough_for_usual_galleries(monkeypatch):
+def test_usual_galleries_are_read_once(monkeypatch):
     data, kept = example(Q, G, P, C), counted(monkeypatch)
     top_k(*data, K)
     assert kept == [K + topk.SPARE]
@@ -145,14 +145,14 @@ def test_any_number_of_devices_and_chunks_gives_the_same_bits(monkeypatch):
         np.testing.assert_array_equal(index, found[0][1])
 
 
-def test_nothing_asked_or_nothing_there():
+def test_empty_sides():
     q, q_weight, g, g_weight = example(Q, G, P, C)
     assert top_k(q[:0], q_weight[:0], g, g_weight, K)[0].shape == (0, K)
     assert top_k(q, q_weight, g[:0], g_weight[:0], K)[1].shape == (Q, 0)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_what_is_refused(monkeypatch):
+def test_bad_input_is_named(monkeypatch):
     monkeypatch.setattr(topk, "CHUNK_BYTES", 2**12)
     q, q_weight, g, g_weight = example(Q, G, P, C)
     with pytest.raises(ValueError, match="k is 0, expected at least 1"):

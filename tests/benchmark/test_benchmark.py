@@ -109,7 +109,7 @@ def test_steps_batch_is_one_that_training_draws():
     "arguments",
     ["step --batch=1", "step --dtype=float16", "step --rounds=0", "metrics --gallery=49", "distractors --queries=501"],
 )
-def test_what_cannot_be_measured_is_refused(monkeypatch, arguments):
+def test_bad_sizes_are_refused(monkeypatch, arguments):
     monkeypatch.setattr(step, "start_side", fake_side)
     with pytest.raises(UserError, match=arguments.split()[1].partition("=")[0]):
         main(arguments.split())

@@ -484,7 +484,7 @@ def test_pool_gradient_lets_the_identity_loss_move_the_locator(float64, locator,
     assert np.abs(params["backbone"]["scale"]).min() > 1e-6  # the features themselves always learn
 
 
-def test_a_region_that_underflows_everywhere_is_where_it_is_likeliest():
+def test_a_region_that_underflows_everywhere_has_the_features_of_its_likeliest_cells():
     """Its visibility is 0, and its feature still Eq. 3's: a mean of cells, not 0 / 0."""
     locator = np.zeros((4, 2), np.float32)
     locator[:, 0] = 100.0  # region 1's probability is exp(-400 x): 0 in float32
@@ -504,7 +504,7 @@ def test_a_region_that_underflows_everywhere_is_where_it_is_likeliest():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_images_of_another_kind_are_refused():
+def test_images_of_another_shape_or_dtype_are_refused():
     model = VPM(Given(), (2, 1), 3, (0.0,) * 3, (1.0,) * 3)
     for image in (np.zeros((4, 2, 3), np.uint8), np.zeros((1, 4, 2, 3), np.int32)):
         with pytest.raises(
