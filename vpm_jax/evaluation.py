@@ -64,6 +64,8 @@ def evaluate_run(
     Raises:
       UserError: for any problem the user can fix.
     """
+    if features is not None and "features" in save:
+        raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
     opened = open_run(workdir, overrides, dataset_name, root, features, queries, bool(save))
     trained, source, dataset, about = opened.trained, opened.source, opened.dataset, opened.about
     # A workdir keeps its run's own evaluation: the one with the run's settings, on its own test set.
@@ -71,8 +73,6 @@ def evaluate_run(
     own = all(before[key] == now[key] for key in set(keys_with(EVALUATE)) - set(keys_with(NO_RESULT)))
     own = own and root is None and output.resolve() == workdir.resolve()
     own = own or bool(dataset_name) or not (output / "config.json").exists()
-    if features is not None and "features" in save:
-        raise UserError(f"--save features with --features {features}: these features are saved already, save others.")
     if hosts.is_first():
         make_folder(output)
     request = None
