@@ -14,6 +14,7 @@ from tiny_runs import make_run
 from vpm_jax import VPM, Gallery
 from vpm_jax.errors import UserError
 from vpm_jax.search import command
+from vpm_jax.search.ranking import query_record
 from vpm_jax.search.store import Store
 
 RANDOM = np.random.default_rng(3)
@@ -132,6 +133,14 @@ def test_crops_of_added_images_are_searched(tmp_path, model, monkeypatch):
         assert_ranks_as_matching(opened, model, picture()[:40], halves)
 
 
+def test_crops_do_not_depend_on_how_a_run_is_evaluated(tmp_path, model):
+    config = model.config.copy_and_resolve_references()
+    config.match.rerank, config.eval.multi_query, config.eval.crop = True, True, "bottom"
+    evaluated = VPM(config, model.step, model.fingerprint, model.source)
+    Gallery.open(tmp_path / "store", evaluated, crops=[0.5]).add([picture()], ["a"])
+    assert Store(tmp_path / "store" / "top-0.5").names == ["a"]
+
+
 def test_nobody_is_near_enough(tmp_path, model, pictures):
     gallery = Gallery.open(tmp_path / "store", model)
     gallery.add(pictures)
@@ -139,6 +148,8 @@ def test_nobody_is_near_enough(tmp_path, model, pictures):
     one, nobody = (gallery.query(pictures[0], max_distance=limit)[0] for limit in (nearest[1].distance, 0.0))
     assert [result.name for result in one.results] == [str(pictures[0])] and not one.nobody
     assert nobody.nobody and nobody.results == [] and nobody.nearest == nearest[0].distance
+    (half,) = gallery.query(pictures[0], max_distance=np.float32(0.5))
+    assert json.loads(json.dumps(query_record(half)))["max_distance"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ class Gallery:
             verified = pool.submit(self._stored, UNCUT)
             queries = self.model.features(items, places=placed)
             verified.result()
-        limit: list[float] = [np.inf if max_distance is None else max_distance] * len(items)
+        limit = [np.inf if max_distance is None else float(max_distance)] * len(items)
         if false_match_rate is not None:
             limit = self._limits(queries, thresholds, false_match_rate)
         crops = [UNCUT, *(crop for crop, complete in stored_crops(self.store).items() if complete)]
@@ -450,7 +450,8 @@ def _crops(model: VPM, gammas: Iterable[float] | None) -> list[GalleryCrop]:
     config = model.config.copy_and_resolve_references()
     if gammas is not None:
         config.match.gallery_gammas = tuple(gammas)
-    config.match.rerank, config.eval.crop = False, "none"  # not used by a search
+    # Not used by a search.
+    config.match.rerank, config.eval.multi_query, config.eval.crop = False, False, "none"
     config_lib.check(config)
     return gallery_crops(config_lib.sides(config), config.match.gallery_gammas)[1:]
 
