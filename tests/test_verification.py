@@ -65,6 +65,16 @@ def test_rates_are_those_of_a_loop_over_pairs(example):
         assert false[at] == np.mean(np.array(different) < pairs.thresholds[at])
 
 
+def test_identities_may_be_numbered_from_0(example):
+    """As those of MSMT17: distractors become one identity, and all numbers are lower by one."""
+    distance, ids, gallery_ids, *cameras = example
+    renumbered = distance, ids - 1, np.where(gallery_ids == 0, 50, gallery_ids) - 1, *cameras
+    one, two = counted(example), counted(renumbered)
+    assert one.count == two.count
+    np.testing.assert_array_equal(one.curve(), two.curve())
+    assert one.identification_rate(0.1) == two.identification_rate(0.1)
+
+
 @pytest.mark.parametrize("rate", [0.3, 0.1, 0.01])
 def test_a_threshold_keeps_its_false_match_rate(example, rate):
     same, different = pairs_of(example)

@@ -28,8 +28,8 @@ class Rate(NamedTuple):
 class Pairs:
     """Counts of the distances of same-person and different-person pairs, from blocks of a distance matrix.
 
-    A pair of the same identity and camera does not count, as in `metrics.rank_metrics`. Identity 0 is a distractor
-    without mates. The gallery must not contain junk. Distances are counted at BINS thresholds, where all rates
+    A pair of the same identity and camera does not count, as in `metrics.rank_metrics`. Distractors (identity 0) match
+    no query of another identity. The gallery must not contain junk. Distances are counted at BINS thresholds, where all rates
     are exact. Confidence intervals are bootstrap percentiles over query identities, because pairs of the same person
     are not independent.
 
@@ -62,7 +62,7 @@ class Pairs:
         """Counts a block: the distances of the queries `rows` to the gallery images `columns`."""
         everyone, gallery_ids = self._ids[0], self._ids[1][columns]
         for query, values in zip(np.arange(len(everyone))[rows], distance, strict=True):
-            same = (gallery_ids == everyone[query]) & (gallery_ids > 0)
+            same = gallery_ids == everyone[query]
             counted = np.ones_like(same)
             if self._cameras[0] is not None and self._cameras[1] is not None:
                 counted = ~(same & (self._cameras[1][columns] == self._cameras[0][query]))
