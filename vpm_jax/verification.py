@@ -29,9 +29,9 @@ class Pairs:
     """Counts of the distances of same-person and different-person pairs, from blocks of a distance matrix.
 
     A pair of the same identity and camera does not count, as in `metrics.rank_metrics`. Distractors (identity 0) match
-    no query of another identity. The gallery must not contain junk. Distances are counted at BINS thresholds, where all rates
-    are exact. Confidence intervals are bootstrap percentiles over query identities, because pairs of the same person
-    are not independent.
+    no query of another identity. The gallery must not contain junk. Distances are counted at BINS thresholds, where
+    all rates are exact. Confidence intervals are bootstrap percentiles over query identities, because pairs of the same
+    person are not independent.
 
     Args:
       query_ids, gallery_ids: identities.
