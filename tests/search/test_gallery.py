@@ -114,13 +114,17 @@ def test_a_folder_that_is_indexed_later_holds_its_images_once(tmp_path, model, p
     assert sorted(gallery.store.names) == sorted([*(path.name for path in pictures), str(pictures[0].parent / "named")])
 
 
-def test_a_model_may_be_a_link_to_its_file(tmp_path, model, pictures):
+def test_a_model_may_be_a_link(tmp_path, run, model, pictures):
     model.save_pretrained(tmp_path / "shared")
     blob = (tmp_path / "shared" / "model.safetensors").rename(tmp_path / "blob")  # as a cache of downloads keeps it
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
     Gallery.open(tmp_path / "store", link).add(pictures[:1])
     assert Gallery.open(tmp_path / "store").model.fingerprint == model.fingerprint
+    (tmp_path / "latest").symlink_to(run)
+    Gallery.open(tmp_path / "other", tmp_path / "latest").add(pictures[:1])
+    (tmp_path / "latest").unlink()  # a newer run may take its place
+    assert Gallery.open(tmp_path / "other").model.fingerprint == model.fingerprint
 
 
 def test_crops_of_added_images_are_searched(tmp_path, model, monkeypatch):

@@ -100,7 +100,8 @@ class Gallery:
         if model is None:
             raise UserError(f"{folder} records no model: give the workdir of a training run, or an exported file.")
         if not isinstance(model, VPM):
-            recorded = Path(os.path.abspath(located(model)))  # of a link, its own name, which has the right suffix
+            path = located(model)  # the target of a link to a file may lack the suffix
+            recorded = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
             model = VPM.load(recorded)
         if opened is not None:
             opened.check_model(model.fingerprint, model.source)
