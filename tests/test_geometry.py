@@ -14,7 +14,7 @@ from vpm_jax.data.pipeline import eval_batches, train_batches
 from vpm_jax.data.sampling import Sampler
 from vpm_jax.errors import UserError
 from vpm_jax.geometry import PLACES, covered, covered_cells, fit_box
-from vpm_jax.regions import RegionGrid, axis_labels, draw_crop, project_regions, visible_heights
+from vpm_jax.regions import RegionGrid, draw_crop, project_regions, visible_heights
 
 PIXELS, SHARES = st.integers(1, 600), st.floats(0, 1)
 
@@ -44,13 +44,6 @@ def test_an_image_covers_at_least_one_cell(length, data, cells):
         for k in (first, last - 1):
             overlap = min(stop * cells, (k + 1) * length) - max(start * cells, k * length)
             assert 2 * overlap >= length * (1 - 1e-9)
-
-
-@given(SHARES, st.floats(0.05, 1), st.integers(1, 8), st.integers(1, 24), st.integers(1, 3))
-def test_covering_all_cells_is_the_projection_of_stretched_crops(start, size, parts, cells, min_cells):
-    plain = axis_labels(start, size, parts, cells, min_cells)
-    for one, other in zip(plain, axis_labels(start, size, parts, cells, min_cells, (0, cells)), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def striped(grid, height=120, width=60):
