@@ -441,6 +441,14 @@ def test_damaged_parts_of_a_store(folder, indexed, parts):
         search.main(["query", str(folder / "a.jpg"), "--index", str(indexed)])
 
 
+def test_the_home_directory_is_found_in_any_path(folder, indexed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        search.main(["query", str(folder / "a.jpg"), f"--index={indexed}", "--json=~/a.json", "--html=~/a.html"]) == 0
+    )
+    assert (tmp_path / "a.json").exists() and (tmp_path / "a.html").exists()
+
+
 def test_json_for_a_pipe_is_all_there_is(folder, indexed, capsys):
     assert search.main(["query", str(folder / "a.jpg"), "--index", str(indexed), "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["queries"][0]["results"]) == 9

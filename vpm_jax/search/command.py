@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which part of a person the images show; without it, a model of padded images (data.fit=pad) takes them "
         "for the part at data.place",
     )
-    querying.add_argument("--json", metavar="FILE", help="write the ranking as JSON; - writes to standard output")
+    querying.add_argument(
+        "--json", type=os.path.expanduser, metavar="FILE", help="write the ranking as JSON; - writes to standard output"
+    )
     querying.add_argument("--html", type=cli.path, metavar="FILE", help="write a self-contained page with the images")
     serving.add_argument(
         "--host", default="127.0.0.1", help="a name or address of this machine, 0.0.0.0 for all (default: %(default)s)"
