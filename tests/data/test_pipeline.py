@@ -247,7 +247,7 @@ def test_a_damaged_image_is_one_sentence(workers):
     config = small_config(workers=workers)
     with pytest.raises(UserError, match=r"0009\.png is a damaged image") as caught:
         list(train_batches(config, split_of(images), 0, 20))
-    assert not hasattr(caught.value, "__notes__")
+    assert not hasattr(caught.value, "__notes__") and caught.value.code == "damaged-image"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from images import blobs, encode
 from PIL import Image
+from raising import raises
 from tiny_runs import make_run
 
 from vpm_jax import VPM, Gallery
@@ -181,6 +182,8 @@ def test_an_unreadable_image_is_reported_after_the_others_are_added(tmp_path, mo
     gallery = Gallery.open(tmp_path / "store", model)
     with pytest.raises(UserError, match=r"1 of 2 images could not be added: .*none\.png cannot be read"):
         gallery.add([tmp_path / "none.png", pictures[0]])
+    with raises("damaged-image"):
+        gallery.add([encode(Image.fromarray(picture()), "JPEG")[:-100]], ["cut"])
     assert len(gallery) == 1 and Store(tmp_path / "store").names == [str(pictures[0])]
 
 

@@ -176,7 +176,7 @@ class _TrainLoader(_Loader):
         except UserError as error:
             if not self._skips:
                 advice = "or train with --config.data.corrupt=skip, which uses another image of its identity"
-                raise UserError(f"{str(error).removesuffix('.')}; {advice}.") from None
+                raise UserError(f"{str(error).removesuffix('.')}; {advice}.", code=error.code) from None
             same = np.flatnonzero(self._identity == self._identity[index])
             for other in np.roll(same, -1 - np.searchsorted(same, index))[:-1].tolist():
                 with contextlib.suppress(UserError):
@@ -399,7 +399,7 @@ def _iterate(dataset: grain.IterDataset, loader: _Loader, copy: bool) -> Generat
             # Copied out of the shared memory of a worker process.
             yield {key: np.array(value) for key, value in batch.items()} if copy else batch
     except UserError as error:
-        raise UserError(str(error)) from None  # drops the notes and frames that grain adds
+        raise UserError(str(error), code=error.code) from None  # drops the notes and frames that grain adds
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise

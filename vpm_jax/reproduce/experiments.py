@@ -385,7 +385,7 @@ def plan_ingredients(
                 try:
                     config_lib.check(run.config)
                 except UserError as error:
-                    raise UserError(f"Ingredient {name}: {error}") from error
+                    raise UserError(f"Ingredient {name}: {error}", code=error.code) from error
                 cells[Cell(name, "", seed)] = run
     if not names and not all(run.config.data.holdout_identities for run in cells.values()):
         raise UserError(

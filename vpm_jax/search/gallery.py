@@ -142,7 +142,8 @@ class Gallery:
         errors: list[UserError] = []
         update = self._write(entries, lambda entry: True, self._root, given, batch, errors.append)
         if errors:
-            raise UserError(f"{len(errors)} of {len(items)} images could not be added: {errors[0]}")
+            sentence = f"{len(errors)} of {len(items)} images could not be added: {errors[0]}"
+            raise UserError(sentence, code=errors[0].code)
         return update
 
     def index(self, folder: str | os.PathLike[str], crops: Iterable[float] | None = None, batch: int = 64) -> Update:
