@@ -127,12 +127,12 @@ def shared(visible):
     return lambda a, b: visible[a] & visible[b]
 
 
-def triplet_batch(seed, images=14, regions=4, channels=8, identities=4, dtype=np.float32, show=0.6):
-    """Random features; identities of unequal size, the last of one image; visible sets, some of them empty."""
+def triplet_batch(seed, dtype=np.float32):
+    """14 images of 4 regions with random features; unequal identities, the last of one image; random visible sets."""
     random = np.random.default_rng(seed)
-    features = random.normal(size=(images, regions, channels)).astype(dtype)
-    identity = np.append(random.integers(0, identities - 1, images - 1), identities - 1).astype(np.int32)
-    visible = random.random((images, regions)) < show
+    features = random.normal(size=(14, 4, 8)).astype(dtype)
+    identity = np.append(random.integers(0, 3, 13), 3).astype(np.int32)
+    visible = random.random((14, 4)) < 0.6
     return features, identity, visible
 
 
@@ -204,11 +204,12 @@ def test_region_loss_of_confident_logits_stays_finite(run):
 # --- identity loss (Eq. 6) ----------------------------------------------------------------------------
 
 
-def identity_batch(seed, images=9, regions=4, classes=7, dtype=np.float32):
+def identity_batch(seed, images=9, dtype=np.float32):
+    """Logits of 4 regions and 7 classes, identities, visible sets."""
     random = np.random.default_rng(seed)
-    logits = (3 * random.normal(size=(images, regions, classes))).astype(dtype)
-    identity = random.integers(0, classes, images).astype(np.int32)
-    visible = random.random((images, regions)) < 0.6
+    logits = (3 * random.normal(size=(images, 4, 7))).astype(dtype)
+    identity = random.integers(0, 7, images).astype(np.int32)
+    visible = random.random((images, 4)) < 0.6
     visible[0] = False  # an image that shows nothing
     visible[:, -1] = False  # a region that nobody shows
     visible[:, 0] = True

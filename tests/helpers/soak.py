@@ -1,4 +1,4 @@
-"""Kills, stops and starves trainings, and checks that each goes on to what it would have been:
+"""Kills, stops and starves training runs, and checks that each ends as if nothing had happened:
 
     python tests/helpers/soak.py                       # everything, with twenty kills
     python tests/helpers/soak.py --only kills --kills 200 --seed 1
@@ -171,7 +171,7 @@ class Soak:
         }
 
     def new_run(self, data: Path | None = None) -> dict[str, Any]:
-        """The plan of a run in a new folder, with data of its own that are rendered anew."""
+        """The plan of a run in a new folder, with data of its own, rendered again."""
         self._runs += 1
         folder = self.folder / f"run{self._runs}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +249,7 @@ def kills(soak: Soak) -> None:
         waiting = waiting or soak.chance.sample(MOMENTS, len(MOMENTS))
         moment = waiting.pop()
         # In a run that has come far, few of a kind are left.
-        if moment == "data":  # to be rendered anew
+        if moment == "data":  # to be rendered again
             shutil.rmtree(plan["data"], ignore_errors=True)
         left = soak.numbers[moment] if moment in ("data", "start", "report") else min(3, soak.numbers[moment])
         process = soak.start(
