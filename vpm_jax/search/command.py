@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vpm_jax.search",
         description=__doc__,
         epilog="Exit codes: 0 success; 1 an error; 3 success, except for images that cannot be read (index) or\n"
-        "queries that share no region with any image (query), which are listed on stderr.",
+        "queries without results (query), which are listed on stderr.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="index | query | serve")
     indexing = commands.add_parser(
