@@ -14,7 +14,9 @@ from tiny_runs import make_run
 
 from vpm_jax import VPM, Gallery
 from vpm_jax.errors import UserError
+from vpm_jax.regions import GalleryCrop
 from vpm_jax.search import command
+from vpm_jax.search.gallery import stored_crops
 from vpm_jax.search.ranking import query_record
 from vpm_jax.search.store import Store
 
@@ -113,6 +115,17 @@ def test_a_folder_that_is_indexed_later_holds_its_images_once(tmp_path, model, p
     gallery.add([picture()], [str(pictures[0].parent / "named")])
     gallery.index(pictures[0].parent)
     assert sorted(gallery.store.names) == sorted([*(path.name for path in pictures), str(pictures[0].parent / "named")])
+
+
+def test_a_gallery_keeps_what_another_process_wrote(tmp_path, model, pictures):
+    gallery = Gallery.open(tmp_path / "store", model)  # before there is a store
+    Gallery.open(tmp_path / "store", model, crops=[0.5], dtype="float32").index(pictures[0].parent)
+    gallery.add([picture()], ["added"])
+    again = Gallery.open(tmp_path / "store", model)
+    assert len(again) == len(pictures) + 1
+    assert set(pictures) < {result.path for result in again.query(pictures[0], 6)[0].results}
+    assert stored_crops(again.store) == {GalleryCrop("top", 0.5): True}
+    assert len(Store(tmp_path / "store" / "top-0.5")) == len(again)
 
 
 def test_a_model_may_be_a_link(tmp_path, run, model, pictures):

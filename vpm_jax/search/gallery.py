@@ -57,7 +57,7 @@ class Gallery:
     Attributes:
       folder: the folder of the store.
       model: describes images.
-      store: the images, as of opening or this object's last write; None before the first.
+      store: the images, as of opening or this object's last write; None without a store.
       candidates: queries are compared with this many images only, those nearest by the features that `reduce` stored:
         fast for large galleries, and almost exact (docs/results/vectors.md). None: with all images.
     """
@@ -135,6 +135,7 @@ class Gallery:
         called = [None] * len(items) if names is None else list(names)
         if len(called) != len(items):
             raise UserError(f"There are {len(called)} names for {len(items)} images: give one for each.")
+        self._refresh()
         entries = [self._entry(*item) for item in enumerate(zip(items, called, strict=True))]
         given = {entry.name: image for entry, image in zip(entries, items, strict=True)}
         if len(given) < len(items):
@@ -161,6 +162,7 @@ class Gallery:
         """
         folder = Path(os.path.expanduser(folder))
         images, others = list_images(folder)
+        self._refresh()
         if self._root != Path() and self._root.is_dir() and not self._root.samefile(folder):  # it may have moved
             raise UserError(f"{self.folder} is the index of {self._root}: give that folder, or another --index.")
 
@@ -272,6 +274,7 @@ class Gallery:
         Raises:
           UserError: for an empty gallery, fewer dimensions than regions, and as `search.store.Writer`.
         """
+        self._refresh()
         if self.store is None:
             raise UserError(f"{self.folder} holds no images yet: add images first.")
         reduction = Reduction.fit(self.store, dimensions, self.model.fingerprint) if dimensions else None
@@ -284,7 +287,16 @@ class Gallery:
             self._write_reduced(reduction)
 
     def _reopen(self) -> None:
+        """Reads the store as it is now; another process may have written it since this gallery was opened."""
         self.store, self._verified, self._reduced = Store(self.folder), {}, {}
+        self._dtype = self.store.about.dtype
+        if "parts" in self.store.about.extra:
+            self._crops = [*stored_crops(self.store)]
+
+    def _refresh(self) -> None:
+        """`_reopen`, if there is a store. Call it before writing, or what others wrote since is lost."""
+        if (self.folder / "store.json").exists():
+            self._reopen()
 
     def _write_reduced(self, reduction: Reduction) -> None:
         for store in self._stores():
