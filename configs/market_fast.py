@@ -31,6 +31,7 @@ EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "saturated": ("base", {"match.visibility": "saturated"}),
     "flip": ("base", {"eval.flip": True}),
     "gallery_crops": ("base", _RANKED),
+    "reranked": ("base", {"match.rerank": True}),
     "neck_after": ("neck", {"match.feature": "after"}),
     "padded_saturated": ("padded", {"match.visibility": "saturated"}),
     "padded_flip": ("padded", {"eval.flip": True}),
