@@ -196,8 +196,8 @@ def open_zip(path: str, member: str, process: int) -> Archive:
             archive = zipfile.ZipFile(BytesIO(outer.zip.read(outer.entries[member])))
         else:
             archive = zipfile.ZipFile(path)
-    # zipfile raises NotImplementedError for a compression that it does not know, ValueError for bad names and offsets.
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, zlib.error) as error:
+    # RuntimeError: a compression that zipfile does not know. ValueError: bad names and offsets.
+    except (zipfile.BadZipFile, RuntimeError, ValueError, zlib.error) as error:
         if kind := other_archive(Path(path)):
             raise UserError(f"{path} is {kind}, expected a zip: {_UNPACK}.") from None
         if not where.lower().endswith(".zip"):
