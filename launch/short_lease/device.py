@@ -28,6 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 CONFIG = os.environ.get("VPM_CONFIG", "configs/market_released.py")
 EXTRA = os.environ.get("VPM_EXTRA", "").split()  # --config.KEY=VALUE ...
+BESIDE = os.environ.get("VPM_BESIDE", "")  # a shell command to run beside training and after it
 COMPILING = 130  # seconds until the next of FLAGS is tried
 FLAGS = ("", "--xla_gpu_enable_triton_gemm=false", "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0")
 LARGEST = 8 * 2**20  # bytes of a file in results.tar.gz
@@ -77,7 +78,7 @@ class Lease:
         """Writes logs, measurements and the run, without its checkpoints, into results.tar.gz."""
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w:gz") as tar:
-            for folder in ("logs", "facts", "run", "ranked"):
+            for folder in ("logs", "facts", "run", "ranked", "beside"):
                 for path in sorted((self.root / folder).rglob("*")):
                     if path.is_file() and "checkpoints" not in path.parts and path.stat().st_size < LARGEST:
                         tar.add(path, str(path.relative_to(self.root)))
@@ -98,6 +99,7 @@ class Lease:
             "PYTHONUNBUFFERED": "1",
             "XDG_CACHE_HOME": str(self.root / "cache"),
             "MPLCONFIGDIR": str(self.root / "matplotlib"),
+            "VPM_COMMIT": read(self.packed).get("commit") or "",
         }
         if flags := variables.pop("XLA_FLAGS", ""):
             variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
@@ -178,7 +180,9 @@ def first(lease: Lease) -> int:
         return fail(lease, "The machine's packages do not run this code: see logs/check.txt.")
     found = measure(lease)
     if not lease.rehearse:
-        lease.run("torch-eager", torch_probe(lease, "torch-eager", "eager"), min(45, lease.left() - 8))
+        for kind, seconds in (("eager", 15), ("compiled", 70)):
+            if lease.left() >= seconds + 8:
+                lease.run(f"torch-{kind}", torch_probe(lease, f"torch-{kind}", kind), lease.left() - 8)
     lease.collect()
     return 0 if found else fail(lease, "The training step does not run here: see logs/step-0.txt.")
 
@@ -246,6 +250,7 @@ def second(lease: Lease) -> int:
     data = unpack_images(lease)
     if not plan(lease, measured):
         return fail(lease, "The schedule could not be planned: see logs/plan.txt.")
+    beside = start_beside(lease, data, measured["flags"]) if BESIDE else None
     exporter = train(lease, data, measured["flags"])
     if not (lease.workdir / "evaluation.json").exists() and has_checkpoint(lease):
         lease.collect()
@@ -256,13 +261,14 @@ def second(lease: Lease) -> int:
         lease.note(export=code, weights=sorted(path.name for path in lease.out.glob("weights.*")))
     results = read(lease.workdir / "evaluation.json").get("gammas", {})
     lease.note(results={g: {"rank1": round(r["cmc"][0], 4), "mAP": round(r["mAP"], 4)} for g, r in results.items()})
-    if not results:
-        return fail(lease, "There is no evaluation: see logs/train.txt and logs/evaluate.txt.")
     lease.collect()
-    print((lease.workdir / "evaluation.md").read_text()[-2500:], flush=True)
-    if not lease.rehearse:
-        extras(lease, measured["flags"])
-    return 0
+    if results:
+        print((lease.workdir / "evaluation.md").read_text()[-2500:], flush=True)
+        if not lease.rehearse:
+            extras(lease, measured["flags"])
+    if beside is not None:
+        end_beside(lease, beside)
+    return 0 if results else fail(lease, "There is no evaluation: see logs/train.txt and logs/evaluate.txt.")
 
 
 def unpack_images(lease: Lease) -> Path:
@@ -326,6 +332,26 @@ def train(lease: Lease, data: Path, flags: str) -> subprocess.Popen | None:
     return export(lease) if exporter is None and has_checkpoint(lease) else exporter
 
 
+def start_beside(lease: Lease, data: Path, flags: str) -> subprocess.Popen:
+    """Starts VPM_BESIDE in the checkout; what it writes under beside/ comes back."""
+    folder = lease.root / "beside"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    known = {"VPM_DATA": str(data), "VPM_LEASE": str(lease.root), "VPM_LEFT": f"{lease.left():.0f}"}
+    return lease.start("beside", ["bash", "-c", BESIDE], XLA_FLAGS=flags, **known)
+
+
+def end_beside(lease: Lease, process: subprocess.Popen) -> None:
+    """Waits for VPM_BESIDE as long as there is time, then asks it to end."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(lease.left() - 25, 0))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    lease.note(beside=lease.finish(process, min(10, lease.left() - 10)))
+    lease.show("beside")
+    lease.collect()
+
+
 def has_checkpoint(lease: Lease) -> bool:
     return any(path.name.isdigit() for path in lease.workdir.glob("checkpoints/*"))
 
@@ -357,8 +383,10 @@ def extras(lease: Lease, flags: str) -> None:
         "matching": (40, [*vpm, "benchmark", "matching", "--json", facts / "matching.json"]),
     }
     for name, (seconds, command) in rows.items():
-        if lease.left() >= seconds + 15:
-            lease.run(name, command, lease.left() - 15, XLA_FLAGS=flags)
+        if (facts / f"{name}.json").exists() or (BESIDE and name != "ranked"):  # beside others nothing is timed
+            continue
+        if lease.left() >= seconds + 30:
+            lease.run(name, command, lease.left() - 30, XLA_FLAGS=flags)
             lease.collect()
 
 

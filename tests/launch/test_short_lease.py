@@ -144,7 +144,8 @@ def rehearsal(module_path, pedestrians, tmp_path_factory):
     machine.first = machine.summary()
     machine.empty_out()
     shutil.rmtree(checkout / ".gpu1")  # each command carries its own folder
-    second = machine.run('python3 "$HOME/vpm-gpu/device.py" second 900 --rehearse')
+    beside = 'echo "$VPM_COMMIT" > "$VPM_LEASE/beside/commit"; ls "$VPM_DATA"/Market* > "$VPM_LEASE/beside/data"'
+    second = machine.run(f"""VPM_BESIDE='{beside}' python3 "$HOME/vpm-gpu/device.py" second 900 --rehearse""")
     assert second.returncode == 0, second.stdout + second.stderr
     return machine
 
@@ -163,7 +164,8 @@ def test_both_commands_leave_everything(rehearsal):
         f"run/{name}" for name in ("config.json", "metrics.jsonl", "evaluation.json", "evaluation.md", "gamma.png")
     }
     facts = {f"facts/{name}" for name in ("packed.json", "step.json", "step-0.hlo.gz", "plan.json", "trained.json")}
-    assert logs | files | facts <= set(returned)
+    assert logs | files | facts | {"beside/commit", "beside/data"} <= set(returned)
+    assert summary["beside"] == 0
     assert not any("checkpoints" in name for name in returned)
 
 

@@ -715,3 +715,11 @@ def test_an_evaluation_wants_the_checkpoint_of_its_own_run(copied, command, call
     (workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"which is not in .*copy it from the machine that trained it"):
         call(command)
+
+
+def test_the_commit_outside_a_git_checkout_is_the_one_given(monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    monkeypatch.delenv("VPM_COMMIT", raising=False)
+    assert results.commit() is None
+    monkeypatch.setenv("VPM_COMMIT", "63a6c85")
+    assert results.commit() == "63a6c85"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -149,7 +150,7 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code, followed by "+" if files were changed; None outside a git checkout."""
+    """The commit of the code, followed by "+" if files were changed; outside a git checkout $VPM_COMMIT, or None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -158,7 +159,7 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "*.py"))
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("VPM_COMMIT") or None
 
 
 # ---- Claims ----------------------------------------------------------------------------------------------
