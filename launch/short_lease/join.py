@@ -60,15 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_workdir(returned: Path, lease: Path, workdir: Path) -> None:
-    """The run's files with its weights as a checkpoint of step 0; what was logged and measured goes to `lease`."""
+    """The run's files with its weights as a checkpoint; what was logged and measured goes to `lease`."""
     parts = sorted(returned.glob("weights.safetensors.*"), key=lambda path: int(path.suffix[1:]))
     if parts:
         file = lease / "weights.safetensors"
         file.write_bytes(b"".join(part.read_bytes() for part in parts))
-        own.write_workdir(workdir, pretrained.load(f"vpm:{file}"))  # its config is free of the machine's paths
+        trained = lease / "facts" / "trained.json"
+        steps = json.loads(trained.read_text(encoding="utf-8"))["step"] if trained.exists() else 0
+        own.write_workdir(workdir, pretrained.load(f"vpm:{file}"), steps)  # its config is free of the machine's paths
     ignored = shutil.ignore_patterns("config.json") if parts else None
     shutil.copytree(lease / "run", workdir, ignore=ignored, dirs_exist_ok=True)
-    for name in ("logs", "facts", "ranked"):
+    for name in ("logs", "facts", "ranked", "beside"):
         if (lease / name).is_dir():
             shutil.copytree(lease / name, workdir / "lease" / name, dirs_exist_ok=True)
     if parts:

@@ -175,7 +175,8 @@ def test_what_came_back_is_a_workdir_and_a_result(rehearsal, tmp_path, monkeypat
     monkeypatch.setitem(experiments.SCALES, "tiny", experiments.Scale({"": "configs/tiny.py"}))
     workdir, folder = tmp_path / "run", tmp_path / "results"
     assert join.main([str(rehearsal.out), str(workdir), "--results", str(folder)]) == 0
-    assert saved_steps(workdir) == [0]
+    assert saved_steps(workdir) == [8]
+    assert (workdir / "lease" / "beside" / "data").exists()
     assert (workdir / "evaluation.json").exists() and (workdir / "lease" / "facts" / "step.json").exists()
     assert config_lib.read(workdir).data.root == ""  # nothing of the machine
     trained, back = own.read_folder(rehearsal.home / "vpm-gpu" / "run"), own.read_folder(workdir)

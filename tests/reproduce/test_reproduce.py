@@ -717,9 +717,12 @@ def test_an_evaluation_wants_the_checkpoint_of_its_own_run(copied, command, call
         call(command)
 
 
-def test_the_commit_outside_a_git_checkout_is_the_one_given(monkeypatch):
-    monkeypatch.setenv("GIT_DIR", "/nowhere")
+def test_the_commit_is_the_one_given_where_code_was_copied(monkeypatch):
     monkeypatch.delenv("VPM_COMMIT", raising=False)
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", results.commit() or "0" * 12)  # None in an unpacked archive
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
     assert results.commit() is None
     monkeypatch.setenv("VPM_COMMIT", "63a6c85")
     assert results.commit() == "63a6c85"
+    monkeypatch.delenv("GIT_DIR")
+    assert results.commit() == "63a6c85"  # though there may be a checkout around the copy

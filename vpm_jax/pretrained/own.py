@@ -91,8 +91,13 @@ def _network(config: ConfigDict) -> Network:
     return Network(m.depth, m.width, m.stem, tuple(m.strides))
 
 
-def write_workdir(path: Path, weights: Pretrained) -> None:
-    """Writes a workdir for `vpm_jax.evaluate`: the config and a checkpoint at step 0.
+def write_workdir(path: Path, weights: Pretrained, steps: int = 0) -> None:
+    """Writes a workdir for `vpm_jax.evaluate`: the config and a checkpoint.
+
+    Args:
+      path: a new or empty folder.
+      weights: of a whole VPM.
+      steps: how many steps they were trained for, where that is known.
 
     Raises:
       UserError: if the weights are not a whole VPM, or the folder is not empty.
@@ -112,10 +117,10 @@ def write_workdir(path: Path, weights: Pretrained) -> None:
         stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
     variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), weights.variables())
-    state = step.new_state(config, variables)
+    state = step.new_state(config, variables).replace(step=jax.numpy.asarray(steps, jax.numpy.int32))
     make_folder(path)
     with Checkpoints(path, keep=1) as checkpoints:
-        checkpoints.save(0, state, {"seconds": 0.0, "pending": [], "best": None})
+        checkpoints.save(steps, state, {"seconds": 0.0, "pending": [], "best": None})
     write_atomically(path / CONFIG, config_lib.to_json(config))
 
 

@@ -150,16 +150,18 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code, followed by "+" if files were changed; outside a git checkout $VPM_COMMIT, or None."""
+    """$VPM_COMMIT, or the commit of the checkout, followed by "+" if files were changed; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
+    if given := os.environ.get("VPM_COMMIT"):
+        return given
     try:
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "*.py"))
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("VPM_COMMIT") or None
+        return None
 
 
 # ---- Claims ----------------------------------------------------------------------------------------------
