@@ -2,8 +2,8 @@
 
     python launch/short_lease/pack.py --data data
 
-Images keep their bytes; of junk (identity -1), which nothing decodes, only the names are packed. Takes one to three
-minutes of one core.
+Images keep their bytes; of junk (identity -1), which nothing decodes, only the names are packed, except those few by
+which results recognize their data. Takes one to three minutes of one core.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from export import halved
 
 from vpm_jax import cli, pretrained
+from vpm_jax import config as config_lib
+from vpm_jax.data.inventory import Inventory
+from vpm_jax.data.sources import load_dataset
 from vpm_jax.errors import UserError
 from vpm_jax.pretrained import own
 from vpm_jax.reproduce import results
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     images = find_images(args.data / DATASET)
     pack_first(args, images)
-    pack_images(empty(args.repo / ".gpu2"), images)
+    pack_images(empty(args.repo / ".gpu2"), images, recognized(args.data))
     tree = sum(path.lstat().st_size for path in tracked(args.repo))
     for folder in (args.repo / ".gpu1", args.repo / ".gpu2"):
         check_size(folder, tree, args.limit)
@@ -84,6 +87,13 @@ def counts(images: dict[str, list[Path]]) -> dict[str, int]:
 
 def is_junk(path: Path) -> bool:
     return path.name.startswith("-1")
+
+
+def recognized(data: Path) -> set[str]:
+    """The gallery images whose bytes are part of a result's digest of its test set, FOLDER/NAME."""
+    config = config_lib.default().data.copy_and_resolve_references()
+    config.name, config.root = "market1501", str(data / DATASET)
+    return set(Inventory.of(load_dataset(config).gallery).checksums)
 
 
 def pack_first(args: argparse.Namespace, images: dict[str, list[Path]]) -> None:
@@ -116,11 +126,12 @@ def download(packages: Iterable[str], folder: Path, python: str) -> None:
         raise UserError("pip could not download the wheels (its message is above): try again, or give --wheels FOLDER.")
 
 
-def pack_images(folder: Path, images: dict[str, list[Path]]) -> None:
+def pack_images(folder: Path, images: dict[str, list[Path]], kept: Collection[str]) -> None:
     with tarfile.open(folder / "images.tar.xz", "w:xz", preset=1) as tar:
         for path in (path for paths in images.values() for path in paths):
-            data = b"" if is_junk(path) else path.read_bytes()
-            member = tarfile.TarInfo(f"{DATASET}/{path.parent.name}/{path.name}")
+            name = f"{path.parent.name}/{path.name}"
+            data = b"" if is_junk(path) and name not in kept else path.read_bytes()
+            member = tarfile.TarInfo(f"{DATASET}/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     count = sum(map(len, images.values()))
