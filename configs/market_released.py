@@ -1,6 +1,9 @@
 """Market-1501, the recipe of the authors' released code (PyTorch 1.0, 2020), which differs from the paper.
 
-python -m vpm_jax.train --config configs/market_released.py --config.data.root=DATA
+    python -m vpm_jax.train --config configs/market_released.py --config.data.root=DATA
+
+130 epochs, 773,760 images at 384x128, take four and a half minutes on a shared H200. Rank-1 / mAP: 67.5 / 44.3 at gamma
+0.5, 91.8 / 75.6 on whole images (seed 0; docs/results/gpu).
 """
 
 from vpm_jax.config import default, stage

@@ -29,7 +29,7 @@ from vpm_jax.errors import UserError
 
 SMALL = [(name, "small") for name in ("market", "market_plus", "own")]
 ALL = [(path.stem, "") for path in sorted(CONFIGS.glob("*.py"))] + SMALL
-ALL += [("market_plus", "tricks"), ("market", "pretrained"), ("market_fast", "padded")]
+ALL += [("market_plus", "tricks"), ("market", "pretrained"), ("market_fast", "large"), ("market_fast", "padded")]
 
 
 def test_the_configs_of_the_readme_are_here():

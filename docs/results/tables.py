@@ -30,6 +30,7 @@ PAGES = (
     RESULTS / "vectors.md",
     RESULTS / "onnx.md",
     RESULTS / "tracking.md",
+    RESULTS / "gpu" / "README.md",
     RESULTS.parent / "scaling.md",
 )
 # Datasets of partial images: columns where a run of the table was evaluated on them. All-shot, R-1 / R-3 as published.
@@ -71,6 +72,12 @@ class Figures(NamedTuple):
     file: str
 
 
+class Steps(NamedTuple):
+    """The training step as launch/short_lease timed it, by title: files here, without their suffix."""
+
+    files: Mapping[str, str]
+
+
 class Written(NamedTuple):
     """The table in a JSON file that a script beside this one wrote; files that a * stands for are one table."""
 
@@ -103,7 +110,7 @@ _PIECES = (
     "Eq. 3, default precision",
     "top 10 of 256 x 65,536",
 )
-_SMALL, _SCREEN = "market1501-small", "market1501-fast_screen"
+_SMALL, _FAST, _SCREEN = "market1501-small", "market1501-fast", "market1501-fast_screen"
 _ABLATIONS = (
     ("VPM", "vpm"),
     ("VPM (no triplet)", "vpm-notriplet"),
@@ -190,9 +197,12 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("VPM, small network from scratch", f"{_SMALL}-vpm"),
         Row("same models, gallery cropped too, saturated visibility", f"{_SMALL}-gallery_crops_saturated"),
         Row("VPM, small network, proportions kept", f"{_SMALL}-fit_top"),
-        Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py`", "market1501-fast"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py`, on two CPU cores", "market1501-fast"),
         Row("same model, gallery cropped too, saturated visibility", "market1501-fast-crops5"),
         Row("same model, re-ranked (k-reciprocal)", "market1501-fast-rerank"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py`, on a GPU", f"{_FAST}-vpm-half"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market_fast.py:large`, on a GPU", f"{_FAST}-vpm-large"),
+        Row("VPM, ResNet-50 from ImageNet, `configs/market_released.py`, on a GPU", "market1501-released-vpm"),
         Row(
             "VPM, ResNet-50 from ImageNet, proportions kept, `configs/market_fast.py:padded`", "market1501-fast-padded"
         ),
@@ -292,6 +302,29 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
     "tracking": Written("tracking/figures"),
     "places": Written("places/*"),
     "global-feature": Written("global_feature"),
+    "gpu-step": Steps(
+        {
+            "vpm_jax": "gpu/step",
+            "PyTorch, compiled": "gpu/torch-compiled",
+            "PyTorch": "gpu/torch-eager",
+        }
+    ),
+    "longer": (
+        Row("`configs/market_fast.py`, 92,160 images", f"{_FAST}-vpm-half"),
+        Row("18 + 11 epochs, 148,480 images", f"{_FAST}-vpm-long"),
+        Row("`configs/market_fast.py:large`, 148,480 images", f"{_FAST}-vpm-large"),
+        Row("`configs/market_released.py`, 773,760 images", "market1501-released-vpm"),
+        Row("VPM in the paper (ResNet-50, 384x128)", PAPER),
+    ),
+    "training-crops": (
+        Row("ResNet-50, `configs/market_fast.py`, top", f"{_FAST}-vpm-half"),
+        Row("ResNet-50, bottom", f"{_FAST}-vpm-bottom-half"),
+        Row("ResNet-50, bilateral", f"{_FAST}-vpm-bilateral-half"),
+        Row("ResNet-50, one global feature, top", f"{_FAST}-baseline-half"),
+        Row("small network, top", f"{_SMALL}-vpm-again"),
+        Row("small network, bottom", f"{_SMALL}-vpm-bottom"),
+        Row("small network, bilateral", f"{_SMALL}-vpm-bilateral"),
+    ),
     "multi-query": (
         Row("single query", "market1501-multi-query/single"),
         Row("multi-query", "market1501-multi-query/multi"),
@@ -420,6 +453,18 @@ def figures(asked: Figures) -> list[str]:
     )
 
 
+def steps(asked: Steps) -> list[str]:
+    """Milliseconds of a step (the fastest of three turns), images/s, and the time relative to the first row."""
+    body: list[list[str]] = []
+    first = 0.0
+    for title, file in asked.files.items():
+        facts = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        first = first or min(facts["step_ms"])
+        ratio = min(facts["step_ms"]) / first
+        body.append([title, f"{min(facts['step_ms']):.1f}", f"{facts['images_per_second']:,.0f}", f"{ratio:.2f}"])
+    return table([["", "ms", "images/s", "times as long"], *body])
+
+
 def written(asked: Written) -> list[str]:
     """The table of a script's JSON; empty before it has run."""
     files = sorted(RESULTS.glob(f"{asked.file}.json"))
@@ -432,7 +477,14 @@ def rewrite(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         asked = TABLES[match[1]]
-        kinds = {Gains: gains, Benchmarks: benchmarks, Vectors: vectors, Figures: figures, Written: written}
+        kinds = {
+            Gains: gains,
+            Benchmarks: benchmarks,
+            Vectors: vectors,
+            Figures: figures,
+            Steps: steps,
+            Written: written,
+        }
         lines = kinds.get(type(asked), sweep)(asked)
         return "\n".join([f"<!-- table: {match[1]} -->", "", *lines, "<!-- end -->"])
 

@@ -23,13 +23,13 @@ STARTED, LEFT = time.monotonic(), float(os.environ["VPM_LEFT"])
 HALF = [f"--config.pretrained={LEASE / 'imagenet.npz'}"]
 # 148,480 images: market_fast with more epochs, and one size larger
 LONG = ["--config.stage1.epochs=18", "--config.stage2.epochs=11"]
-NIGHT = ["--config.data.height=384", "--config.stage1.height=256", "--config.stage1.width=128"]
-NIGHT += ["--config.stage1.epochs=20", "--config.stage2.epochs=9"]
+LARGE = ["--config.data.height=384", "--config.stage1.height=256", "--config.stage1.width=128"]
+LARGE += ["--config.stage1.epochs=20", "--config.stage2.epochs=9"]
 KEPT = ["--config.stage1.warmup_epochs=1.0", "--config.stage1.triplet_start=1.0"]  # would be scaled with the epochs
 VARIANTS = {
     ("fast", "half"): HALF,
     ("fast", "long"): HALF + LONG + KEPT,
-    ("fast", "night"): HALF + NIGHT + KEPT,
+    ("fast", "large"): HALF + LARGE + KEPT,
     ("small", ""): [],
 }
 # scale, variant, method, seed; a chain's runs after "wait" start at the end of the released recipe's training
@@ -37,7 +37,7 @@ CHAINS = {
     "fast": ["fast half vpm 0", "wait", "fast half vpm-bottom 0", "fast half vpm-bilateral 0", "fast half vpm 1"],
     "small": ["small - vpm-bottom 1", "small - vpm-bilateral 1", "wait", "fast half baseline 0", "small - vpm 1"],
     "long": ["wait", "fast long vpm 0", "fast long vpm 1"],
-    "night": ["wait", "fast night vpm 0"],
+    "large": ["wait", "fast large vpm 0"],
 }
 
 
