@@ -20,6 +20,7 @@ from vpm_jax import Description, paper
 from vpm_jax.config import flatten
 from vpm_jax.errors import UserError
 from vpm_jax.matching import pairwise_distance
+from vpm_jax.progress import duration
 from vpm_jax.reproduce import command as reproduce
 from vpm_jax.reproduce import estimate, experiments, figures, report, results, tables
 from vpm_jax.reproduce.experiments import EXHIBITS, METHODS, Cell, fingerprint, make_run, plan
@@ -158,6 +159,16 @@ def test_a_plan_says_that_the_images_are_missing(tmp_path, monkeypatch, capsys):
     arguments = f"--table 1 --models vpm --config.data.root={tmp_path} --plan --results {tmp_path}"
     assert reproduce.main(arguments.split()) == 0
     assert f"They cannot start yet: {tmp_path} is empty" in capsys.readouterr().out
+
+
+def test_no_step_is_timed_for_evaluations_alone(tmp_path, monkeypatch):
+    monkeypatch.delattr(estimate, "timed_rate")
+    runs = [make_run("market1501", "fast", "vpm", 0, test) for test in ("partial_reid", "partial_ilids")]
+    assert "their time is not known" in estimate.describe(runs, tmp_path, tmp_path)
+    monkeypatch.setattr(estimate, "timed_rate", lambda config: 64.0, raising=False)
+    trained = make_run("market1501", "fast", "vpm-bottom")  # it alone is trained, and is not the first
+    seconds = 92160 / 64 * (1 + estimate.EVALUATION * (1 + 2 * estimate.PARTIAL))
+    assert f"about {duration(seconds)} on" in estimate.describe([*runs, trained], tmp_path, tmp_path)
 
 
 def test_images_that_a_run_trains_on():

@@ -104,16 +104,19 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
     finished = results.finished(folder)
     timed: float | None = None
     rows, total, total_images, sources = [("", "images", "time", "")], 0.0, 0, set()
+    trained = next(filter(images, missing), None)
     for run in missing:
         count, known = images(run), rates(run, finished)
         if known is not None:
             rate, evaluation = known
             sources.add("the rates of finished runs")
+        elif trained is None:  # timing steps would take longer than some evaluations
+            rate, evaluation = 1.0, 0.0
         else:
             if timed is None:
                 print("no run of this scale has finished on this hardware: timing a few steps", flush=True)
-                timed = timed_rate(missing[0].config)
-            evaluation = EVALUATION * max(count, images(missing[0])) / timed * (PARTIAL if run.test else 1)
+                timed = timed_rate(trained.config)
+            evaluation = EVALUATION * max(count, images(trained)) / timed * (PARTIAL if run.test else 1)
             rate = timed
             sources.add(f"a few timed steps ({timed:,.1f} images/s; evaluation assumed to take {EVALUATION:.0%} of it)")
         history = records(workdirs / run.name)
@@ -126,7 +129,10 @@ def describe(missing: Sequence[Run], folder: Path, workdirs: Path) -> str:
             notes.append(f"evaluates {run.of.name}")
         if owner := results.owner(folder, run):
             notes.append(f"claimed by {owner}")
-        rows.append((run.name, f"{count:,}" if count else "–", duration(seconds), "; ".join(notes)))
+        time = duration(seconds) if known or trained else "–"
+        rows.append((run.name, f"{count:,}" if count else "–", time, "; ".join(notes)))
         total, total_images = total + seconds, total_images + left
+    if not sources:
+        return f"{align(rows)}\nevaluations alone; none has finished on this hardware, so their time is not known"
     cost = f"in total {total_images:,} images, about {duration(total)} on {results.hardware()}"
     return f"{align(rows)}\n{cost}, estimated from {' and '.join(sorted(sources))}"

@@ -150,7 +150,7 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """$VPM_COMMIT, or the commit of the checkout, followed by "+" if files were changed; None outside a git checkout."""
+    """$VPM_COMMIT, or the checkout's commit, followed by "+" if files were changed; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
