@@ -7,7 +7,6 @@ VPM, its config.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -118,7 +117,7 @@ def write_workdir(path: Path, weights: Pretrained, steps: int = 0) -> None:
         stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
     variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), weights.variables())
-    state = dataclasses.replace(step.new_state(config, variables), step=jax.numpy.asarray(steps, jax.numpy.int32))
+    state = replace(step.new_state(config, variables), step=jax.numpy.asarray(steps, jax.numpy.int32))
     make_folder(path)
     with Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(steps, state, {"seconds": 0.0, "pending": [], "best": None})
