@@ -194,6 +194,8 @@ def test_what_came_back_is_a_workdir_and_a_result(rehearsal, tmp_path, monkeypat
     assert result["resolved"]["pretrained"] == "imagenet.npz" and result["resolved"]["model.num_identities"] == 8
     assert result["commit"] == json.loads((workdir / "lease" / "facts" / "packed.json").read_text())["commit"]
     assert len(results.finished(folder)) == 1
+    before = experiments.fingerprint(config_lib.read(rehearsal.home / "vpm-gpu" / "run"))
+    assert experiments.fingerprint(config_lib.read(workdir)) == before  # so reproduce evaluates it on other data
 
     config = config_lib.read(rehearsal.home / "vpm-gpu" / "run")
     with pytest.raises(UserError, match="not --method pcb: its "):

@@ -114,7 +114,8 @@ def write_workdir(path: Path, weights: Pretrained, steps: int = 0) -> None:
         raise UserError(f"--output {path} exists already: choose a new folder, or a name that ends in .npz.")
     config = config_lib.for_weights(weights.config, weights)
     for stage in (config.stage1, config.stage2):  # normally derived from the training set
-        stage.steps_per_epoch = stage.steps_per_epoch or max(config.model.num_identities // stage.identities, 1)
+        if stage.epochs and not stage.steps_per_epoch:
+            stage.steps_per_epoch = max(config.model.num_identities // stage.identities, 1)
     dtype = jax.numpy.promote_types(models.compute_dtype(config.model.dtype), np.float32)
     variables = jax.tree.map(lambda x: jax.numpy.asarray(x, dtype), weights.variables())
     state = replace(step.new_state(config, variables), step=jax.numpy.asarray(steps, jax.numpy.int32))
