@@ -34,6 +34,7 @@ RECIPE = KEYS | {
     "pretrained": "keras",
     "model.stem": "3x3",
     "stage1.epochs": 0,
+    "stage1.steps_per_epoch": 0,
     "stage2.epochs": 2,
     "eval.every": 0,
     "data.name": "market1501",
