@@ -20,7 +20,7 @@ from vpm_jax import description, evaluate, evaluation, metrics, parallel
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split, join
 from vpm_jax.description import CroppedSplit, Describer
-from vpm_jax.distances import blocks, distances
+from vpm_jax.distances import spans, blocks, distances
 from vpm_jax.errors import UserError
 from vpm_jax.evaluation import matching_in_words, ranked
 from vpm_jax.matching import region_distance
@@ -219,6 +219,10 @@ def test_distractors_are_described_and_compared_in_pieces(trained, monkeypatch, 
     found = list(blocks(describer, variables, queries, gallery))
     assert {block.columns.stop - block.columns.start for block in found} == {12, 4, len(gallery) % 4}
     assert max(block.distance.nbytes for block in found) <= 4 * 4 * len(query)
+    seen = [np.zeros(matrix.shape, int) for matrix in matrices]
+    for number, rows, columns, _ in found:
+        seen[number][rows, columns] += 1
+    assert all((times == 1).all() for times in seen)
     for number, rows, columns, distance in found:
         np.testing.assert_allclose(distance, matrices[number][rows, columns], rtol=1e-5, atol=1e-5)
     results = evaluation.evaluate(describer, variables, dataset)
@@ -227,6 +231,17 @@ def test_distractors_are_described_and_compared_in_pieces(trained, monkeypatch, 
         expected, _ = reference(distance, *labels)
         np.testing.assert_allclose(results[gamma]["cmc"], expected["cmc"])
         assert results[gamma]["mAP"] == pytest.approx(expected["mAP"])
+
+
+def test_queries_of_all_gammas_are_compared_together_with_a_gallery_crop():
+    chosen = [np.arange(10), np.array([1, 4]), np.empty(0, int), np.array([0, 2, 9]), np.arange(10)]
+    found_spans = list(spans(chosen, 10, 6))
+    sizes = [sum(len(rows) for _, rows in span) for span in found_spans]
+    assert sorted(sizes) == [4, 4, 5, 6, 6]  # two complete sets, and one span of the others
+    assert [[index for index, _ in span] for span in found_spans].count([1, 3]) == 1
+    for index, rows in enumerate(chosen):
+        found = [part for span in found_spans for number, part in span if number == index]
+        np.testing.assert_array_equal(np.concatenate([np.empty(0, int), *found]), rows)
 
 
 @pytest.mark.parametrize("same_camera", ["drop", "keep"])

@@ -64,13 +64,34 @@ def blocks(
         for piece in source.stream(variables, images, stops, progress):
             columns = slice(start, start + len(piece))
             size = max(1, BLOCK_BYTES // (4 * len(piece)))
-            for index, (query, queries_of) in enumerate(zip(described, routes, strict=True)):
-                chosen = queries_of.get(crop, np.empty(0, int))
-                for first in range(0, len(chosen), size):
-                    rows = chosen[first : first + size]
-                    subset = query if len(rows) == len(query) else query[rows]
-                    yield Block(index, rows, columns, pairwise_distance(config.match, subset, piece))
+            for parts in spans([chosen.get(crop, np.empty(0, int)) for chosen in routes], len(described[0]), size):
+                distance = pairwise_distance(config.match, _joined(described, parts), piece)
+                ends = np.cumsum([len(rows) for _, rows in parts])
+                for (index, rows), own in zip(parts, np.split(distance, ends[:-1]), strict=True):
+                    yield Block(index, rows, columns, own)
             start += len(piece)
+
+
+def spans(chosen: Sequence[np.ndarray], queries: int, size: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Spans of at most `size` of the queries chosen from sets of `queries` each: [(index of the set, queries), ...].
+
+    Every number of queries is compiled for itself. So queries of incomplete sets share spans; complete ones are alike.
+    """
+    rest: list[tuple[int, int]] = []
+    for index, rows in enumerate(chosen):
+        if len(rows) < queries:
+            rest += [(index, row) for row in rows.tolist()]
+        else:
+            yield from ([(index, rows[first : first + size])] for first in range(0, queries, size))
+    for first in range(0, len(rest), size):
+        span = np.array(rest[first : first + size])
+        yield [(int(index), span[span[:, 0] == index, 1]) for index in np.unique(span[:, 0])]
+
+
+def _joined(described: Sequence[Description], parts: Sequence[tuple[int, np.ndarray]]) -> Description:
+    """The queries of a span, copied only where they are not a whole set."""
+    subsets = [described[i] if len(rows) == len(described[i]) else described[i][rows] for i, rows in parts]
+    return subsets[0] if len(subsets) == 1 else Description.concatenate(subsets)
 
 
 def _stops(query: Split, gallery: Split, described: Description, batch: int) -> list[int]:
