@@ -20,7 +20,7 @@ from vpm_jax import description, evaluate, evaluation, metrics, parallel
 from vpm_jax.data.sources import load_dataset
 from vpm_jax.data.split import Dataset, Split, join
 from vpm_jax.description import CroppedSplit, Describer
-from vpm_jax.distances import spans, blocks, distances
+from vpm_jax.distances import blocks, distances, spans
 from vpm_jax.errors import UserError
 from vpm_jax.evaluation import matching_in_words, ranked
 from vpm_jax.matching import region_distance
