@@ -272,6 +272,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
     ),
     "proportions-small": (
         Row("stretched", f"{_SMALL}-vpm"),
+        Row("stretched, trained again", f"{_SMALL}-vpm-again"),
         Row("stretched, gallery cropped too, saturated", f"{_SMALL}-gallery_crops_saturated"),
         Row("padded, at the top", f"{_SMALL}-fit_top"),
         Row("padded, at the top, gallery cropped too, saturated", f"{_SMALL}-fit_top_gallery_crops"),
