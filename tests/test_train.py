@@ -160,8 +160,13 @@ def test_padded_pictures_and_stages_of_other_sizes_continue_exactly(pedestrians,
         "stage1__height": 24,
         "stage1__width": 8,
         "eval__every": 0,
+        "checkpoint_seconds": 3600.0,
     }
-    assert training.train(tiny_run(pedestrians, **changes), tmp_path / "whole") == 0
+    pause, finished = training.Window.pause, []
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Window, "pause", lambda w, seconds: finished.append(len(w.pending)) or pause(w, seconds))
+        assert training.train(tiny_run(pedestrians, **changes), tmp_path / "whole") == 0
+    assert finished == [0, 3]  # steps whose end was waited for before compiling: none run in time that does not count
     assert config_lib.read(tmp_path / "whole").data.aspect == 2.0  # of the synthetic training images
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -200,6 +200,8 @@ def train(requested: ConfigDict, workdir: Path, resume: bool = True) -> int:
                 for batch in () if interrupts.stop else parallel.prefetch(window.waits(batches), place.put_batch):
                     if is_new := batch["image"].shape not in compiled:  # a stage may have its own input size
                         compiled.add(batch["image"].shape)
+                        write_records(wait=True)  # or steps that run meanwhile would seem to take no time
+                        window.fetch()
                         began = time.monotonic()
                         print("compiling the training step ...")
                     state, metrics = train_step(state, batch, numbers)
