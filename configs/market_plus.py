@@ -70,6 +70,7 @@ SCREEN: dict[str, dict[str, object]] = {
     "fit_top": {"data.fit": "pad"},
     "fit_center": {"data.fit": "pad", "data.place": "center"},
     "fit_random": {"data.fit": "pad", "data.place": "random"},
+    "fit_top_stretch": {"data.fit": "pad", "data.stretch": 1.0},
     "all": TRICKS | PARTS,
 }
 
@@ -82,6 +83,7 @@ EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "fit_top_saturated": ("fit_top", {"match.visibility": "saturated"}),
     "fit_random_saturated": ("fit_random", {"match.visibility": "saturated"}),
     "fit_top_gallery_crops": ("fit_top", _GALLERY | {"match.visibility": "saturated"}),
+    "fit_top_stretch_gallery_crops": ("fit_top_stretch", _GALLERY | {"match.visibility": "saturated"}),
     "fit_random_gallery_crops": ("fit_random", _GALLERY | {"match.visibility": "saturated"}),
     "neck_after": ("neck", {"match.feature": "after"}),
     "neck_unnormalised_after": ("neck_unnormalised", {"match.feature": "after"}),

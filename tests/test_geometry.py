@@ -53,14 +53,15 @@ def striped(grid, height=120, width=60):
     return np.stack([red, np.full_like(red, 200), np.zeros_like(red)], -1).astype(np.uint8)
 
 
+@pytest.mark.parametrize("stretch", [0.0, 1.0])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("crop", ["top", "bottom", "left", "any", "none"])
-def test_labels_match_the_pixels_of_covered_cells(place, crop):
+def test_labels_match_the_pixels_of_covered_cells(place, crop, stretch):
     grid = RegionGrid(3, 2)
     config = small_config(
         threads=0, fit="pad", place=place, aspect=2.0, crop=crop, gamma=(0.3, 1.0), flip=0.0, resize="area"
     )
-    config.data.update(height=120, width=60)
+    config.data.update(height=120, width=60, stretch=stretch)
     config.model.update(grid=(3, 2), stem="4x4", strides=(1, 2, 1))
     config.loss.min_cells = 1
     split = split_of([striped(grid)] * 20)
@@ -108,6 +109,29 @@ def test_random_places_are_drawn_for_training_alone_and_change_nothing_else():
     for field in ("indices", "flips", "shifts", "jitters", "erased"):
         np.testing.assert_array_equal(getattr(top, field), getattr(drawn, field))
     assert top.crops == drawn.crops
+
+
+def test_stretching_of_padded_images_is_drawn_for_training_alone_and_changes_nothing_else():
+    config = small_config(threads=0, fit="pad", aspect=2.0)
+    labels = split_of([np.zeros((4, 2, 3), np.uint8)] * 20).labels()
+    kept = Sampler(config, labels).plan(3)
+    config.data.stretch = 0.5
+    drawn = Sampler(config, labels).plan(3)
+    assert not kept.stretches.any() and len(np.unique(drawn.stretches)) == 8 and drawn.stretches.max() < 0.5
+    for field in ("indices", "flips", "shifts", "jitters", "places", "erased"):
+        np.testing.assert_array_equal(getattr(kept, field), getattr(drawn, field))
+    assert kept.crops == drawn.crops
+    [batch] = eval_batches(config, split_of([np.zeros((48, 24, 3), np.uint8)] * 8), "top", 0.5)
+    assert batch["valid"][batch["real"]].mean() == 0.5
+
+
+@pytest.mark.parametrize("size", [(50, 50), (80, 20), (1, 400), (400, 1)])
+def test_a_stretched_box_lies_between_the_padded_one_and_the_canvas(size):
+    boxes = [fit_box(size, (128, 64), 2.0, (0.3, 0.6), stretch) for stretch in (0, 0.25, 0.5, 1)]
+    heights, widths = np.array([(bottom - top, right - left) for top, left, bottom, right in boxes]).T
+    assert boxes[0] == fit_box(size, (128, 64), 2.0, (0.3, 0.6)) and boxes[-1] == (0, 0, 128, 64)
+    for sides, whole in ((heights, 128), (widths, 64)):
+        np.testing.assert_allclose(sides[1:3], sides[0] + np.array([0.25, 0.5]) * (whole - sides[0]), atol=1)
 
 
 def test_stages_have_their_own_input_size():

@@ -42,9 +42,13 @@ def map_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[
 
 
 def fit_box(
-    size: tuple[float, float], canvas: tuple[int, int], aspect: float, place: tuple[float, float] = PLACES["top"]
+    size: tuple[float, float],
+    canvas: tuple[int, int],
+    aspect: float,
+    place: tuple[float, float] = PLACES["top"],
+    stretch: float = 0.0,
 ) -> Box:
-    """The box of an image on the input, its aspect ratio kept.
+    """The box of an image on the input, its aspect ratio kept unless `stretch` is above 0.
 
     Args:
       size: the image's height and width, in any unit.
@@ -52,13 +56,15 @@ def fit_box(
       aspect: height / width of a whole person, who fills the canvas. A relatively wider image fills the width,
         a taller one the height.
       place: the fractions of the free height above the image and of the free width to its left.
+      stretch: the share of the free height and width that the image is stretched by; 1 fills the canvas.
 
     Returns:
       A box of at least one pixel.
     """
     relative = size[0] / size[1] / aspect
-    height = min(max(round(canvas[0] * min(relative, 1.0)), 1), canvas[0])
-    width = min(max(round(canvas[1] / max(relative, 1.0)), 1), canvas[1])
+    covered_height, covered_width = min(relative, 1.0), 1 / max(relative, 1.0)
+    height = min(max(round(canvas[0] * (covered_height + stretch * (1 - covered_height))), 1), canvas[0])
+    width = min(max(round(canvas[1] * (covered_width + stretch * (1 - covered_width))), 1), canvas[1])
     top, left = round(place[0] * (canvas[0] - height)), round(place[1] * (canvas[1] - width))
     return top, left, top + height, left + width
 

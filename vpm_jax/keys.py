@@ -158,6 +158,7 @@ KEYS = (
     ),
     Key("data.fit", "stretch", "stretch: images fill the input; pad: keep proportions", one_of("stretch", "pad")),
     Key("data.place", "top", "position of a padded image; random: in training, otherwise center", one_of(*PLACES)),
+    Key("data.stretch", 0.0, "stretch padded training images by up to this share of the padding", between(0, 1)),
     Key("data.aspect", 0.0, "height / width of a whole person; 0: the median of the training images"),
     Key("data.mean", (0.485, 0.456, 0.406), "subtracted from RGB in [0, 1]", MEAN, FEATURES | WEIGHTS),
     Key("data.std", (0.229, 0.224, 0.225), "divisor of RGB after data.mean is subtracted", STD, FEATURES | WEIGHTS),

@@ -31,18 +31,18 @@ class Fit:
         if self.pads and not self._aspect:
             raise UserError("config.data.fit is 'pad' but data.aspect is 0: set it to a whole person's height / width.")
 
-    def __call__(self, pixels: np.ndarray, out: np.ndarray, place: Place | None = None) -> Box:
+    def __call__(self, pixels: np.ndarray, out: np.ndarray, place: Place | None = None, stretch: float = 0.0) -> Box:
         """Writes an image, uint8 [h, w, 3], into `out`, uint8 [H, W, 3], padded with the mean color.
 
-        Returns the box of `out` that the image covers. The default of `place` is config.data.place. Raises UserError
-        for an unknown place.
+        Returns the box of `out` that the image covers. The default of `place` is config.data.place; `stretch` is that
+        of `geometry.fit_box`. Raises UserError for an unknown place.
         """
         position = self.place if place is None else _position(place)
         canvas = out.shape[0], out.shape[1]
         if not self.pads:
             resize(pixels, canvas, self._filter, out)
             return 0, 0, *canvas
-        top, left, bottom, right = box = fit_box(pixels.shape[:2], canvas, self._aspect, position)
+        top, left, bottom, right = box = fit_box(pixels.shape[:2], canvas, self._aspect, position, stretch)
         out[:] = self.fill
         out[top:bottom, left:right] = resize(pixels, (bottom - top, right - left), self._filter)
         return box

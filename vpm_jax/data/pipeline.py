@@ -138,6 +138,7 @@ class _Loader:
         image: np.ndarray,
         crop: Crop,
         place: tuple[float, float] | None = None,
+        stretch: float = 0.0,
         flip: bool = False,
         shift: tuple[float, float] = (0.0, 0.0),
         jitter: Sequence[float] = (1.0, 1.0),
@@ -145,7 +146,7 @@ class _Loader:
         """Writes the cropped image into `out` [H, W, 3]. Returns how its height and width map to those of `out`."""
         (height, width), canvas = image.shape[:2], (out.shape[0], out.shape[1])
         top, left, bottom, right = box = _moved(pixel_box(crop, height, width), *shift)
-        y, x, y_end, x_end = self._fit(cut(image, box, flip, self._fit.fill), out, place)
+        y, x, y_end, x_end = self._fit(cut(image, box, flip, self._fit.fill), out, place, stretch)
         if tuple(jitter) != (1, 1):
             _jitter(out[y:y_end, x:x_end], *jitter)
         return Axis(top, bottom, height, y, y_end, canvas[0]), Axis(left, right, width, x, x_end, canvas[1])
@@ -192,14 +193,15 @@ class _TrainLoader(_Loader):
         labels = np.empty((self._count, h, label_width), np.int32)
         visible = np.empty((self._count, self._grid.count), bool)
         valid = np.zeros((self._count, h, w), bool)
-        flips, shifts, jitters, places, erased = (
-            numbers[local].tolist() for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.erased)
+        flips, shifts, jitters, places, stretches, erased = (
+            numbers[local].tolist()
+            for numbers in (plan.flips, plan.shifts, plan.jitters, plan.places, plan.stretches, plan.erased)
         )
-        for row, (out, flip, crop, shift, jitter, place, (y, x, y_end, x_end)) in enumerate(
-            zip(pixels, flips, plan.crops[local], shifts, jitters, places, erased, strict=True)
+        for row, (out, flip, crop, shift, jitter, place, stretch, (y, x, y_end, x_end)) in enumerate(
+            zip(pixels, flips, plan.crops[local], shifts, jitters, places, stretches, erased, strict=True)
         ):
             indices[row], image = self._readable(int(planned[row]))
-            down, across = self._put(out, image, crop, place, flip, shift, jitter)
+            down, across = self._put(out, image, crop, place, stretch, flip, shift, jitter)
             out[y:y_end, x:x_end] = self._fit.fill
             row_labels, row_visible = _project_axis(down, self._grid.rows, h, self._min_cells)
             column_labels, column_visible = _project_axis(across, self._grid.cols, label_width, self._min_cells)

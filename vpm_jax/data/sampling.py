@@ -19,7 +19,7 @@ from vpm_jax.regions import Crop, draw_crop
 from vpm_jax.schedule import Stage, schedule, stage_at
 
 # The purpose of a random stream, a part of its key.
-_ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE, _PLACE = range(8)
+_ORDER, _PICK, _AUGMENT, _CROP, _SHIFT, _JITTER, _ERASE, _PLACE, _STRETCH = range(9)
 
 
 class Plan(NamedTuple):
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     shifts: np.ndarray  # float64 [B, 2], move the box down and right by these fractions of its height and width
     jitters: np.ndarray  # float64 [B, 2], brightness and contrast
     places: np.ndarray  # float64 [B, 2], positions of padded images, see `geometry.fit_box`
+    stretches: np.ndarray  # float64 [B], how far padded images are stretched, see `geometry.fit_box`
     erased: np.ndarray  # int64 [B, 4], (top, left, bottom, right) in pixels of the input; all 0: nothing
 
 
@@ -116,6 +117,7 @@ class Sampler:
         )
         shifts, jitters = np.zeros((stage.batch, 2)), np.ones((stage.batch, 2))
         places = draw(_PLACE, 2) if data.place == "random" else np.tile(PLACES[data.place], (stage.batch, 1))
+        stretches = data.stretch * draw(_STRETCH, 1)[:, 0] if data.stretch else np.zeros(stage.batch)
         erased = np.zeros((stage.batch, 4), np.int64)
         if data.pad:
             shifts = data.pad * (2 * draw(_SHIFT, 2) - 1)
@@ -123,7 +125,7 @@ class Sampler:
             jitters = 1 + data.jitter * (2 * draw(_JITTER, 2) - 1)
         if data.erasing:
             erased = self._erasures(stage, draw(_ERASE, 5))
-        return Plan(indices, draws[:, 0] < data.flip, crops, shifts, jitters, places, erased)
+        return Plan(indices, draws[:, 0] < data.flip, crops, shifts, jitters, places, stretches, erased)
 
     def _erasures(self, stage: Stage, draws: np.ndarray) -> np.ndarray:
         """Plan.erased from draws [B, 5] in [0, 1). Rectangles fit into the image."""
