@@ -22,12 +22,14 @@ _PADDED = {"data.fit": "pad"}
 SCREEN: dict[str, dict[str, object]] = {
     "base": {},
     "ema": {"optim.ema": 0.99},
+    "neck_reduced": {"model.neck": "bn"},
     "neck": {"model.neck": "bn", "model.head_dim": 0, "model.head_bias": False},
     "erasing": {"data.erasing": 0.5},
     "smoothing": {"loss.label_smoothing": 0.1},
     "locator_stage3": {"model.locator_stage": 3},
     "padded": _PADDED,
     "padded_ema": _PADDED | {"optim.ema": 0.99},
+    "padded_stretch": _PADDED | {"data.stretch": 1.0},
     "padded_random": _PADDED | {"data.place": "random"},
 }
 
@@ -37,6 +39,8 @@ EVALUATED: dict[str, tuple[str, dict[str, object]]] = {
     "gallery_crops": ("base", _RANKED),
     "reranked": ("base", {"match.rerank": True}),
     "neck_after": ("neck", {"match.feature": "after"}),
+    "neck_reduced_after": ("neck_reduced", {"match.feature": "after"}),
+    "padded_stretch_gallery_crops": ("padded_stretch", _RANKED),
     "padded_saturated": ("padded", {"match.visibility": "saturated"}),
     "padded_flip": ("padded", {"eval.flip": True}),
     "padded_gallery_crops": ("padded", _RANKED),
