@@ -252,6 +252,7 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("flip test", f"{_SCREEN}-flip"),
         Row("gallery cropped too, saturated", f"{_SCREEN}-gallery_crops"),
         Row("re-ranked (k-reciprocal)", f"{_SCREEN}-reranked"),
+        Row("the recipe, seed 0 alone, as all below", f"{_SCREEN}-vpm", "0"),
         Row("BNNeck", f"{_SCREEN}-neck"),
         Row("BNNeck, features after it", f"{_SCREEN}-neck_after"),
         Row("random erasing", f"{_SCREEN}-erasing"),
