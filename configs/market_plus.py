@@ -4,9 +4,9 @@
 
 Not yet run in full. It holds what measurably improved the result, over three seeds on held-out identities: the ranking
 (`match.gallery_gammas`, `match.visibility`), `eval.flip`, and batches of many identities. Images that keep their
-proportions (`data.fit=pad`) gained most in ten epochs, but not in forty. Nothing that others report to help whole-body
-re-ID gained in ten epochs from scratch (docs/results), where regularizers hardly can. `:tricks` adds these, to be
-measured from ImageNet weights. `:small` has the network of configs/market.py:small.
+proportions (`data.fit=pad`) gained most in ten epochs; in forty, a cropped gallery gains more without them. Nothing
+that others report to help whole-body re-ID gained in ten epochs from scratch (docs/results), where regularizers hardly
+can. `:tricks` adds these, to be measured from ImageNet weights. `:small` has the network of configs/market.py:small.
 
 SCREEN lists ingredients to train with, one at a time; EVALUATED lists evaluations of those runs. This command tries
 them on held-out training identities, never on the test set, and reports what each gains (--plan estimates the cost,

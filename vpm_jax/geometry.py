@@ -62,9 +62,10 @@ def fit_box(
       A box of at least one pixel.
     """
     relative = size[0] / size[1] / aspect
-    covered_height, covered_width = min(relative, 1.0), 1 / max(relative, 1.0)
-    height = min(max(round(canvas[0] * (covered_height + stretch * (1 - covered_height))), 1), canvas[0])
-    width = min(max(round(canvas[1] * (covered_width + stretch * (1 - covered_width))), 1), canvas[1])
+    kept = canvas[0] * min(relative, 1.0), canvas[1] / max(relative, 1.0)
+    height, width = (
+        min(max(round(side + stretch * (whole - side)), 1), whole) for side, whole in zip(kept, canvas, strict=True)
+    )
     top, left = round(place[0] * (canvas[0] - height)), round(place[1] * (canvas[1] - width))
     return top, left, top + height, left + width
 
