@@ -265,6 +265,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("padded, flip test", f"{_SCREEN}-padded_flip"),
         Row("padded, gallery cropped too, saturated", f"{_SCREEN}-padded_gallery_crops"),
         Row("padded, at random places", f"{_SCREEN}-padded_random"),
+        Row("padded, in training stretched at random", f"{_SCREEN}-padded_stretch"),
+        Row("the same, gallery cropped too, saturated", f"{_SCREEN}-padded_stretch_gallery_crops"),
     ),
     "tricks": Gains(
         "market1501-screen-vpm",
@@ -277,6 +279,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("stretched, gallery cropped too, saturated", f"{_SMALL}-gallery_crops_saturated"),
         Row("padded, at the top", f"{_SMALL}-fit_top"),
         Row("padded, at the top, gallery cropped too, saturated", f"{_SMALL}-fit_top_gallery_crops"),
+        Row("padded, in training stretched at random", f"{_SMALL}-fit_top_stretch"),
+        Row("the same, gallery cropped too, saturated", f"{_SMALL}-fit_top_stretch_gallery_crops"),
     ),
     "proportions": (
         Row("stretched", "market1501-screen-vpm"),
@@ -287,6 +291,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("padded, at random places", "market1501-screen-fit_random"),
         Row("padded, at random places, saturated", "market1501-screen-fit_random_saturated"),
         Row("padded, at random places, gallery cropped too, saturated", "market1501-screen-fit_random_gallery_crops"),
+        Row("padded, at the top, in training stretched at random", "market1501-screen-fit_top_stretch"),
+        Row("the same, gallery cropped too, saturated", "market1501-screen-fit_top_stretch_gallery_crops"),
     ),
     "gallery-crops": (
         Row("Eq. 4", f"{_SMALL}-vpm"),
