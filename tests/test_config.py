@@ -257,6 +257,15 @@ def test_channels_that_do_not_divide_into_groups_are_refused():
     check(config)  # 4 * 28 channels
 
 
+def test_only_padded_images_are_stretched_as_augmentation():
+    config = default()
+    config.data.stretch = 0.5
+    with pytest.raises(UserError, match=r"data\.stretch is 0\.5 but data\.fit is 'stretch'.*set data\.fit to pad"):
+        check(config)
+    config.data.fit = "pad"
+    check(config)
+
+
 def test_an_int_may_stand_for_a_float():
     config = default()
     set_key(config, "loss.margin", 1)

@@ -188,6 +188,11 @@ def _contradictions(config: ConfigDict) -> list[tuple[bool, str]]:
             "most 1: lower one.",
         ),
         (
+            data.stretch and data.fit != "pad",
+            f"Config key data.stretch is {data.stretch} but data.fit is {data.fit!r}: it augments padded images, so "
+            "set data.fit to pad, or data.stretch to 0.",
+        ),
+        (
             model.locator_stage == 3 and model.last_stride != 1,
             "Config key model.locator_stage is 3 but that stage's map is larger than T: set model.last_stride to 1.",
         ),
