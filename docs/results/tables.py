@@ -252,6 +252,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("flip test", f"{_SCREEN}-flip"),
         Row("gallery cropped too, saturated", f"{_SCREEN}-gallery_crops"),
         Row("re-ranked (k-reciprocal)", f"{_SCREEN}-reranked"),
+        Row("padded, in training stretched at random", f"{_SCREEN}-padded_stretch"),
+        Row("the same, gallery cropped too, saturated", f"{_SCREEN}-padded_stretch_gallery_crops"),
         Row("the recipe, seed 0 alone, as all below", f"{_SCREEN}-vpm", "0"),
         Row("BNNeck", f"{_SCREEN}-neck"),
         Row("BNNeck, features after it", f"{_SCREEN}-neck_after"),
@@ -265,8 +267,6 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("padded, flip test", f"{_SCREEN}-padded_flip"),
         Row("padded, gallery cropped too, saturated", f"{_SCREEN}-padded_gallery_crops"),
         Row("padded, at random places", f"{_SCREEN}-padded_random"),
-        Row("padded, in training stretched at random", f"{_SCREEN}-padded_stretch"),
-        Row("the same, gallery cropped too, saturated", f"{_SCREEN}-padded_stretch_gallery_crops"),
     ),
     "tricks": Gains(
         "market1501-screen-vpm",
