@@ -7,7 +7,8 @@ ResNet-50, 6 x 1 regions, batches of 32 identities x 2 images: 960 steps at 128x
 `:large` has 1,600 steps at 256x128, then 720 at 384x128, 148,480 images: 91.6 / 77.3 rank-1 / mAP on whole images and
 65.5 / 44.5 at gamma 0.5, where the short one has 87.0 / 68.1 and 51.7 / 33.7 (docs/results/gpu).
 
-`:padded` keeps the proportions of images, which is worse on held-out identities (docs/results).
+`:padded` keeps the proportions of images, which on held-out identities is worse, and with data.stretch=1 about level
+(docs/results).
 
 SCREEN and EVALUATED list changes to try on held-out training identities (configs/market_plus.py explains them):
 
