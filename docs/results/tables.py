@@ -279,7 +279,8 @@ TABLES: Mapping[str, tuple[Row, ...] | Gains | Benchmarks | Vectors | Written] =
         Row("stretched, gallery cropped too, saturated", f"{_SMALL}-gallery_crops_saturated"),
         Row("padded, at the top", f"{_SMALL}-fit_top"),
         Row("padded, at the top, gallery cropped too, saturated", f"{_SMALL}-fit_top_gallery_crops"),
-        Row("padded, in training stretched at random", f"{_SMALL}-fit_top_stretch"),
+        Row("padded, at random places", f"{_SMALL}-fit_random"),
+        Row("padded, at the top, in training stretched at random", f"{_SMALL}-fit_top_stretch"),
         Row("the same, gallery cropped too, saturated", f"{_SMALL}-fit_top_stretch_gallery_crops"),
     ),
     "proportions": (
