@@ -5,7 +5,8 @@
 ResNet-50, 6 x 1 regions, batches of 32 identities x 2 images: 960 steps at 128x64, then 480 at 256x128, 92,160 images.
 
 `:large` has 1,600 steps at 256x128, then 720 at 384x128, 148,480 images: 91.6 / 77.3 rank-1 / mAP on whole images and
-65.5 / 44.5 at gamma 0.5, where the short one has 87.0 / 68.1 and 51.7 / 33.7 (docs/results/gpu).
+65.5 / 44.5 at gamma 0.5, where the short one has 87.0 / 68.1 and 51.7 / 33.7 (docs/results/gpu). With
+`--config.stage1.epochs=12 --config.stage2.epochs=5` it takes two CPU cores two hours: 91.2 / 76.4 and 63.5 / 42.6.
 
 `:padded` keeps the proportions of images, which on held-out identities is worse, and with data.stretch=1 about level
 (docs/results).
